@@ -1,0 +1,45 @@
+"""Everything this package raises on purpose.
+
+CompressorError
+├── UserError            the command or its input is at fault: exit code 2, one sentence
+│   ├── RecipeError      a flag or recipe key has a value that cannot work
+│   ├── ModelError       the model folder is missing, damaged, or of a kind that cannot be compressed
+│   ├── DataError        the text is missing, empty, or in a shape nobody recognises
+│   ├── OutputError      the output folder holds something else, or the disk is full
+│   └── MissingExtra     an optional library is needed; the message names the pip extra
+└── NumericError         non-finite numbers where none may be; names the layer
+
+Messages say what is wrong, where, and what to do, in one sentence.
+"""
+
+
+class CompressorError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(CompressorError):
+    """The command or its input is at fault; the CLI prints the sentence and exits with 2."""
+
+
+class RecipeError(UserError):
+    """A flag or recipe key has a value that cannot work."""
+
+
+class ModelError(UserError):
+    """The model folder is missing, damaged, or of a kind that cannot be compressed."""
+
+
+class DataError(UserError):
+    """The text is missing, empty, or in a shape nobody recognises."""
+
+
+class OutputError(UserError):
+    """The output folder holds something else, or cannot be written."""
+
+
+class MissingExtra(UserError):
+    """An optional library is needed; the message names the pip extra."""
+
+
+class NumericError(CompressorError):
+    """Non-finite numbers where none may be; the message names the layer."""

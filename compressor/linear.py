@@ -1,0 +1,90 @@
+"""PackedLinear, and the walk that finds the linears of a model's decoder blocks and swaps them."""
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError
+from compressor.kernels import dispatch
+from compressor.packed import Affine, PackedWeight
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a packed weight; differentiable in x and in the values, never through a dense weight.
+
+    `tuned`, when a tuner has attached one, is a module without inputs that returns the scale to use [n, G]; otherwise the stored scale is
+    used. Codes are buffers and never change.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None):
+        super().__init__()
+        self.bits, self.group = weight.bits, weight.group
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("words", weight.words)
+        self.register_buffer("scale", weight.values.scale)
+        self.register_buffer("zero", weight.values.zero)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.tuned: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale if self.tuned is None else self.tuned()
+        return dispatch.linear(x, self.words, scale, self.zero, self.bias, self.bits, self.group, self.out_features)
+
+    def packed(self) -> PackedWeight:
+        """The weight as it would be stored now, with the tuner's values if one is attached."""
+        scale = self.scale if self.tuned is None else self.tuned().detach().to(self.scale.dtype)
+        return PackedWeight(self.words, Affine(scale, self.zero), self.bits, self.group, (self.out_features, self.in_features))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Moves devices like any module, but `.half()`, `.bfloat16()` and `.float()` leave the stored scale as it is."""
+        dtype = self.scale.dtype
+        stored = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != dtype:
+            self.scale = stored.to(self.words.device)
+        return self
+
+    def extra_repr(self) -> str:
+        kind = "symmetric" if self.zero is None else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}, {kind}"
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks: the longest nn.ModuleList of same-class modules that hold nn.Linear or PackedLinear layers."""
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) != 1:
+            continue
+        holds = any(isinstance(m, nn.Linear | PackedLinear) for m in module[0].modules() if m is not module[0])
+        if holds and (best is None or len(module) > len(best[1])):
+            best = (name, module)
+    if best is None:
+        kinds = sorted({type(m).__name__ for m in model.modules()})
+        hint = "its layers are Conv1D, which the readers of packed folders do not know" if "Conv1D" in kinds else "no list of decoder blocks found"
+        raise ModelError(f"{type(model).__name__} cannot be compressed: {hint}; LLaMA-like models with nn.Linear layers can")
+    return best
+
+
+def linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """All nn.Linear layers inside `module` by dotted name, in definition order."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def packed_linears(module: nn.Module) -> dict[str, PackedLinear]:
+    """All PackedLinear layers inside `module` by dotted name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, PackedLinear)}
+
+
+def swap(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Replace the submodule at dotted `name`; the old one is freed once nobody else holds it."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent) if parent else module, leaf, new)
+
+
+def to_packed(layer: nn.Linear, weight: PackedWeight) -> PackedLinear:
+    """A PackedLinear with this layer's bias and training flag."""
+    packed = PackedLinear(weight, layer.bias)
+    return packed.train(layer.training).to(torch.device(layer.weight.device))

@@ -1,0 +1,197 @@
+"""The recipe of a run: everything that decides its result, in one frozen, checked, serialisable value.
+
+Flags and YAML files build the same Recipe; the same dict lands in every output folder as recipe.yaml. `digest(upto)` fingerprints the part
+that a stage depends on, so that a changed learning rate does not repeat the compression before it.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+from compressor.errors import RecipeError
+
+STAGES = ("compress", "tune")
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How linears are packed. group -1 means one scale per row; scale_dtype auto follows the rule in docs/format.md."""
+
+    bits: int = 3
+    packer: str = "gptq"
+    group: int = 128
+    symmetric: bool = True
+    scale_dtype: str = "auto"  # auto | float16 | bfloat16 | float32
+    shrink: bool = True  # search the clipping range that minimises the weight error (PEQA's initialisation)
+    damp: float = 0.01  # GPTQ: share of the mean diagonal of H added to it; raised automatically when H is not positive definite
+    act_order: bool = True  # GPTQ: columns by descending diagonal of H, with groups kept static
+    ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
+
+
+@dataclass(frozen=True)
+class Data:
+    """Texts: a local file, a hub dataset id, or a builtin name (see pipelines/data.py). None means the builtin python texts."""
+
+    data: str | None = None  # tuning domain; its held-out part is the domain perplexity
+    outside: str | None = None  # text from outside the domain, never tuned on
+    calib: str | None = None  # calibration text of data-driven packers; None means the training part of the domain
+    nsamples: int = 128  # calibration windows
+    seqlen: int | None = None  # tokens a calibration or training window; None means min(2048, what the model was made for)
+    train_on_prompt: bool = False  # instruction data: whether the loss counts prompt tokens too
+
+
+@dataclass(frozen=True)
+class Tune:
+    """The training loop. One optimiser step sees batch * accumulate windows."""
+
+    method: str = "none"
+    parametrization: str = "relative"  # relative: scale0 * (1 + delta), lr is on delta; absolute: lr is on the scale itself (paper)
+    epochs: float = 3.0
+    steps: int | None = None  # overrides epochs
+    lr: float = 1e-3
+    batch: int = 8
+    accumulate: int = 1
+    schedule: str = "cosine"  # cosine | linear | constant
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # gradient norm; 0 turns clipping off
+    checkpoint_every: int = 50  # steps
+    eval_every: int = 50  # steps; 0 evaluates only at the end
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Perplexity protocol: windows that do not overlap, every token of a window but its first is predicted."""
+
+    window: int | None = None  # tokens; None means seqlen
+    max_tokens: int = 65536  # stop after this many tokens of each text; 0 means the whole text
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: str = "tiny"
+    seed: int = 42
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    quant: Quant = field(default_factory=Quant)
+    data: Data = field(default_factory=Data)
+    tune: Tune = field(default_factory=Tune)
+    eval: Eval = field(default_factory=Eval)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for YAML and JSON; `Recipe.from_dict` is the inverse."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        return _build(cls, values, "")
+
+    def with_(self, **changes: Any) -> "Recipe":
+        """A copy with changed keys; keys of a section are written section__key."""
+        out = self
+        for key, value in changes.items():
+            section, _, leaf = key.rpartition("__")
+            out = replace(out, **({section: replace(getattr(out, section), **{leaf: value})} if section else {leaf: value}))
+        return out
+
+    def digest(self, upto: str = "tune") -> str:
+        """Hex fingerprint of the part of the recipe that decides the result of stage `upto` (compress or tune)."""
+        values = self.to_dict()
+        del values["eval"], values["device"]
+        if STAGES.index(upto) < STAGES.index("tune"):
+            del values["tune"]
+        else:
+            for key in ("checkpoint_every", "eval_every"):
+                del values["tune"][key]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def parse_quant(text: str) -> dict[str, Any]:
+    """"3bit", "3bit:rtn", "w3g64" or "W3A16" -> keys of Quant."""
+    if m := re.fullmatch(r"(\d+)[-_]?bits?(?::(\w+))?", text, re.IGNORECASE):
+        return {"bits": int(m[1])} | ({"packer": m[2].lower()} if m[2] else {})
+    if m := re.fullmatch(r"w(\d+)(?:a16)?(?:g(-?\d+))?(?::(\w+))?", text, re.IGNORECASE):
+        return {"bits": int(m[1])} | ({"group": int(m[2])} if m[2] else {}) | ({"packer": m[3].lower()} if m[3] else {})
+    raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, w3g64 or W3A16")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe{where and ' section ' + where} must be a mapping of keys to values, not {type(values).__name__}")
+    known = get_type_hints(cls)
+    out = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise RecipeError(f"unknown recipe key {f'{where}.{key}' if where else key!r}{hint}")
+        kind = known[key]
+        if is_dataclass(kind):
+            out[key] = _build(kind, value, key)  # type: ignore[arg-type]
+        else:
+            out[key] = _convert(value, kind, f"{where}.{key}" if where else key)
+    return cls(**out)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    if kind in (float, float | None) and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a string
+        except ValueError:
+            pass
+    if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    plain = tuple if kind == tuple[str, ...] else kind
+    if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
+        name = getattr(kind, "__name__", str(kind))
+        raise RecipeError(f"recipe key {where} must be {name}, not {value!r}")
+    return value
+
+
+def _check(r: Recipe) -> None:
+    q, d, t, e = r.quant, r.data, r.tune, r.eval
+    rules = [
+        (q.bits in (2, 3, 4), f"bits={q.bits} is not supported; choose 2, 3 or 4"),
+        (q.group == -1 or q.group > 0, f"group={q.group} is not a group size; give a positive number, or -1 for one scale per row"),
+        (q.scale_dtype in ("auto", "float16", "bfloat16", "float32"), f"scale_dtype={q.scale_dtype!r}: choose auto, float16, bfloat16 or float32"),
+        (q.damp > 0, f"damp={q.damp} must be positive"),
+        (d.nsamples > 0, f"nsamples={d.nsamples} must be positive"),
+        (d.seqlen is None or d.seqlen > 1, f"seqlen={d.seqlen} must be at least 2"),
+        (t.parametrization in ("relative", "absolute"), f"parametrization={t.parametrization!r}: choose relative or absolute"),
+        (t.schedule in ("cosine", "linear", "constant"), f"schedule={t.schedule!r}: choose cosine, linear or constant"),
+        (t.lr > 0, f"lr={t.lr} must be positive"),
+        (t.steps is None or t.steps > 0, f"steps={t.steps} must be positive"),
+        (t.epochs > 0, f"epochs={t.epochs} must be positive"),
+        (t.batch > 0 and t.accumulate > 0, f"batch={t.batch} and accumulate={t.accumulate} must be positive"),
+        (0 <= t.warmup < 1, f"warmup={t.warmup} is a share of the steps, from 0 to below 1"),
+        (t.clip >= 0 and t.weight_decay >= 0, "clip and weight_decay must not be negative"),
+        (t.checkpoint_every > 0 and t.eval_every >= 0, "checkpoint_every must be positive and eval_every not negative"),
+        (e.window is None or e.window > 1, f"window={e.window} must be at least 2"),
+        (e.max_tokens >= 0, f"max_tokens={e.max_tokens} must not be negative"),
+    ]
+    for fine, message in rules:
+        if not fine:
+            raise RecipeError(message)
+    for pattern in q.ignore:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RecipeError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def flat_keys() -> dict[str, Any]:
+    """Every leaf key of a recipe as section__key (or key) with its default, for the CLI."""
+    out: dict[str, Any] = {}
+    for f in fields(Recipe):
+        value = getattr(Recipe(), f.name)
+        if is_dataclass(value):
+            out |= {f"{f.name}__{g.name}": getattr(value, g.name) for g in fields(value)}
+        else:
+            out[f.name] = value
+    return out
