@@ -113,7 +113,7 @@ class Recipe:
 
 
 def parse_quant(text: str) -> dict[str, Any]:
-    """"3bit", "3bit:rtn", "w3g64" or "W3A16" -> keys of Quant."""
+    """ "3bit", "3bit:rtn", "w3g64" or "W3A16" -> keys of Quant."""
     if m := re.fullmatch(r"(\d+)[-_]?bits?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"packer": m[2].lower()} if m[2] else {})
     if m := re.fullmatch(r"w(\d+)(?:a16)?(?:g(-?\d+))?(?::(\w+))?", text, re.IGNORECASE):

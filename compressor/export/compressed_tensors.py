@@ -1,0 +1,183 @@
+"""The native folder: compressed-tensors `pack-quantized`, read by transformers, vLLM and our own commands.
+
+Per packed linear: `weight_packed` int32 [n, ceil(k*bits/32)], the dense bit stream along k of codes 0..2**bits-1 (the format calls them
+signed codes plus 2**(bits-1), which is the same number); `weight_scale` [n, G]; `weight_shape` int64 (n, k); for asymmetric weights
+`weight_zero_point` int32 [ceil(n*bits/32), G], packed along n with the same offset, hence equal to our zeros. All bytes are documented in
+docs/format.md. Exact for every affine weight of 2, 3 and 4 bits. Readers older than compressed-tensors 0.18 know only a padded 3-bit stream
+(ten codes a word): this module reads that too and never writes it.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor.errors import ModelError
+from compressor.kernels import layout
+from compressor.packed import Affine, PackedWeight
+
+SHARD_BYTES = 4 << 30
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+
+
+def fits(packed: dict[str, PackedWeight]) -> str | None:
+    """Why this model cannot be written in this format, or None: affine weights of 2, 3 and 4 bits always can."""
+    return None if packed else "no layer is packed"
+
+
+def tensors_of(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+    """The format's tensors of one packed linear."""
+    out = {
+        f"{name}.weight_packed": layout.pack_stream(weight.codes(), weight.bits),
+        f"{name}.weight_scale": weight.values.scale.contiguous(),
+        f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+    if weight.values.zero is not None:
+        out[f"{name}.weight_zero_point"] = layout.pack_stream(weight.values.zero.T.contiguous(), weight.bits).T.contiguous()
+    return {key: tensor.cpu() for key, tensor in out.items()}
+
+
+def write(
+    folder: Path, config: dict[str, Any], weights: Iterable[tuple[str, Tensor | PackedWeight]], ignore: list[str], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """config.json with its quantization_config, and the weights in shards of at most `shard_bytes` (a larger tensor gets its own).
+
+    `weights` yields dotted tensor names with tensors and dotted module names with packed weights; it is consumed as a stream. `ignore` lists
+    the nn.Linear modules that stay dense. Every file is written to a temporary name and renamed.
+    """
+    schemes: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
+    shards: list[dict[str, str]] = []  # tensor name -> unused; only the names matter for the index
+    pending: dict[str, Tensor] = {}
+    total = size = 0
+    for name, value in weights:
+        if isinstance(value, PackedWeight):
+            group = -1 if value.group == value.shape[1] else value.group
+            schemes[value.bits, group, value.values.zero is None].append(name)
+            new = tensors_of(name, value)
+        else:
+            new = {name: value.detach().cpu().contiguous()}
+        grown = sum(t.numel() * t.element_size() for t in new.values())
+        if pending and size + grown > shard_bytes:
+            shards.append(_save_shard(folder, len(shards) + 1, pending))
+            pending, size = {}, 0
+        pending |= new
+        size, total = size + grown, total + grown
+    shards.append(_save_shard(folder, len(shards) + 1, pending))
+    _name_shards(folder, shards, total)
+    quantization = quantization_config(schemes, ignore)
+    _write_json(folder / "config.json", config | {"quantization_config": quantization})
+
+
+def quantization_config(schemes: dict[tuple[int, int, bool], list[str]], ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json; one scheme targets every Linear, several name their modules."""
+    groups = {}
+    for index, ((bits, group, symmetric), names) in enumerate(sorted(schemes.items())):
+        weights = {
+            "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
+            "group_size": None if group == -1 else group, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+        }  # fmt: skip
+        targets = ["Linear"] if len(schemes) == 1 else _targets(names, [n for s in schemes.values() if s is not names for n in s])
+        groups[f"group_{index}"] = {
+            "targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized",
+        }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "version": "0.18.0",
+        "config_groups": groups, "ignore": ignore, "kv_cache_scheme": None, "global_compression_ratio": None,
+    }  # fmt: skip
+
+
+def _targets(names: list[str], others: list[str]) -> list[str]:
+    """Regular expressions by the last part of the name where that part is of one scheme only, else the full names."""
+    leaf = lambda name: name.rpartition(".")[2]
+    foreign = {leaf(name) for name in others}
+    own = sorted({leaf(name) for name in names} - foreign)
+    rest = sorted(name for name in names if leaf(name) in foreign)
+    return [rf"re:.*\.{re.escape(part)}$" for part in own] + [f"re:^{re.escape(name)}$" for name in rest]
+
+
+def _save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, str]:
+    temporary = folder / f"shard-{number:05d}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)  # safetensors writes for the owner alone; servers run as somebody else
+    return dict.fromkeys(tensors, temporary.name)
+
+
+def _name_shards(folder: Path, shards: list[dict[str, str]], total: int) -> None:
+    count = len(shards)
+    if count == 1:
+        os.replace(folder / "shard-00001.tmp", folder / "model.safetensors")
+        return
+    table: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{count:05d}.safetensors"
+        os.replace(folder / f"shard-{number:05d}.tmp", folder / final)
+        table |= dict.fromkeys(names, final)
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    os.replace(temporary, path)
+
+
+def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
+    """(dense tensors by name, packed weights by module name) of a pack-quantized folder; `config` is its quantization_config."""
+    if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+        kind = f"{config.get('quant_method')}/{config.get('format')}"
+        raise ModelError(f"{folder} is quantised as {kind}; compressor reads compressed-tensors/pack-quantized folders and dense ones")
+    dense: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    packed: dict[str, PackedWeight] = {}
+    try:
+        for path in files:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    module, _, leaf = key.rpartition(".")
+                    if leaf in PARTS:
+                        parts[module][leaf] = file.get_tensor(key)
+                    else:
+                        dense[key] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise ModelError(f"{folder} cannot be read: {error}") from None
+    for module in list(parts):
+        packed[module] = _decode(parts.pop(module), f"{folder}: {module}")
+    return dense, packed
+
+
+def _decode(parts: dict[str, Tensor], where: str) -> PackedWeight:
+    if "weight_g_idx" in parts:
+        raise ModelError(f"{where} has an activation-order group index, which is not supported; re-export it without actorder=group")
+    words, scale, shape = (parts.get(key) for key in PARTS[:3])
+    if words is None or scale is None or shape is None or shape.numel() != 2 or words.ndim != 2 or scale.ndim != 2:
+        raise ModelError(f"{where} is incomplete or damaged: weight_packed, weight_scale and weight_shape must be there with two dimensions")
+    n, k = (int(v) for v in shape)
+    if min(n, k) < 1 or words.shape[0] != n or scale.shape[0] != n or k % max(1, scale.shape[1]) or words.dtype != torch.int32:
+        raise ModelError(f"{where} is damaged: packed {tuple(words.shape)} and scale {tuple(scale.shape)} do not fit shape {(n, k)}")
+    bits = next((b for b in layout.BITS if words.shape[1] == -(-k * b // 32)), None)
+    if bits is not None:
+        codes = layout.unpack_stream(words, bits, k)
+    elif words.shape[1] == -(-k // 10):
+        bits, codes = 3, _unpack_padded(words, k)
+    else:
+        raise ModelError(f"{where} has {words.shape[1]} words for {k} codes, which is no stream of 2, 3 or 4 bits")
+    zero = parts.get("weight_zero_point")
+    if zero is not None:
+        if zero.shape != (-(-n * bits // 32), scale.shape[1]):
+            raise ModelError(f"{where} is damaged: zero points of shape {tuple(zero.shape)} do not fit {n} rows and {scale.shape[1]} groups")
+        zero = layout.unpack_stream(zero.T.contiguous(), bits, n).T.contiguous()
+    return PackedWeight.pack(codes, Affine(scale, zero), bits)
+
+
+def _unpack_padded(words: Tensor, k: int) -> Tensor:
+    """The 3-bit stream of compressed-tensors before 0.18: ten codes in the low 30 bits of each word."""
+    shifts = torch.arange(0, 30, 3, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 7).to(torch.uint8).flatten(1)[:, :k].contiguous()

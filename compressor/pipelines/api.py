@@ -1,0 +1,90 @@
+"""The Python API: a loaded model, and the stages of a run as its methods, each of which changes it in place and returns at the end of it."""
+
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import ModelError, RecipeError
+from compressor.linear import packed_linears
+from compressor.pipelines import compress as blocks
+from compressor.pipelines import data as texts
+from compressor.pipelines import evaluate, write
+from compressor.pipelines import load as loading
+from compressor.pipelines import run as job
+from compressor.quant import PACKERS
+from compressor.recipe import Recipe
+from compressor.tune import TUNERS
+from compressor.tune.loop import TrainLog, train
+
+
+class Model:
+    """A dense or packed model. `.model` is the transformers model, `.tokenizer` its tokenizer, `.layers` one report row per packed layer."""
+
+    def __init__(self, loaded: loading.Loaded):
+        self._loaded = loaded
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        return self._loaded.rows
+
+    def compress(self, calib: str | None = None, nsamples: int = 128, seqlen: int | None = None, seed: int = 42, **quant: Any) -> "Model":
+        """Pack the decoder linears; keys of `quant` are those of recipe.Quant (bits, packer, group, symmetric, …).
+
+        `calib` names the calibration text (see pipelines/data.py; None is the builtin one). Raises RecipeError and ModelError.
+        """
+        loaded, options = self._loaded, _recipe("quant", quant).quant
+        if packed_linears(loaded.model):
+            raise ModelError(f"{loaded.name} is packed already")
+        blocks.check_finite(loaded.model)
+        write.round_to_folder(loaded)
+        ids = None
+        if PACKERS[options.packer].needs:
+            windows = texts.windows(texts.load(calib or "python").train, loaded.tokenizer, seqlen or loading.context(loaded.config), True)
+            ids = texts.sample(windows, nsamples, seed).ids
+        dtype = loading.scale_dtype(options.scale_dtype, loaded.config)
+        loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids)
+        return self
+
+    def tune(self, data: str | None = None, method: str = "peqa", seqlen: int | None = None, seed: int = 42, **options: Any) -> TrainLog:
+        """Fine-tune the values on the training part of `data`; keys of `options` are those of recipe.Tune (lr, epochs, …)."""
+        recipe = _recipe("tune", options | {"method": method})
+        if not packed_linears(self.model):
+            raise ModelError(f"{self._loaded.name} is not packed; call compress first")
+        windows = texts.windows(texts.load(data or "python").train, self.tokenizer, seqlen or loading.context(self._loaded.config))
+        tuner = TUNERS[method](recipe.tune)
+        parameters = tuner.attach(self.model)
+        try:
+            return train(self.model, parameters, windows.ids, windows.labels, recipe.tune, seed, None, "", None, None)
+        finally:
+            tuner.detach(self.model)
+
+    def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
+        """Perplexity of the held-out part of `data`, with its protocol."""
+        corpora = {"text": texts.load(data or "python").test}
+        window = window or loading.context(self._loaded.config)
+        return evaluate.measure(self.model, self.tokenizer, corpora, window, max_tokens, None)["text"]
+
+    def save(self, folder: str | Path) -> dict[str, Any]:
+        """Write a packed model as a compressed-tensors folder, proven by reading it back; the folder must be new or empty."""
+        path = Path(folder)
+        job.check_output(path, overwrite=False)
+        return write.write_folder(self._loaded, path)
+
+
+def load(name: str, device: str = "auto") -> Model:
+    """A dense or packed model by folder, hub id, short name (llama-7b), or `tiny`, the embedded one."""
+    return Model(loading.load(name, device))
+
+
+def run(recipe: Recipe | dict[str, Any], output: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """The whole job of `compressor run`; returns the same document that the command prints as its last line."""
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
+    return job.run(recipe, None if output is None else Path(output), overwrite)
+
+
+def _recipe(section: str, values: dict[str, Any]) -> Recipe:
+    recipe = Recipe.from_dict({section: values})
+    job.check_methods(recipe)
+    if section == "tune" and recipe.tune.method == "none":
+        raise RecipeError("method 'none' tunes nothing")
+    return recipe

@@ -1,0 +1,175 @@
+"""The command line: flags become a Recipe, results become one JSON document as the last line of stdout; people are served on stderr.
+
+Exit codes: 0 done, 1 failed, 2 the command or its input is at fault (one sentence), 130 interrupted.
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from compressor.errors import CompressorError, RecipeError, UserError
+from compressor.recipe import Recipe, parse_quant
+
+ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and serve exactly those weights."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
+console = Console(stderr=True)
+Text = str | None
+Count = int | None
+Number = float | None
+
+
+def main() -> None:
+    """Entry point: one sentence for errors, never a traceback for a user's mistake."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except CompressorError as error:
+        console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", highlight=False)
+        sys.exit(130)
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and warnings out of the display."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def emit(document: dict[str, Any]) -> None:
+    """The one JSON document, as the last line of stdout."""
+    print(json.dumps(document), flush=True)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="tiny, a model folder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
+    quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, w3g64 …")] = None,
+    tune: Annotated[Text, typer.Option(help="tuner: peqa, or none")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", "--output_dir", help="output folder")] = None,
+    data: Annotated[Text, typer.Option("--data", "--dataset", help="tuning text: file, hub dataset or builtin; default: Python's own manual")] = None,
+    outside: Annotated[Text, typer.Option(help="text from outside the tuning domain, for measuring only")] = None,
+    calib: Annotated[Text, typer.Option(help="calibration text; default: the training part of --data")] = None,
+    group: Annotated[Count, typer.Option("--group", "--group-size", "--group_size", help="weights that share a scale; -1: a whole row")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="symmetric or asymmetric grids")] = None,
+    scale_dtype: Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, bfloat16 or float32")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="regular expression of layers to leave dense (may be repeated)")] = None,
+    damp: Annotated[Number, typer.Option("--damp", "--damp-percent", "--damp_percent", help="GPTQ damping, share of the mean diagonal")] = None,
+    nsamples: Annotated[Count, typer.Option(help="calibration windows")] = None,
+    seqlen: Annotated[Count, typer.Option(help="tokens of a calibration or tuning window")] = None,
+    steps: Annotated[Count, typer.Option(help="tuning steps; overrides --epochs")] = None,
+    epochs: Annotated[Number, typer.Option(help="passes over the tuning text")] = None,
+    lr: Annotated[Number, typer.Option(help="learning rate of the tuner")] = None,
+    batch: Annotated[Count, typer.Option("--batch", "--batch-size", "--batch_size", help="windows a micro-batch")] = None,
+    accumulate: Annotated[Count, typer.Option(help="micro-batches a step")] = None,
+    schedule: Annotated[Text, typer.Option(help="cosine, linear or constant")] = None,
+    absolute: Annotated[bool | None, typer.Option("--absolute/--relative", help="learning rate on the scale itself, or on its change")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
+    train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,
+    window: Annotated[Count, typer.Option(help="tokens of an evaluation window")] = None,
+    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")] = None,
+    seed: Annotated[Count, typer.Option(help="of data order and calibration choice")] = None,
+    device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the result of another run in the output folder")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes, memory and time, and stop")] = False,
+) -> None:
+    """Compress a model, tune it in packed form, measure it, and write a folder that servers load."""
+    recipe = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
+    flags = {
+        "tune__method": tune, "data__data": data, "data__outside": outside, "data__calib": calib, "quant__group": group, "quant__symmetric": sym,
+        "quant__scale_dtype": scale_dtype, "quant__ignore": tuple(ignore) if ignore else None, "quant__damp": damp, "data__nsamples": nsamples,
+        "data__seqlen": seqlen, "tune__steps": steps, "tune__epochs": epochs, "tune__lr": lr, "tune__batch": batch, "tune__accumulate": accumulate,
+        "tune__schedule": schedule, "tune__parametrization": None if absolute is None else ("absolute" if absolute else "relative"),
+        "tune__gradient_checkpointing": gradient_checkpointing, "data__train_on_prompt": train_on_prompt, "eval__window": window,
+        "eval__max_tokens": max_tokens, "seed": seed, "device": device,
+    }  # fmt: skip
+    spec = {f"quant__{k}": v for k, v in parse_quant(quant).items()} if quant else {}
+    recipe = recipe.with_(**(spec | {k: v for k, v in flags.items() if v is not None}))
+    quiet()
+    from compressor.pipelines import render
+    from compressor.pipelines import run as pipeline
+    from compressor.pipelines.report import Report
+    from compressor.pipelines.show import RichShow
+
+    if dry_run:
+        emit(pipeline.dry_run(recipe, output, RichShow(console)))
+        return
+    document = pipeline.run(recipe, output, overwrite, RichShow(console), shlex.join(["compressor", *sys.argv[1:]]))
+    console.print(render.summary(Report.load(Path(document["output"]) / "report.json")))
+    console.print(f"written to {document['output']} (report.html shows it all)", highlight=False, markup=False)
+    emit(document)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from YAML."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    return Recipe.from_dict(values or {})
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a packed or dense model folder, a hub id, or tiny")],
+    data: Annotated[str, typer.Option("--data", "--dataset", help="text to measure on")] = "python",
+    window: Annotated[Count, typer.Option(help="tokens of a window; default: what the model was made for, at most 2048")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="stop after this many tokens; 0: the whole text")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Perplexity of a model on a text, with its protocol; packed folders run packed."""
+    quiet()
+    from compressor.pipelines.show import RichShow
+    from compressor.pipelines.tools import evaluate_folder
+
+    emit(evaluate_folder(model, data, window, max_tokens, device, RichShow(console)))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a packed or dense model folder, a hub id, or tiny")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to continue")] = "The",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
+    seed: Annotated[int, typer.Option()] = 42,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Continue a prompt; packed folders run packed."""
+    quiet()
+    from compressor.pipelines.tools import generate_text
+
+    emit(generate_text(model, prompt, max_new_tokens, temperature, seed, device))
+
+
+@app.command()
+def inspect(model: Annotated[str, typer.Argument(help="a packed or dense model folder, a hub id, or tiny")]) -> None:
+    """Sizes, bits and, for folders of ours, the error of every layer."""
+    quiet()
+    from compressor.pipelines.tools import inspect_folder
+
+    document, table = inspect_folder(model)
+    console.print(table)
+    emit(document)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, device, and which kernels this machine will use."""
+    from compressor.pipelines.tools import diagnose
+
+    document, table = diagnose()
+    console.print(table)
+    emit(document)

@@ -1,0 +1,107 @@
+"""What a run will cost, before it starts: sizes exactly, memory and time from stated formulas and one short measurement of this machine.
+
+Sizes follow from the shapes and the format. Memory is the sum of what each stage holds at its peak. Time counts floating-point operations
+and divides by the matmul speed measured now, times EFFICIENCY (the share of it that whole stages reached on a 2-core CPU; see docs/log.md).
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import linear
+from compressor.pipelines import compress, load
+from compressor.quant import PACKERS
+from compressor.recipe import Recipe
+
+EFFICIENCY = 0.35
+PASSES = 6  # forward passes of the calibration text through every block: one a group of linears, one for the outputs
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens each stage reads."""
+
+    calibration: int
+    tuning: int  # per run: steps * batch * accumulate * seqlen
+    step: int  # of one micro-batch
+    evaluation: int  # both texts, once
+
+
+def shell(folder: Any) -> nn.Module:
+    """The model without weights (meta device): shapes only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def estimate(recipe: Recipe, model: nn.Module, config: dict[str, Any], counts: Counts, dense_bytes: int) -> dict[str, Any]:
+    """Sizes in bytes, memory in bytes and seconds by stage; `model` may be a shell."""
+    todo = compress.plan(model, recipe.quant)
+    packed = todo.packed()
+    weights = sum(t.shape[0] * t.shape[1] for t in packed)
+    scales = sum(t.shape[0] * t.shape[1] // t.group for t in packed)
+    scale_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, config)).bits // 8
+    zero_bits = 0 if recipe.quant.symmetric else scales * recipe.quant.bits
+    packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + scales * scale_bytes
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    rest = (parameters - weights) * torch.finfo(load.folder_dtype(config)).bits // 8
+    device = load.pick_device(recipe.device)
+    return {
+        "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
+        "bits_per_weight": packed_bytes * 8 / weights, "weight_bytes": packed_bytes + rest, "ratio": dense_bytes / (packed_bytes + rest),
+        "peak_bytes": _memory(recipe, model, device, counts, parameters, packed_bytes),
+        "seconds": _seconds(recipe, packed, device, counts, parameters),
+        "notes": [t.note for t in packed if t.note],
+    }  # fmt: skip
+
+
+def _memory(recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, packed_bytes: int) -> dict[str, int]:
+    config: Any = model.config
+    hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    size = 4 if device.type == "cpu" else 2
+    base = 350 << 20  # the interpreter and its libraries
+    out = {"load": base + parameters * size, "evaluate": base + parameters * size + 3 * min(256 << 20, counts.step * vocab * 4)}
+    widest = max(m.in_features for m in linear.linears(model).values())
+    if PACKERS[recipe.quant.packer].needs:
+        out["compress"] = base + parameters * size + counts.calibration * hidden * size + 4 * widest * widest * 4
+    else:
+        out["compress"] = base + parameters * size
+    if recipe.tune.method != "none":
+        kept = 14 if not recipe.tune.gradient_checkpointing else 2
+        activations = counts.step * hidden * size * kept * layers
+        out["tune"] = base + (parameters * size if device.type == "cpu" else packed_bytes) + activations + 3 * counts.step * vocab * 4
+    return out
+
+
+def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device, counts: Counts, parameters: int) -> dict[str, float]:
+    speed = matmul_speed(device) * EFFICIENCY
+    weights = sum(t.shape[0] * t.shape[1] for t in packed)
+    out = {"evaluate": (2 if recipe.tune.method == "none" else 3) * 2 * parameters * counts.evaluation / speed}
+    grid = 160 * weights / 1e9  # the clipping search: measured, about 1.6 s for 10 M weights on one core
+    if PACKERS[recipe.quant.packer].needs:
+        hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2
+        solve = sum(3 * t.shape[1] ** 3 + 2 * t.shape[0] * t.shape[1] ** 2 for t in packed)
+        out["compress"] = grid + (2 * weights * counts.calibration * PASSES + hessian + solve) / speed
+    else:
+        out["compress"] = grid
+    if recipe.tune.method != "none":
+        out["tune"] = (6 * weights + 4 * (parameters - weights)) * counts.tuning / speed
+    return {key: round(value, 1) for key, value in out.items()}
+
+
+def matmul_speed(device: torch.device) -> float:
+    """Floating-point operations a second of a square matmul, in the dtype the device computes in."""
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,192 @@
+"""Perplexity with a stated protocol, and a few greedy samples.
+
+Protocol. A text is cut into windows that do not overlap (stride = window); in each, every token but the first is predicted from those before
+it; a tail shorter than a window is dropped, unless the whole text is shorter: then it is the only window. Perplexity is exp(sum of -log p /
+predicted tokens), log-softmax in float32, sums in float64. GPTQ-style scripts cut WikiText-2 in the same way.
+
+Stream. A corpus of one plain text is tokenised in one go with the tokenizer's own special tokens. Of several documents each is preceded by
+BOS; a tokenizer without BOS gets EOS between documents, and one with neither a blank line. Pairs are packed like training windows (data.py),
+and only their completions count. Every result names its data, its hash and this rule, because a perplexity without them compares with nothing.
+
+Price: logits of a batch are kept below 256 MiB where a single window allows it; the float32 copy below 64 MiB.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import DataError, NumericError
+from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
+
+LOGIT_BYTES = 256 << 20
+CHUNK_BYTES = 64 << 20
+BATCH_TOKENS = 8192
+
+Progress = Callable[[int, int], None]  # windows done, windows in all
+
+
+def perplexity(
+    model: nn.Module,
+    ids: Tensor,
+    window: int,
+    max_tokens: int = 0,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    labels: Tensor | None = None,
+) -> dict[str, Any]:
+    """Perplexity of `model` on the first `max_tokens` tokens (0: all) of `ids`, by the protocol above.
+
+    ids int64 [tokens], or [count, window] already cut; labels of the same shape, -100 where a token does not count. `device` None means that
+    of the model. Returns perplexity, loss (nats a token), tokens (predicted), window, stride, windows, tokens_per_second, seconds.
+    Raises DataError if nothing is predicted, NumericError if the loss is not finite.
+    """
+    rows, targets = _cut(ids, window, max_tokens), _cut(ids if labels is None else labels, window, max_tokens)  # [count, window]
+    tokens = int((targets[:, 1:] != IGNORE).sum())
+    if not tokens:
+        raise DataError(f"a text of {ids.numel()} tokens leaves nothing to predict; perplexity needs at least two tokens")
+    device = next(model.parameters()).device if device is None else device
+    start, total, done, batch = time.perf_counter(), 0.0, 0, 1
+    with _evaluating(model):
+        while done < len(rows):
+            part = slice(done, done + batch)
+            logits = _logits(model, rows[part].to(device))  # [batch, window, vocab]
+            loss = _loss(logits, targets[part].to(device))
+            if not math.isfinite(loss):
+                raise NumericError(f"the loss of windows {done} to {min(done + batch, len(rows)) - 1} is not finite: the model does not predict")
+            total, done = total + loss, min(done + batch, len(rows))
+            batch = max(1, min(LOGIT_BYTES // (logits[0].numel() * logits.element_size()), BATCH_TOKENS // window))
+            if progress:
+                progress(done, len(rows))
+    seconds = time.perf_counter() - start
+    result = {"perplexity": _exp(total / tokens), "loss": total / tokens, "tokens": tokens, "window": rows.shape[1], "stride": rows.shape[1]}
+    return result | {"windows": len(rows), "tokens_per_second": tokens / seconds, "seconds": seconds}
+
+
+def stream(corpus: Corpus, tokenizer: Any) -> Tensor:
+    """Token ids [tokens] of a corpus, joined by the rule above; pairs one after the other (`measure` takes them as windows instead)."""
+    if corpus.pairs:
+        return token_stream(corpus, tokenizer)
+    if len(corpus.documents) == 1:
+        return torch.tensor(tokenizer(corpus.documents[0].text, verbose=False)["input_ids"], dtype=torch.int64)
+    bos, eos = ends(tokenizer)
+    mark = bos or eos or next(tokenise(["\n\n"], tokenizer))
+    rows = [torch.tensor([*mark, *row], dtype=torch.int64) for row in tokenise((d.text for d in corpus.documents), tokenizer)]
+    return torch.cat(rows) if bos else torch.cat(rows)[len(mark) :]
+
+
+def joining(corpus: Corpus, tokenizer: Any) -> str:
+    """The rule by which documents became tokens, in words for a report."""
+    if corpus.pairs:
+        return "pairs packed whole into windows, completions counted"
+    if len(corpus.documents) == 1:
+        return "one text with the tokenizer's own special tokens"
+    if tokenizer.bos_token_id is not None:
+        return f"{tokenizer.bos_token} before each document"
+    return f"{tokenizer.eos_token} between documents" if tokenizer.eos_token_id is not None else "a blank line between documents"
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    corpora: dict[str, Corpus],
+    window: int,
+    max_tokens: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What `perplexity` returns for every corpus, under its key ("domain", "outside"); under "protocol" and the same key how it was measured.
+
+    A protocol has name, data_sha256, documents, bos (how they were joined), counted, window, stride, tokens and max_tokens, for pairs also
+    how many were cut or dropped. progress(key, windows done, windows in all) is called after every batch. Raises like `perplexity`.
+    """
+    out: dict[str, dict[str, Any]] = {"protocol": {}}
+    for key, corpus in corpora.items():
+        if corpus.pairs:
+            packed = windows(corpus, tokenizer, window)
+            ids, labels, lost = packed.ids, packed.labels, {"cut": packed.cut, "dropped": packed.dropped}
+        else:
+            ids, labels, lost = stream(corpus, tokenizer), None, {}
+        report = (lambda done, count, key=key: progress(key, done, count)) if progress else None
+        try:
+            found = out[key] = perplexity(model, ids, window, max_tokens, device, report, labels)
+        except (DataError, NumericError) as error:
+            raise type(error)(f"{corpus.name}: {error}") from None
+        data = {"name": corpus.name, "data_sha256": corpus.sha256, "documents": len(corpus.documents), "bos": joining(corpus, tokenizer)}
+        data |= {"counted": "completions" if corpus.pairs else "all tokens"} | {k: found[k] for k in ("window", "stride", "tokens")}
+        out["protocol"][key] = data | {"max_tokens": max_tokens} | lost
+    return out
+
+
+def prompts(corpus: Corpus, tokenizer: Any, count: int = 3, tokens: int = 24) -> list[str]:
+    """Beginnings of documents spread over a corpus, for `generate_samples`: whole prompts of pairs, else the first `tokens` tokens."""
+    step = max(1, len(corpus.documents) // count)
+    chosen = corpus.documents[::step][:count]
+    if corpus.pairs:
+        return [d.prompt or "" for d in chosen]
+    return [tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in tokenise((d.text[: 40 * tokens] for d in chosen), tokenizer)]
+
+
+def generate_samples(model: nn.Module, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """What the model writes after each prompt, greedily, without special tokens."""
+    device = next(model.parameters()).device
+    out = []
+    with _evaluating(model):
+        for prompt in prompts:
+            ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.int64, device=device)  # [1, tokens]
+            if not ids.numel():
+                raise DataError(f"prompt {prompt!r} has no tokens; write at least one word")
+            new = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
+                pad_token_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
+                temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+            out.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
+    return out
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout, no graph; the training flag comes back. Not inference_mode: what a layer caches here must stay usable in training."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _cut(ids: Tensor, window: int, max_tokens: int) -> Tensor:
+    """[tokens] or [count, window] -> [count, window], or [1, tokens] for a text shorter than a window."""
+    if ids.ndim == 2:
+        return ids[: max(1, max_tokens // window)] if max_tokens else ids
+    ids = ids[:max_tokens] if max_tokens else ids
+    count = len(ids) // window
+    return ids[: count * window].reshape(count, window) if count else ids.reshape(1, -1)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """Sum of -log p over the targets that count; logits [batch, window, vocab], targets [batch, window], shifted here."""
+    vocab = logits.shape[-1]
+    rows, wanted = logits[:, :-1].reshape(-1, vocab), targets[:, 1:].reshape(-1)
+    keep = max(1, CHUNK_BYTES // (4 * vocab))
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for part, want in zip(rows.split(keep), wanted.split(keep), strict=True):
+        losses = nn.functional.cross_entropy(part.float(), want, ignore_index=IGNORE, reduction="none")
+        total += losses.double().sum()
+    return float(total)
+
+
+def _exp(loss: float) -> float:
+    if loss > 700:
+        raise NumericError(f"a loss of {loss:.0f} nats a token has no finite perplexity: the model does not predict")
+    return math.exp(loss)

@@ -1,0 +1,278 @@
+"""From a name to a model in memory: short names, folder checks, dense and packed loading.
+
+A name is `tiny` (embedded), a folder, a short name of `ALIASES`, or a hub id. Folders are checked before anything is loaded: a missing or
+truncated file, a model that is no causal LM, or weights that a checkpoint leaves at random each end in one sentence.
+On a CPU everything computes in float32 (16-bit matmuls are tens of times slower there); on a GPU in the dtype of the folder.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import linear
+from compressor.errors import ModelError, UserError
+from compressor.export import compressed_tensors
+from compressor.packed import PackedWeight
+
+TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
+ALIASES = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-13b": "huggyllama/llama-13b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma-2-2b": "google/gemma-2-2b",
+    "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "pythia-410m": "EleutherAI/pythia-410m",
+}
+FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
+
+
+@dataclass
+class Loaded:
+    """A model with what is needed to compress, tune, measure and write it."""
+
+    model: nn.Module
+    tokenizer: Any
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one per packed layer
+    unpacked: list[dict[str, Any]] = field(default_factory=list)  # linears left dense, each with its reason
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a model, downloaded if it is a hub id."""
+    if name == "tiny":
+        return TINY
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
+        raise ModelError(f"there is no model folder {name}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
+    repo = ALIASES.get(name.lower(), name)
+    if "/" not in repo:
+        raise ModelError(f"unknown model {name!r}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=FILES))
+    except Exception as error:  # the hub client has a dozen error families; every one of them means the same to the user
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{repo} is no folder here and could not be fetched from the hub: {reason}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, checked to be of a causal language model."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{folder}/config.json is damaged: {error}") from None
+    kinds = config.get("architectures") or []
+    if not any(str(k).endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
+        raise ModelError(f"{folder} holds {', '.join(map(str, kinds)) or 'no named architecture'}, not a causal language model")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each checked to be whole."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"] if (folder / "model.safetensors").exists() else []
+    if not names:
+        old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        hint = "only pickled weights, which are not read; convert them to safetensors" if old else "no safetensors files"
+        raise ModelError(f"{folder} has {hint}")
+    for name in names:
+        _check_whole(folder / name)
+    return [folder / name for name in names]
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > size - 8 or length > 100_000_000:
+                raise ValueError
+            header = json.loads(file.read(length))
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing although the index names it") from None
+    except (struct.error, ValueError, KeyError, TypeError, IndexError):
+        raise ModelError(f"{path} is damaged or truncated: its header cannot be read") from None
+    if 8 + length + end != size:
+        raise ModelError(f"{path} is truncated or damaged: {size} bytes where its header promises {8 + length + end}")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest of a model folder: config, and of each weight file its name, size, header and both ends (not every byte of a large file)."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(4 << 20))
+            file.seek(max(0, size - (4 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all weight files: what a user downloads, less the few kilobytes of texts."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def pick_device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"device {asked!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {asked!r} was asked for, but this PyTorch sees no GPU; use --device cpu")
+    return device
+
+
+def folder_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype of everything that is not packed in an output folder: float16 for a bfloat16 model of a family known to be safe in it, so
+    that servers keep float16 scales exactly; otherwise the model's own."""
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if stored == "bfloat16" and config.get("model_type") in FLOAT16_SAFE:
+        stored = "float16"
+    return getattr(torch, stored)
+
+
+def scale_dtype(asked: str, config: dict[str, Any]) -> torch.dtype:
+    """auto: float16, or bfloat16 where the folder is bfloat16 (loaders cast scales to the model's dtype)."""
+    if asked != "auto":
+        return getattr(torch, asked)
+    return torch.bfloat16 if folder_dtype(config) == torch.bfloat16 else torch.float16
+
+
+def load(name: str, device: str = "auto") -> Loaded:
+    """A dense folder as an ordinary transformers model, a packed folder with PackedLinear layers."""
+    folder = resolve(name)
+    config = read_config(folder)
+    weight_files(folder)
+    where = pick_device(device)
+    if "quantization_config" in config:
+        return load_packed(folder, config, where, name)
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if where.type == "cpu" else "auto"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(f"{folder} lacks weights, they would be random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+    return Loaded(model.to(where).eval(), load_tokenizer(folder), folder, name, config)
+
+
+def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name: str) -> Loaded:
+    """A folder of ours (or any compressed-tensors pack-quantized one of 2, 3 or 4 bits) with its linears packed, never dense."""
+    tensors, packed = compressed_tensors.read(folder, weight_files(folder), config["quantization_config"])
+    model = empty_model(folder)
+    for module_name, weight in packed.items():
+        layer = _linear_at(model, module_name, folder)
+        bias = tensors.pop(f"{module_name}.bias", None)
+        if weight.shape != (layer.out_features, layer.in_features):
+            raise ModelError(f"{folder}: {module_name} has shape {weight.shape}, the model wants {(layer.out_features, layer.in_features)}")
+        linear.swap(model, module_name, linear.PackedLinear(weight, bias))
+    _fill(model, tensors, folder)
+    compute = torch.float32 if device.type == "cpu" else folder_dtype(config)
+    return Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config)
+
+
+def empty_model(folder: Path) -> Any:
+    """The architecture with uninitialised weights: pages that are never touched cost no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with no_init_weights():
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise ModelError(f"transformers cannot build the model of {folder}: {_first_line(error)}") from None
+
+
+def _linear_at(model: nn.Module, name: str, folder: Path) -> nn.Linear:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, nn.Linear):
+        raise ModelError(f"{folder}: the packed weight {name} belongs to no linear layer of this architecture")
+    return layer
+
+
+def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the dense tensors in; every parameter must be given, tied ones once."""
+    wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in wanted or wanted[name].shape != tensor.shape:
+                raise ModelError(f"{folder}: tensor {name} of shape {tuple(tensor.shape)} does not belong to this architecture")
+            wanted[name].copy_(tensor)
+    model.tie_weights()
+    packed = {f"{n}.bias" for n in linear.packed_linears(model)}
+    filled = {p.data_ptr() for n, p in wanted.items() if n in tensors}
+    lacking = [n for n, p in model.named_parameters() if n not in packed and p.data_ptr() not in filled]
+    if lacking:
+        raise ModelError(f"{folder} lacks weights: {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ModelError(f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from None
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
+    return {name: layer.packed() for name, layer in linear.packed_linears(model).items()}
+
+
+def context(config: dict[str, Any]) -> int:
+    """Tokens a window may have: what the model was made for, at most 2048 by default."""
+    return min(2048, int(config.get("max_position_embeddings") or config.get("n_positions") or 2048))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

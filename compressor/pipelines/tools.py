@@ -1,0 +1,106 @@
+"""The small commands: eval, generate, inspect, doctor. Each returns the JSON document that the CLI prints."""
+
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from compressor.kernels import dispatch
+from compressor.pipelines import data, evaluate, load, write
+from compressor.pipelines.report import environment
+from compressor.pipelines.show import Show
+
+
+def evaluate_folder(model: str, source: str, window: int | None, max_tokens: int, device: str, show: Show) -> dict[str, Any]:
+    """Perplexity with its protocol, and the size of what was measured."""
+    loaded = load.load(model, device)
+    splits = data.load(source) if source == "python" else None
+    corpus = splits.test if splits is not None else data.load_text(source)
+    window = window or load.context(loaded.config)
+    with show.task("evaluate", 1) as advance:
+        found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, max_tokens, None)
+        advance(1, "")
+    sizes = sizes_of(loaded)
+    keys = ("perplexity", "tokens", "window", "stride", "tokens_per_second")
+    return {"model": model, "data": source, "data_sha256": corpus.sha256} | {k: found["text"][k] for k in keys} | sizes
+
+
+def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
+    """bits_per_weight, folder_bytes, and ratio to the dense folder (from report.json; for foreign folders to 16 bits a parameter)."""
+    size = write.model_bytes(loaded.folder)
+    packed = load.packed_weights(loaded.model)
+    if not packed:
+        stored = str(loaded.config.get("dtype") or loaded.config.get("torch_dtype") or "float32")
+        return {"bits_per_weight": float(torch.finfo(getattr(torch, stored)).bits), "folder_bytes": size, "ratio": 1.0}
+    return {"bits_per_weight": write.bits_per_weight(packed), "folder_bytes": size, "ratio": dense_bytes(loaded) / size}
+
+
+def dense_bytes(loaded: load.Loaded) -> int:
+    try:
+        return int(json.loads((loaded.folder / "report.json").read_text("utf-8"))["model"]["dense_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        rest = sum(p.numel() for p in loaded.model.parameters())
+        return 2 * (rest + sum(w.shape[0] * w.shape[1] for w in load.packed_weights(loaded.model).values()))
+
+
+def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> dict[str, Any]:
+    """Greedy (temperature 0) or sampled continuation through transformers' generate."""
+    loaded = load.load(model, device)
+    tokens = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    tokens.pop("token_type_ids", None)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    start = time.perf_counter()
+    out = loaded.model.generate(**tokens, max_new_tokens=max_new_tokens, pad_token_id=loaded.tokenizer.eos_token_id, **sampling)  # type: ignore[operator]
+    seconds = time.perf_counter() - start
+    fresh = out[0, tokens["input_ids"].shape[1] :]
+    text = loaded.tokenizer.decode(fresh, skip_special_tokens=True)
+    return {"model": model, "prompt": prompt, "text": text, "tokens": len(fresh), "tokens_per_second": len(fresh) / seconds}
+
+
+def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
+    """Sizes, and one row per packed layer with the error that report.json recorded when it was packed."""
+    loaded = load.load(model, "cpu")
+    packed = load.packed_weights(loaded.model)
+    report = _report(loaded.folder)
+    errors = {row["name"]: row for row in report.get("layers", [])}
+    table = Table("layer", "shape", "bits", "group", "grid", "error", "note", title=f"{model}: {len(packed)} packed linears")
+    rows = []
+    for name, weight in packed.items():
+        row = {
+            "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "symmetric": weight.values.zero is None,
+            "error": errors.get(name, {}).get("error"), "note": errors.get(name, {}).get("note", ""),
+        }  # fmt: skip
+        rows.append(row)
+        error = "" if row["error"] is None else f"{row['error']:.4f}"
+        grid = "sym" if row["symmetric"] else "asym"
+        table.add_row(name, "×".join(map(str, weight.shape)), str(weight.bits), str(weight.group), grid, error, row["note"])
+    return {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded) | {"layers": rows}, table
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def diagnose() -> tuple[dict[str, Any], Table]:
+    """Versions, device, kernels, and the extras that are there or not."""
+    extras = {name: importlib.util.find_spec(name) is not None for name in ("triton", "datasets")}
+    gpu = torch.cuda.is_available()
+    if gpu and extras["triton"]:
+        kernels = "Triton (groups of 32, 64, 128, 256 and multiples of 256; plain torch for others)"
+    else:
+        kernels = "plain torch in float32, 256 rows at a time" + ("" if extras["triton"] or not gpu else "; install triton for GPU kernels")
+    document = environment("cuda" if gpu else "cpu") | {"gpu": torch.cuda.get_device_name() if gpu else None, "kernels": kernels, "extras": extras}
+    document["interpreted"] = os.environ.get("TRITON_INTERPRET") == "1" and dispatch.uses_triton(torch.empty(0), 128, 256)
+    table = Table("", "", show_header=False)
+    for key, value in document.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, dict) else str(value))
+    return document, table

@@ -1,0 +1,23 @@
+"""Which group size a layer gets when the one asked for does not divide its width."""
+
+from compressor.errors import RecipeError
+
+STEP = 16  # group sizes that kernels and servers take are multiples of this
+
+
+def resolve_group(k: int, asked: int, name: str) -> tuple[int, str]:
+    """The group size for layer `name` of k in features, and a sentence for the report, empty when it is what was asked for.
+
+    -1 means one group per row. A size that does not divide k gives way to the largest divisor of k below it that is a multiple of 16. Raises
+    RecipeError, naming what would work, when there is none or the size is neither -1 nor positive.
+    """
+    if asked == -1:
+        return k, ""
+    if asked > 0 and k % asked == 0:
+        return asked, ""
+    fitting = [size for size in range(STEP, k + 1, STEP) if k % size == 0]
+    smaller = [size for size in fitting if size <= asked]
+    if not smaller:
+        works = f" or one of {', '.join(map(str, fitting))}" if fitting else f" or a divisor of {k}"
+        raise RecipeError(f"group={asked} does not fit {name} with {k} in features; use -1 (one scale per row){works}")
+    return smaller[-1], f"group {asked} does not divide {k} in features; {smaller[-1]} used"

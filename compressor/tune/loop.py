@@ -1,0 +1,389 @@
+"""The one training loop: causal language modelling on windows of tokens, for whatever parameters a tuner attached.
+
+A step minimises the mean loss over all its unmasked tokens, however they are spread over micro-batches. Which windows a step sees, and the
+seed of its dropout, follow from (seed, step) alone, so a run that was interrupted continues as if it had not been.
+
+Non-finite numbers never reach the parameters. A step is applied only when its loss and every gradient are finite, which also proves the
+parameters that they were computed from; that state, parameters and Adam moments, is the *good* one. A step that fails is dropped, the good
+state comes back (so an update that broke the model is undone), the learning rate is halved for the rest of the run, and the layer is
+named in the log; the third failure in a row raises. A checkpoint is the good state written down: that of step c is written in the course of
+step c + 1, once it is proven.
+
+Memory beyond the model: parameter, gradient, two moments and the good copy of three of them, 28 bytes a parameter; logits exist for unmasked
+tokens only, at most 2**25 at a time. Limits: one device; windows are causal and padded on the right, if at all.
+
+The loop casts nothing: load the model in float32 on a CPU, in the dtype it is stored in on a GPU. Trainables are float32 everywhere.
+AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from compressor.errors import DataError, ModelError, NumericError, OutputError, RecipeError
+from compressor.recipe import Tune
+
+CHECKPOINT = "tune.safetensors"
+STRIKES = 3  # non-finite steps in a row that end the run
+LOGITS = 1 << 25  # logits alive at a time
+MASKED = -100
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # ids [b, t], labels [b, t] -> summed loss, float32
+
+
+@dataclass
+class TrainLog:
+    """What happened. curve: {step, loss, lr, grad_norm, tokens} of each applied step; evals: {step, value}; notes: sentences."""
+
+    steps: int
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    resumed_from: int = 0
+
+
+def train(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    ids: Tensor,
+    labels: Tensor,
+    options: Tune,
+    seed: int,
+    folder: Path | None,
+    fingerprint: str,
+    evaluate: Callable[[], float] | None = None,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainLog:
+    """Train `parameters` (what a tuner attached to `model`, float32) in place and return the log.
+
+    model: a transformers causal language model, everything but `parameters` frozen; ids, labels int64 [count, seqlen], labels not shifted,
+    -100 where a token is not to be learnt. folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is
+    continued, any other is overwritten. evaluate runs every options.eval_every steps and at the end, in eval mode without gradients.
+    on_step gets each step's record; that of a dropped step has loss None and a note, and is not in the curve.
+
+    DataError for windows that cannot be learnt from, ModelError for parameters that cannot be trained, NumericError after three non-finite
+    steps in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
+    """
+    batches = Batches(ids, labels, options, seed)
+    state, log = _State(parameters, options.weight_decay), TrainLog(batches.steps, notes=batches.notes)
+    path = None if folder is None else folder / CHECKPOINT
+    if path is not None and path.exists():
+        log = _resume(path, fingerprint, state, log)
+    with _training(model, options, state.device):
+        loss = loss_function(model, ids[:1, :8].to(state.device))
+        for step in range(log.resumed_from, batches.steps):
+            torch.manual_seed(seed * 1_000_003 + step)
+            value, fault = _gradient(model, loss, batches, step, state)
+            if fault is not None:
+                record = _strike(state, log, step + 1, fault)
+            else:
+                state.keep()
+                if path is not None and step > log.resumed_from and step % options.checkpoint_every == 0:
+                    _save(path, fingerprint, state, log, step)
+                lr = options.lr * rate(step, batches.steps, options) * state.multiplier
+                norm = state.update(lr, options.clip)
+                record = {"step": step + 1, "loss": value, "lr": lr, "grad_norm": norm, "tokens": batches.tokens(step)}
+                log.curve.append(record)
+            if evaluate is not None and _due(step + 1, batches.steps, options.eval_every):
+                log.evals.append({"step": step + 1, "value": _evaluate(model, evaluate)})
+            if on_step is not None:
+                on_step(dict(record))
+    if path is not None and log.resumed_from < batches.steps:
+        state.keep()
+        _save(path, fingerprint, state, log, batches.steps)
+    return log
+
+
+def rate(step: int, total: int, options: Tune) -> float:
+    """Share of the learning rate that step 0 <= step < total uses: a linear warm-up that ends at 1, then the schedule, which ends above 0."""
+    warm = round(options.warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
+
+
+class Batches:
+    """Which windows each step sees: a stream of seeded permutations of all windows, one an epoch, cut into steps.
+
+    Windows without a token to learn are left out. A step sees at most all windows once, so a set smaller than a batch is one step an epoch.
+    """
+
+    def __init__(self, ids: Tensor, labels: Tensor, options: Tune, seed: int):
+        if ids.shape != labels.shape or ids.dim() != 2 or ids.shape[1] < 2:
+            raise DataError(f"windows must be [count, at least 2] with labels alike, not {tuple(ids.shape)} and {tuple(labels.shape)}")
+        self.ids, self.labels, self.seed, self.batch = ids, labels, seed, options.batch
+        self.counts = (labels[:, 1:] != MASKED).sum(1)
+        self.usable = self.counts.nonzero().flatten()
+        count, dropped = len(self.usable), len(ids) - len(self.usable)
+        if not count:
+            raise DataError(f"none of the {len(ids)} training windows holds a token to learn: give more text, or train on the prompt too")
+        self.notes = [f"{dropped} of {len(ids)} training windows hold no token to learn and were left out"] if dropped else []
+        self.size = min(options.batch * options.accumulate, count)
+        self.steps = options.steps or max(1, math.ceil(options.epochs * count / self.size - 1e-9))
+
+    def windows(self, step: int) -> Tensor:
+        """Row numbers of the windows of a step, int64 [size]."""
+        count = len(self.usable)
+        first, last = step * self.size, (step + 1) * self.size - 1
+        rows = []
+        for epoch in range(first // count, last // count + 1):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            rows.append(order[max(first - epoch * count, 0) : last + 1 - epoch * count])
+        return self.usable[torch.cat(rows)]
+
+    def tokens(self, step: int) -> int:
+        """Tokens that a step learns from."""
+        return int(self.counts[self.windows(step)].sum())
+
+    def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """ids and labels [<= batch, t], without the columns after the last label, which no loss depends on."""
+        for rows in self.windows(step).split(self.batch):
+            labels = self.labels[rows]
+            used = int((labels != MASKED).any(0).nonzero().max()) + 1
+            yield self.ids[rows, :used], labels[:, :used]
+
+
+@torch.no_grad()
+def loss_function(model: nn.Module, probe: Tensor) -> Loss:
+    """The summed next-token loss of `model`, logits made for unmasked tokens only and in bounded chunks.
+
+    That needs a model whose logits are its head applied to the hidden states of its body, nothing else; whether they are is tried on `probe`
+    ids [1, t]. Other models (logit scaling or capping) make all logits of a micro-batch.
+    """
+    body = getattr(model, "base_model", model)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+
+    def hidden(ids: Tensor) -> Tensor:
+        return body(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logits(ids: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    was = model.training
+    model.eval()
+    plain = False
+    if body is not model and head is not None:
+        direct, own = head(hidden(probe)).float(), logits(probe).float()
+        plain = torch.allclose(direct, own, rtol=0, atol=0, equal_nan=True)
+    model.train(was)
+    features, project = (hidden, head) if plain else (logits, nn.Identity())
+
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        wanted = labels[:, 1:] != MASKED
+        return _summed(project, features(ids)[:, :-1][wanted], labels[:, 1:][wanted])
+
+    return loss
+
+
+def _summed(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross entropy of head(hidden [t, d]) with targets [t], in float32; chunks recompute their logits in the backward pass."""
+
+    def part(rows: Tensor, wanted: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(head(rows).float(), wanted, reduction="sum")
+
+    size = max(1, LOGITS // getattr(head, "out_features", hidden.shape[1]))
+    if len(hidden) <= size:
+        return part(hidden, targets)
+    pairs = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.stack([checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pairs]).sum()
+
+
+class _State:
+    """The parameters, their Adam moments, and the good copy of both."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float):
+        for name, p in parameters.items():
+            if p.dtype != torch.float32 or not p.requires_grad:
+                raise ModelError(f"{name} cannot be trained: trainables are float32 and require a gradient, this one is {p.dtype}")
+        if not parameters:
+            raise ModelError("there is nothing to train: the tuner attached no parameters")
+        self.parameters = dict(parameters)
+        self.device = next(iter(parameters.values())).device
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.0, weight_decay=weight_decay)
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p)
+            self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.good = {key: t.clone() for key, t in self.tensors().items()}
+        self.multiplier, self.strikes = 1.0, 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors, flat."""
+        out = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            out |= {f"{key}/{name}": t for key, t in self.optimizer.state[p].items()}
+        return out
+
+    def keep(self) -> None:
+        """The state as it is now is good."""
+        self.strikes = 0
+        for key, t in self.tensors().items():
+            self.good[key].copy_(t)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load all tensors, or raise ValueError before any is changed."""
+        live = self.tensors()
+        if {k: t.shape for k, t in live.items()} != {k: t.shape for k, t in tensors.items()}:
+            raise ValueError("it belongs to other parameters")
+        for key, t in live.items():
+            t.copy_(tensors[key])
+
+    def update(self, lr: float, clip: float) -> float:
+        """One AdamW step on the gradients at hand; returns their norm before clipping."""
+        norm = self.norm()
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, norm)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        return float(norm)
+
+    def norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+
+
+def _gradient(model: nn.Module, loss: Loss, batches: Batches, step: int, state: _State) -> tuple[float, str | None]:
+    """Fill the gradients of one step; returns its mean loss and, if a number is not finite, a sentence about where."""
+    total = batches.tokens(step)
+    state.optimizer.zero_grad(set_to_none=False)
+    mean = torch.zeros((), device=state.device)
+    for ids, labels in batches.micro(step):
+        ids, labels = ids.to(state.device), labels.to(state.device)
+        part = loss(ids, labels) / total
+        value = part.detach()
+        if not bool(torch.isfinite(value)):
+            return float(value), f"the loss is {float(value)}, first seen in {first_nonfinite(model, partial(loss, ids, labels))}"
+        part.backward()
+        mean += value
+    if bool(torch.isfinite(state.norm())):
+        return float(mean), None
+    bad = [name for name, p in state.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    where = f"the gradient of {_layer(bad[0])} ({len(bad)} of {len(state.parameters)} parameters)" if bad else "the norm of all gradients"
+    return float(mean), f"non-finite numbers in {where}"
+
+
+def _layer(name: str) -> str:
+    """The layer that a parameter or module belongs to: its dotted name without the tuner's part."""
+    layer, tuner, _ = name.partition(".tuned")
+    return layer if tuner else name.removesuffix(".weight")
+
+
+@torch.no_grad()
+def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Name of the module whose output is the first non-finite one while `forward` runs; modules inside come before those around them."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple | list) else [output]
+            if not found and any(isinstance(t, Tensor) and t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in parts):
+                found.append(_layer(name))
+
+        return look
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself: every layer's output is finite"
+
+
+def _strike(state: _State, log: TrainLog, step: int, fault: str) -> dict[str, Any]:
+    """Undo, slow down, remember; NumericError on the third in a row."""
+    state.restore(state.good)
+    state.strikes += 1
+    state.multiplier /= 2
+    note = f"step {step} was dropped: {fault}; back to the last good state, the learning rate is now {state.multiplier:g} of its schedule"
+    log.notes.append(note)
+    if state.strikes >= STRIKES:
+        raise NumericError(f"tuning stopped after {STRIKES} non-finite steps in a row, the last at step {step}: {fault}")
+    return {"step": step, "loss": None, "note": note}
+
+
+def _due(done: int, total: int, every: int) -> bool:
+    return done == total or (every > 0 and done % every == 0)
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, evaluate: Callable[[], float]) -> float:
+    model.eval()
+    try:
+        return float(evaluate())
+    finally:
+        model.train()
+
+
+@contextmanager
+def _training(model: nn.Module, options: Tune, device: torch.device) -> Iterator[None]:
+    """Training mode, gradient checkpointing if asked for, and a random state of its own; all as before on the way out."""
+    if options.gradient_checkpointing:
+        _recompute(model)
+    was = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if options.gradient_checkpointing:
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()  # type: ignore[operator]
+        model.train(was)
+
+
+def _recompute(model: nn.Module) -> None:
+    """Turn on the model's own gradient checkpointing; the name changed within transformers 5."""
+    for name in ("activation", "gradient"):
+        if enable := getattr(model, f"{name}_checkpointing_enable", None):
+            return enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    raise RecipeError(f"{type(model).__name__} has no gradient checkpointing of its own: leave it off, or use a smaller batch")
+
+
+def _save(path: Path, fingerprint: str, state: _State, log: TrainLog, step: int) -> None:
+    """Write the good state after `step` steps: to a temporary name, to the disk, then renamed."""
+    record = {"fingerprint": fingerprint, "step": step, "multiplier": state.multiplier, "log": asdict(log)}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.cpu().contiguous() for key, t in state.good.items()}, temporary, metadata={"state": json.dumps(record)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"the tuning checkpoint {path} cannot be written ({error}): free some space and run the same command again") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _resume(path: Path, fingerprint: str, state: _State, fresh: TrainLog) -> TrainLog:
+    """Load the checkpoint into `state` and return its log; one of another run, or a damaged one, leaves the state and is noted in `fresh`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["state"])
+            if record["fingerprint"] != fingerprint:
+                fresh.notes.append(f"the tuning checkpoint {path} is of another run (fingerprint {record['fingerprint']}) and was not used")
+                return fresh
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        log = TrainLog(**record["log"] | {"resumed_from": int(record["step"])})
+        if log.steps != fresh.steps:
+            raise ValueError(f"it is of a run of {log.steps} steps, this one has {fresh.steps}")
+        multiplier = float(record["multiplier"])
+        state.restore(tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        fresh.notes.append(f"the tuning checkpoint {path} is damaged or does not fit ({error}) and was not used")
+        return fresh
+    state.multiplier = multiplier
+    state.keep()
+    return log

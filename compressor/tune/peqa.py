@@ -1,0 +1,116 @@
+"""PEQA: fine-tune the scales of a packed model; codes, zeros and everything else stay as they are.
+
+    weight = s * (code - zero)        dL/ds[i, g] = sum over the columns j of group g of (dy^T x)[i, j] * (code - zero)[i, j]
+
+Source: "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer Quantization", arXiv 2305.14152. There the
+scale itself is trained (`absolute`). Scales of one model differ more than tenfold between rows, so one learning rate suits few of them;
+the default here is `relative`, s = s0 * (1 + delta), where the rate acts on delta and means the same at every row and bit width.
+
+Three things are ours. The forward sees each scale as it will be stored (rounded to the stored dtype, with a straight-through gradient to
+the float32 master), so nothing moves at export: what was trained is what is served. A scale never falls below a tenth of its start, so no
+step can flip the sign of a group or drive it to zero. And no scale exceeds the largest number of its stored dtype.
+
+Price: master, gradient and two Adam moments, 16 bytes a scale, and one rounding pass over the scales each forward. Limit: a scale stored in
+bfloat16 moves in steps of 0.4 to 0.8 percent, larger than most useful changes; store float16 or float32 when tuning.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError, NumericError
+from compressor.linear import PackedLinear, packed_linears
+from compressor.recipe import Tune
+
+FLOOR = 0.1  # of the starting scale
+
+
+class _Snap(torch.autograd.Function):
+    """Round to the nearest number of `dtype`; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).to(x.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class ScaleTuning(nn.Module):
+    """Returns the scale [n, G] to use now: float32, each number exactly representable in the stored dtype.
+
+    start [n, G] in the stored dtype. The one parameter, float32 [n, G], is `delta` (relative, starts at 0) or `scale` (absolute, starts
+    at the stored scale). Before the first step the result equals `start` exactly.
+    """
+
+    start: Tensor
+
+    def __init__(self, start: Tensor, relative: bool = True):
+        super().__init__()
+        self.register_buffer("start", start, persistent=False)
+        wide = start.detach().float()
+        self.leaf = "delta" if relative else "scale"
+        self.register_parameter(self.leaf, nn.Parameter(torch.zeros_like(wide) if relative else wide.clone()))
+
+    def parameter(self) -> tuple[str, nn.Parameter]:
+        """Name within this module, and the parameter."""
+        return self.leaf, self.get_parameter(self.leaf)
+
+    def forward(self) -> Tensor:
+        start = self.start.float()
+        limits = torch.finfo(self.start.dtype)
+        leaf, parameter = self.parameter()
+        scale = start * (1 + parameter) if leaf == "delta" else parameter
+        # Below the smallest normal number a tenth of the start may round to zero: such a scale keeps its start as the floor.
+        floor = torch.maximum(FLOOR * start, start.clamp(max=limits.tiny))
+        return _Snap.apply(scale.clamp(min=floor).clamp(max=limits.max), self.start.dtype)
+
+
+class Peqa:
+    """Trains the scale of every packed linear; the parametrisation comes from the options."""
+
+    def __init__(self, options: Tune):
+        self.relative = options.parametrization == "relative"
+
+    def attach(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Freeze the model, give each PackedLinear a ScaleTuning, and return the parameters, float32 [n, G], by their name in the model.
+
+        ModelError if there is no packed linear, one is tuned already, or one has a negative scale; NumericError if a scale is not finite.
+        """
+        layers = packed_linears(model)
+        if not layers:
+            raise ModelError(f"{type(model).__name__} has no packed linear layers: compress it before tuning its scales")
+        for name, layer in layers.items():
+            _check(name, layer)
+        model.requires_grad_(False)
+        out = {}
+        for name, layer in layers.items():
+            layer.tuned = tuning = ScaleTuning(layer.scale, self.relative)
+            leaf, parameter = tuning.parameter()
+            out[f"{name}.tuned.{leaf}"] = parameter
+        return out
+
+    @torch.no_grad()
+    def detach(self, model: nn.Module) -> None:
+        """Store the tuned scales in the dtype that each layer stores, and remove the tuning; the outputs stay the same bit for bit.
+
+        NumericError if a tuned scale is not finite; then nothing is changed.
+        """
+        tuned = {name: layer for name, layer in packed_linears(model).items() if layer.tuned is not None}
+        scales = {name: layer.packed().values.scale for name, layer in tuned.items()}
+        for name, scale in scales.items():
+            if not bool(torch.isfinite(scale).all()):
+                raise NumericError(f"the tuned scale of {name} is not finite: tune again with a smaller learning rate")
+        for name, layer in tuned.items():
+            layer.scale, layer.tuned = scales[name].contiguous(), None
+
+
+def _check(name: str, layer: PackedLinear) -> None:
+    if layer.tuned is not None:
+        raise ModelError(f"{name} is being tuned already: detach the first tuner before attaching another")
+    if not bool(torch.isfinite(layer.scale).all()):
+        raise NumericError(f"the scale of {name} is not finite: compress the model again")
+    if bool((layer.scale < 0).any()):
+        raise ModelError(f"{name} has a negative scale, which cannot be tuned: compress the model again with positive scales")

@@ -1,0 +1,111 @@
+"""The native folder: our reader, the compressed-tensors library and transformers agree on every weight; damaged files give one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.errors import ModelError
+from compressor.export import compressed_tensors as ct
+from compressor.kernels import layout
+from compressor.packed import Affine, PackedWeight
+
+
+def weight(n: int, k: int, bits: int, group: int, symmetric: bool) -> PackedWeight:
+    torch.manual_seed(n + k + bits)
+    codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
+    zero = None if symmetric else torch.randint(0, 1 << bits, (n, k // group), dtype=torch.uint8)
+    return PackedWeight.pack(codes, Affine((torch.rand(n, k // group) + 0.1).half(), zero), bits)
+
+
+def write(folder: Path, weights: dict[str, PackedWeight], **options: int) -> None:
+    folder.mkdir(exist_ok=True)
+    dense = torch.arange(12.0).view(3, 4)
+    ct.write(folder, {"model_type": "x"}, iter([("norm.weight", dense), *weights.items()]), ["lm_head"], **options)
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, PackedWeight]]:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return ct.read(folder, sorted(folder.glob("*.safetensors")), config)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_round_trip_in_one_file_and_in_shards(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    weights = {f"layers.{i}.q_proj": weight(72, 352, bits, 32, symmetric) for i in range(3)}
+    for name, options in (("one", {}), ("many", {"shard_bytes": 10_000})):
+        write(tmp_path / name, weights, **options)
+        dense, again = read(tmp_path / name)
+        assert torch.equal(dense["norm.weight"], torch.arange(12.0).view(3, 4))
+        assert list(again) == list(weights)
+        for key, packed in weights.items():
+            assert torch.equal(again[key].dequantize(), packed.dequantize())
+            assert (again[key].bits, again[key].group, again[key].values.zero is None) == (bits, 32, symmetric)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in (tmp_path / "many").glob("*.safetensors")}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_library_unpacks_the_same_weights(bits: int, symmetric: bool) -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    packed = weight(64, 96, bits, 32, symmetric)
+    tensors = ct.tensors_of("a", packed)
+    codes = helpers.unpack_from_int32(tensors["a.weight_packed"], bits, torch.Size(packed.shape))
+    assert torch.equal(codes.to(torch.int16) + (1 << (bits - 1)), packed.codes().to(torch.int16))
+    if packed.values.zero is not None:
+        zero = helpers.unpack_from_int32(tensors["a.weight_zero_point"], bits, torch.Size((64, 3)), packed_dim=0)
+        assert torch.equal(zero.to(torch.int16) + (1 << (bits - 1)), packed.values.zero.to(torch.int16))
+
+
+def test_reads_the_padded_3_bit_stream_of_old_writers(tmp_path: Path) -> None:
+    packed = weight(8, 128, 3, 32, symmetric=True)
+    write(tmp_path, {"a": packed})
+    tensors = load_file(tmp_path / "model.safetensors")
+    codes = torch.nn.functional.pad(packed.codes().to(torch.int32), (0, 2)).view(8, 13, 10)
+    tensors["a.weight_packed"] = (codes << torch.arange(0, 30, 3, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(read(tmp_path)[1]["a"].codes(), packed.codes())
+
+
+def test_mixed_schemes_name_their_modules() -> None:
+    config = ct.quantization_config({(3, 128, True): ["l.0.q", "l.0.k"], (4, 64, True): ["l.0.v", "l.1.q"]}, ["lm_head"])
+    groups = config["config_groups"].values()
+    targets = {t: g["weights"]["num_bits"] for g in groups for t in g["targets"]}
+    assert targets == {r"re:.*\.k$": 3, r"re:^l\.0\.q$": 3, r"re:.*\.v$": 4, r"re:^l\.1\.q$": 4}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda t: t.pop("a.weight_scale"), "incomplete"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([8, 127])}), "damaged"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([-8, 128])}), "damaged"),
+        (lambda t: t.update({"a.weight_packed": torch.zeros(8, 99, dtype=torch.int32)}), "no stream of 2, 3 or 4 bits"),
+        (lambda t: t.update({"a.weight_g_idx": torch.zeros(128, dtype=torch.int32)}), "group index"),
+        (lambda t: t.update({"a.weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)}), "zero points"),
+    ],
+)
+def test_damaged_tensors_give_one_sentence(tmp_path: Path, damage, words: str) -> None:
+    write(tmp_path, {"a": weight(8, 128, 3, 32, symmetric=True)})
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=words):
+        read(tmp_path)
+
+
+def test_other_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="gptq"):
+        ct.read(tmp_path, [], {"quant_method": "gptq"})
+
+
+def test_stream_is_what_the_docstring_says() -> None:
+    codes = torch.randint(0, 8, (3, 70), dtype=torch.uint8)
+    words = layout.pack_stream(codes, 3)
+    for row, line in zip(codes.tolist(), words.tolist(), strict=True):
+        number = sum(code << (3 * i) for i, code in enumerate(row))
+        assert [w & 0xFFFFFFFF for w in line] == [(number >> (32 * i)) & 0xFFFFFFFF for i in range(len(line))]

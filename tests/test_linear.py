@@ -1,0 +1,71 @@
+"""PackedLinear against a dense linear, and the walk over models."""
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.errors import ModelError
+from compressor.linear import PackedLinear, find_blocks, packed_linears, swap, to_packed
+from compressor.packed import Affine, PackedWeight
+
+
+def layer(n: int = 96, k: int = 160, group: int = 32, bias: bool = True) -> tuple[nn.Linear, PackedLinear]:
+    packed = PackedWeight.pack(torch.randint(0, 8, (n, k), dtype=torch.uint8), Affine(torch.rand(n, k // group).half()), 3)
+    dense = nn.Linear(k, n, bias=bias)
+    with torch.no_grad():
+        dense.weight.copy_(packed.dequantize())
+    return dense, to_packed(dense, packed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_matches_a_dense_linear_forward_and_backward(bias: bool) -> None:
+    dense, packed = layer(bias=bias)
+    x = torch.randn(2, 5, 160, requires_grad=True)
+    y = torch.autograd.grad(dense(x).square().sum(), x)[0]
+    z = torch.autograd.grad(packed(x).square().sum(), x)[0]
+    assert torch.allclose(dense(x), packed(x), atol=1e-5)
+    assert (y - z).norm() <= 1e-5 * y.norm()
+
+
+def test_16_bit_inputs_are_computed_in_float32_on_a_cpu() -> None:
+    dense, packed = layer()
+    x = torch.randn(3, 160).bfloat16()
+    out = packed(x)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, dense(x.float()).bfloat16())
+
+
+def test_casting_the_model_leaves_the_stored_scale() -> None:
+    _, packed = layer()
+    before = packed.scale.clone()
+    for cast in (packed.float, packed.bfloat16, packed.half, packed.double):
+        cast()
+        assert packed.scale.dtype == torch.float16
+        assert torch.equal(packed.scale, before)
+        assert packed.words.dtype == torch.int32
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(32, 32)
+
+
+def test_find_blocks_takes_the_longest_list_with_linears() -> None:
+    model = nn.Module()
+    model.short = nn.ModuleList([Block()])
+    model.layers = nn.ModuleList([Block(), Block(), Block()])
+    model.norms = nn.ModuleList([nn.LayerNorm(3) for _ in range(5)])
+    assert find_blocks(model)[0] == "layers"
+
+
+def test_find_blocks_refuses_models_without_blocks() -> None:
+    with pytest.raises(ModelError, match="no list of decoder blocks"):
+        find_blocks(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_swap_replaces_nested_modules() -> None:
+    model = nn.Sequential(Block())
+    _, packed = layer()
+    swap(model, "0.proj", packed)
+    assert packed_linears(model) == {"0.proj": packed}

@@ -1,0 +1,63 @@
+"""Recipes: round trip, strictness, fingerprints, and the --quant grammar."""
+
+import pytest
+
+from compressor.errors import RecipeError
+from compressor.recipe import Recipe, parse_quant
+
+
+def test_round_trip_and_yaml_numbers() -> None:
+    recipe = Recipe().with_(quant__bits=2, quant__ignore=("k_proj",), tune__method="peqa", seed=7)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_dict({"tune": {"lr": "1e-3"}}).tune.lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert Recipe.from_dict({"tune": {"epochs": 2}}).tune.epochs == 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"quant": {"bits": 5}}, "choose 2, 3 or 4"),
+        ({"quant": {"bit": 3}}, "did you mean 'bits'"),
+        ({"quant": {"group": 0}}, "group=0"),
+        ({"quant": {"bits": "three"}}, "quant.bits must be int"),
+        ({"quant": {"symmetric": 1}}, "quant.symmetric must be bool"),
+        ({"quant": {"bits": True}}, "quant.bits must be int"),
+        ({"quant": 3}, "must be a mapping"),
+        ({"quant": {"ignore": ["("]}}, "not a regular expression"),
+        ({"tune": {"lr": -1.0}}, "lr=-1.0 must be positive"),
+        ({"tune": {"schedule": "step"}}, "choose cosine"),
+        ({"eval": {"window": 1}}, "window=1"),
+    ],
+)
+def test_bad_values_name_the_key(values: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words.replace("(", r"\(")):
+        Recipe.from_dict(values)
+
+
+def test_digest_follows_only_what_a_stage_depends_on() -> None:
+    base = Recipe()
+    assert base.digest("compress") == base.with_(tune__lr=0.5).digest("compress")
+    assert base.digest("tune") != base.with_(tune__lr=0.5).digest("tune")
+    assert base.digest("compress") != base.with_(quant__bits=2).digest("compress")
+    assert base.digest("tune") == base.with_(eval__window=64, tune__checkpoint_every=3, device="cpu").digest("tune")
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("3bit", {"bits": 3}),
+        ("2bit:RTN", {"bits": 2, "packer": "rtn"}),
+        ("4-bit", {"bits": 4}),
+        ("w3g64", {"bits": 3, "group": 64}),
+        ("W3A16", {"bits": 3}),
+        ("w2g-1:gptq", {"bits": 2, "group": -1, "packer": "gptq"}),
+    ],
+)
+def test_quant_grammar(text: str, values: dict) -> None:
+    assert parse_quant(text) == values
+
+
+@pytest.mark.parametrize("text", ["", "three", "3", "3bit:", "w3g", "int4"])
+def test_quant_grammar_refuses(text: str) -> None:
+    with pytest.raises(RecipeError, match="not understood"):
+        parse_quant(text)

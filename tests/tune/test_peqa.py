@@ -1,0 +1,180 @@
+import pytest
+import torch
+from torch import nn
+
+from compressor.errors import ModelError, NumericError
+from compressor.linear import packed_linears
+from compressor.tune import TUNERS, load_values, values
+from compressor.tune.loop import train
+from compressor.tune.peqa import Peqa, ScaleTuning
+
+STORED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def move(parameters, by=0.05, seed=3):
+    """Random relative changes, as training would make them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            noise = torch.randn(p.shape, generator=generator) * by
+            p.add_(noise if name.endswith(".delta") else noise * p)
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_detach_keeps_outputs_codes_and_dtype(packed_llama, options, windows, kind, dtype, symmetric):
+    model = packed_llama(symmetric=symmetric, dtype=dtype)
+    ids = windows[0]
+    before = {name: {key: t.clone() for key, t in layer.packed().tensors().items()} for name, layer in packed_linears(model).items()}
+    start = model(ids).logits
+    tuner = Peqa(options(parametrization=kind))
+    parameters = tuner.attach(model)
+    assert torch.equal(model(ids).logits, start), "attaching changed the model"
+    move(parameters)
+    tuned = model(ids).logits
+    tuner.detach(model)
+    assert torch.equal(model(ids).logits, tuned), "detaching changed the model"
+    assert not torch.equal(tuned, start)
+    for name, layer in packed_linears(model).items():
+        after = layer.packed().tensors()
+        assert layer.tuned is None and layer.scale.dtype == dtype and layer.scale.is_contiguous()
+        assert after.keys() == before[name].keys() and ("zero" in after) == (not symmetric)
+        assert all(torch.equal(after[key], t) == (key != "scale") for key, t in before[name].items())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_attach_freezes_all_but_what_it_returns(packed_llama, options):
+    model = packed_llama()
+    model.requires_grad_(True)
+    parameters = Peqa(options()).attach(model)
+    free = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert free.keys() == parameters.keys() and all(free[name] is p for name, p in parameters.items())
+    assert len(parameters) == 14 and "model.layers.0.self_attn.q_proj.tuned.delta" in parameters
+    assert all(p.dtype == torch.float32 and not p.any() for p in parameters.values())
+    assert sum(p.numel() for p in parameters.values()) == sum(layer.scale.numel() for layer in packed_linears(model).values())
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+@pytest.mark.parametrize("bits, group, symmetric", [(2, 32, True), (3, 96, False), (4, 16, False)])
+def test_gradient_is_that_of_the_dense_fake_quantised_layer(packed_layer, kind, bits, group, symmetric):
+    layer = packed_layer(bits, group, symmetric)
+    n, k = layer.out_features, layer.in_features
+    layer.tuned = tuning = ScaleTuning(layer.scale, kind == "relative")
+    _, parameter = tuning.parameter()
+    x = torch.randn(5, 7, k, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    wanted = torch.randn(5, 7, n, generator=torch.Generator().manual_seed(4))
+    (layer(x) * wanted).sum().backward()
+
+    scale = layer.scale.double().requires_grad_(True)
+    zero = torch.tensor(float(1 << (bits - 1))) if symmetric else layer.zero.double().unsqueeze(-1)
+    steps = layer.packed().codes().double().view(n, k // group, group) - zero
+    dense_x = x.detach().double().requires_grad_(True)
+    (nn.functional.linear(dense_x, (scale.unsqueeze(-1) * steps).view(n, k)) * wanted.double()).sum().backward()
+
+    expected = scale.grad * layer.scale.double() if kind == "relative" else scale.grad
+    torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(x.grad.double(), dense_x.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_scale_is_snapped_to_its_dtype_with_a_straight_gradient(dtype):
+    start = torch.rand(5, 3, generator=torch.Generator().manual_seed(0)).add(0.01).to(dtype)
+    tuning = ScaleTuning(start, relative=False)
+    with torch.no_grad():
+        tuning.scale.mul_(1 + 1e-5)
+    scale = tuning()
+    assert scale.dtype == torch.float32 and torch.equal(scale, scale.to(dtype).float())
+    assert torch.equal(scale, start.float() * (1 + 1e-5)) if dtype == torch.float32 else torch.equal(scale, start.float())
+    scale.backward(weight := torch.rand(5, 3) * 1e-9)  # too small for float16: the gradient must not pass through the stored dtype
+    assert torch.equal(tuning.scale.grad, weight)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_scale_stays_positive_and_finite(relative):
+    start = torch.tensor([[1.0, 1.0, 1.0, 60000.0, 6e-8, 0.0]], dtype=torch.float16)
+    tuning = ScaleTuning(start, relative)
+    wanted = torch.tensor([[-3.0, 0.05, 0.5, 2.0, 0.01, 1.0]])  # times the start
+    with torch.no_grad():
+        _, parameter = tuning.parameter()
+        parameter.copy_(wanted - 1 if relative else wanted * start.float())
+    scale = tuning()
+    tenth = torch.tensor(0.1).half().item()
+    assert scale.tolist() == [[tenth, tenth, 0.5, 65504.0, start[0, 4].item(), 0.0]]
+    scale.sum().backward()
+    assert (parameter.grad != 0).tolist()[0][:5] == [False, False, True, False, False], "clamped scales have no gradient, others have"
+
+
+@pytest.mark.parametrize("kind, lr", [("relative", 2e-2), ("absolute", 2e-3)])
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_both_parametrisations_learn(packed_llama, options, windows, kind, lr, dtype):
+    model = packed_llama(dtype=dtype)
+    ids, labels = windows[0][:4], windows[0][:4]
+    tuner = Peqa(options(parametrization=kind))
+    log = train(model, tuner.attach(model), ids, labels, options(steps=25, lr=lr, schedule="constant"), 0, None, "")
+    losses = [row["loss"] for row in log.curve]
+    assert losses[-1] < losses[0] - 0.3, losses
+    tuner.detach(model)
+    with torch.no_grad():
+        assert model(ids, labels=labels).loss.item() < losses[0] - 0.3
+
+
+def test_values_travel_as_a_flat_dict(packed_llama, options, windows):
+    model, other = packed_llama(), packed_llama()
+    parameters = Peqa(options()).attach(model)
+    move(parameters)
+    saved = values(parameters)
+    expected = model(windows[0]).logits
+    move(parameters, seed=4)
+    assert not torch.equal(model(windows[0]).logits, expected), "values() must be a copy"
+    fresh = Peqa(options()).attach(other)
+    load_values(fresh, saved)
+    assert torch.equal(other(windows[0]).logits, expected)
+    first = next(iter(saved))
+    for broken in ({**saved, first: torch.zeros(1, 1)}, {k: v for k, v in saved.items() if k != first}):
+        with pytest.raises(ModelError, match="do not fit"):
+            load_values(fresh, broken)
+    assert torch.equal(other(windows[0]).logits, expected), "a refused load changed something"
+
+
+def test_bad_models_are_refused_by_name(packed_llama, dense_model, options):
+    with pytest.raises(ModelError, match="no packed linear"):
+        Peqa(options()).attach(dense_model())
+    model = packed_llama()
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    for value, error in ((float("nan"), NumericError), (-1.0, ModelError)):
+        layer.scale[0, 0] = value
+        with pytest.raises(error, match=r"model\.layers\.1\.mlp\.up_proj"):
+            Peqa(options()).attach(model)
+        assert all(m.tuned is None for m in packed_linears(model).values())
+    layer.scale[0, 0] = 1.0
+    parameters = Peqa(options()).attach(model)
+    with pytest.raises(ModelError, match="already"):
+        Peqa(options()).attach(model)
+    stored = layer.scale.clone()
+    with torch.no_grad():
+        parameters["model.layers.1.mlp.up_proj.tuned.delta"][2, 0] = float("nan")
+    with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        Peqa(options()).detach(model)
+    assert torch.equal(layer.scale, stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_control_trains_and_detaches_exactly(dense_model, options, windows, dtype):
+    model = dense_model().to(dtype)
+    names = [name for name, _ in model.named_parameters()]
+    tuner = TUNERS["full"](options())
+    parameters = tuner.attach(model)
+    assert len(parameters) == 14 and all(p.dtype == torch.float32 for p in parameters.values())
+    log = train(model, parameters, windows[0][:4], windows[0][:4], options(steps=8, lr=3e-3), 0, None, "")
+    assert log.curve[-1]["loss"] < log.curve[0]["loss"] - 0.3
+    tuned = model(windows[0]).logits
+    tuner.detach(model)
+    assert torch.equal(model(windows[0]).logits, tuned)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(type(m) is nn.Linear and m.weight.dtype == dtype for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_dense_control_needs_dense_linears(packed_llama, options):
+    with pytest.raises(ModelError, match="no dense linear"):
+        TUNERS["full"](options()).attach(packed_llama())
