@@ -43,7 +43,7 @@ _TABLE: dict[str, dict[str, tuple[tuple[int, Tile], ...]]] = {
 }
 # fp32 inputs take twice the shared memory and three passes of the tensor cores: one small tile an op, on every chip
 _WIDE: dict[str, tuple[tuple[int, Tile], ...]] = {
-    "forward": ((64, Tile(16, 64, 64, 4, 2)), (_LAST, Tile(16, 64, 64, 4, 2))),
+    "forward": ((64, Tile(16, 64, 64, 8, 2)), (_LAST, Tile(16, 64, 64, 8, 2))),
     "grad_input": ((_LAST, Tile(32, 64, 64, 4, 2)),),
     "grad_scale": ((_LAST, Tile(32, 64, 64, 4, 2)),),
 }

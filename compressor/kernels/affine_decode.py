@@ -10,6 +10,7 @@ dot operands (DOT) apart from the type of the memory; there it is fp32 (fp64). S
 """
 
 # mypy: ignore-errors
+# ruff: noqa: SIM300  (TYPE is no constant but a parameter)
 import triton
 import triton.language as tl
 
@@ -33,16 +34,16 @@ def load_words(w_ptr, n, kb, blocks, tiles_n, BITS: tl.constexpr):
 
 
 @triton.jit
-def plane(low, high, shift, I: tl.constexpr, BITS: tl.constexpr):
-    """Pairs of codes (in the two halves of an int32) of plane I, counted from the plane at bit `shift`."""
+def plane(low, high, shift, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Pairs of codes (in the two halves of an int32) of plane INDEX, counted from the plane at bit `shift`."""
     if BITS == 4:
-        pairs = (low >> (shift + 4 * I)) & 0x000F000F
+        pairs = (low >> (shift + 4 * INDEX)) & 0x000F000F
     elif BITS == 2:
-        pairs = (low >> (shift + 2 * I)) & 0x00030003
+        pairs = (low >> (shift + 2 * INDEX)) & 0x00030003
     else:
         c = (tl.arange(0, 16) // 8)[None, :]
-        nibbles = ((low >> (shift + 2 * (I % 2))) & 0x33333333) | (((high >> (2 * c + shift + I % 2)) & 0x11111111) << 2)
-        pairs = (nibbles >> (4 * (I // 2))) & 0x000F000F
+        nibbles = ((low >> (shift + 2 * (INDEX % 2))) & 0x33333333) | (((high >> (2 * c + shift + INDEX % 2)) & 0x11111111) << 2)
+        pairs = (nibbles >> (4 * (INDEX // 2))) & 0x000F000F
     return pairs
 
 
@@ -53,13 +54,13 @@ def beside(a, b):
 
 
 @triton.jit
-def two_planes(low, high, shift, I: tl.constexpr, BITS: tl.constexpr):
-    return beside(plane(low, high, shift, I, BITS), plane(low, high, shift, I + 1, BITS))
+def two_planes(low, high, shift, INDEX: tl.constexpr, BITS: tl.constexpr):
+    return beside(plane(low, high, shift, INDEX, BITS), plane(low, high, shift, INDEX + 1, BITS))
 
 
 @triton.jit
-def four_planes(low, high, shift, I: tl.constexpr, BITS: tl.constexpr):
-    return beside(two_planes(low, high, shift, I, BITS), two_planes(low, high, shift, I + 2, BITS))
+def four_planes(low, high, shift, INDEX: tl.constexpr, BITS: tl.constexpr):
+    return beside(two_planes(low, high, shift, INDEX, BITS), two_planes(low, high, shift, INDEX + 2, BITS))
 
 
 @triton.jit

@@ -39,8 +39,7 @@ class Model:
         write.round_to_folder(loaded)
         ids = None
         if PACKERS[options.packer].needs:
-            windows = texts.windows(texts.load(calib or "python").train, loaded.tokenizer, seqlen or loading.context(loaded.config), True)
-            ids = texts.sample(windows, nsamples, seed).ids
+            ids = texts.calibration(texts.load(calib or "python").train, loaded.tokenizer, seqlen or loading.context(loaded.config), nsamples, seed)
         dtype = loading.scale_dtype(options.scale_dtype, loaded.config)
         loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids)
         return self

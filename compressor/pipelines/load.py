@@ -69,7 +69,7 @@ def resolve(name: str) -> Path:
     """The local folder of a model, downloaded if it is a hub id."""
     if name == "tiny":
         return TINY
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
         raise ModelError(f"there is no model folder {name}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")

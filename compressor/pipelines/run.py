@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,25 @@ class Run:
 
     @contextlib.contextmanager
     def _safe_report(self) -> Iterator[None]:
-        """A stopped run leaves its report in the work folder; a full disk becomes one sentence."""
+        """A stopped run leaves its report, if anything was finished; a full disk becomes one sentence."""
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                self.report.save(self.work / "report.json")
+            self._leave()
             if disk_full(error):
                 sentence = (
                     f"the disk is full: {self.work} could not be written; free some space and run the same command again, finished work is kept"
                 )
                 raise OutputError(sentence) from None
             raise
+
+    def _leave(self) -> None:
+        """The report of a stopped run, or no folder at all if no stage was finished."""
+        with contextlib.suppress(OSError, OutputError):
+            if (self.work / "journal.json").exists() or any(self.work.glob("*/block-*")):
+                self.report.save(self.work / "report.json")
+            else:
+                shutil.rmtree(self.work)
 
     def _load(self) -> load.Loaded:
         with self._stage("load"):
@@ -126,13 +133,14 @@ class Run:
         bits = torch.finfo(getattr(torch, self.report.model["dense_dtype"])).bits
         self._record("dense", found, bits_per_weight=float(bits), folder_bytes=self.report.model["dense_bytes"])
         self.report.protocol = found["protocol"]
+        self.report.protocol["domain"]["split"] = self.domain.rule
 
     def _compress(self, loaded: load.Loaded, journal: Journal) -> None:
         recipe = self.recipe
         write.round_to_folder(loaded)
         ids = None
         if PACKERS[recipe.quant.packer].needs:
-            ids = data.sample(data.windows(self.calib, loaded.tokenizer, self.seqlen, True), recipe.data.nsamples, recipe.seed).ids
+            ids = data.calibration(self.calib, loaded.tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
         total = len(compress.plan(loaded.model, recipe.quant).packed())
         folder = journal.subfolder("blocks", self.key_compress)
         with self._stage("compress"), self.show.task("compress", total) as advance:
@@ -161,7 +169,7 @@ class Run:
 
             log = train(
                 loaded.model, parameters, windows.ids, windows.labels, recipe.tune, recipe.seed, folder, self.key_tune,
-                lambda: self._domain_perplexity(loaded), on_step,
+                self._domain_perplexity(loaded), on_step,
             )  # fmt: skip
         journal.resumed |= log.resumed_from > 0
         tuner.detach(loaded.model)
@@ -206,14 +214,23 @@ class Run:
     def _measure(self, loaded: load.Loaded, name: str) -> dict[str, Any]:
         corpora = {"domain": self.domain.test, "outside": self.outside}
         with self._stage(f"evaluate {name}"), self.show.task(f"evaluate {name}", 2) as advance:
-            report = lambda _key, done, total: advance(1, "") if done == total else None
+
+            def report(_key: str, done: int, total: int) -> None:
+                if done == total:
+                    advance(1, "")
+
             found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
             prompts = evaluate.prompts(self.domain.test, loaded.tokenizer)
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, SAMPLE_TOKENS), "prompts": prompts}
 
-    def _domain_perplexity(self, loaded: load.Loaded) -> float:
-        corpora = {"domain": self.domain.test}
-        return evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, None)["domain"]["perplexity"]
+    def _domain_perplexity(self, loaded: load.Loaded) -> Callable[[], float]:
+        """What the training loop calls now and then; the text is tokenised once."""
+        if self.domain.test.pairs:
+            cut = data.windows(self.domain.test, loaded.tokenizer, self.window)
+            ids, labels = cut.ids, cut.labels
+        else:
+            ids, labels = evaluate.stream(self.domain.test, loaded.tokenizer), None
+        return lambda: evaluate.perplexity(loaded.model, ids, self.window, self.recipe.eval.max_tokens, labels=labels)["perplexity"]
 
     def _record(self, name: str, found: dict[str, Any], **sizes: Any) -> None:
         entry = getattr(self.report, name) or {}
@@ -327,7 +344,7 @@ def existing_parent(path: Path) -> Path:
 def disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, SafetensorError) and ("os error 28" in str(error) or "os error 122" in str(error))
+    return isinstance(error, SafetensorError) and ("os error 28" in str(error) or "os error 27" in str(error) or "os error 122" in str(error))
 
 
 def _digest(*parts: Any) -> str:

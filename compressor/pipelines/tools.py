@@ -14,14 +14,15 @@ from compressor.kernels import dispatch
 from compressor.pipelines import data, evaluate, load, write
 from compressor.pipelines.report import environment
 from compressor.pipelines.show import Show
+from compressor.recipe import Recipe
 
 
 def evaluate_folder(model: str, source: str, window: int | None, max_tokens: int, device: str, show: Show) -> dict[str, Any]:
     """Perplexity with its protocol, and the size of what was measured."""
     loaded = load.load(model, device)
-    splits = data.load(source) if source == "python" else None
-    corpus = splits.test if splits is not None else data.load_text(source)
-    window = window or load.context(loaded.config)
+    corpus = data.load_text(source)
+    window = load.context(loaded.config) if window is None else window
+    Recipe().with_(eval__window=window, eval__max_tokens=max_tokens)  # checks both
     with show.task("evaluate", 1) as advance:
         found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, max_tokens, None)
         advance(1, "")

@@ -46,7 +46,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     values = grid.choose(w, options.bits, group, options.symmetric, options.shrink, scale_dtype)
     codes, scale = torch.empty(w.shape, dtype=torch.uint8, device=w.device), values.scale.clone()
     hessian = _damped(hessian, damp * hessian.diagonal().mean())
-    for rows in grid.panels(*w.shape, PANEL):
+    for rows in grid.panels(w.shape[0], w.shape[1], PANEL):
         part = Affine(values.scale[rows], None if values.zero is None else values.zero[rows])
         found = _sweep(w[rows], factor, order, part, options.bits, group)
         codes[rows], scale[rows] = refine(w[rows], found, part, hessian, options.bits, ROUNDS)

@@ -15,6 +15,7 @@ from compressor.packed import Affine
 from compressor.quant import grid
 
 BLOCK = 128
+REACH = 2.0  # a scale stays within this factor of where it started: strongly correlated inputs would else pull some to zero or below
 
 
 def refine(w: Tensor, codes: Tensor, values: Affine, hessian: Tensor, bits: int, rounds: int) -> tuple[Tensor, Tensor]:
@@ -27,20 +28,21 @@ def refine(w: Tensor, codes: Tensor, values: Affine, hessian: Tensor, bits: int,
     groups, n = scale.shape
     steps = codes.T.contiguous().float().view(groups, -1, n) - zero.unsqueeze(1)  # [G, group, n]
     pull = hessian @ (w.T - (steps * scale.unsqueeze(1)).view(-1, n))  # [k, n], H ET
+    low, high = scale / REACH, scale * REACH
     for _ in range(rounds):
-        _move_scales(steps, scale, pull, hessian, values.scale.dtype)
+        _move_scales(steps, scale, low, high, pull, hessian, values.scale.dtype)
         _move_codes(steps, scale, zero, pull, hessian, bits)
     return (steps + zero.unsqueeze(1)).view(-1, n).T.to(torch.uint8), scale.T.to(values.scale.dtype)
 
 
-def _move_scales(steps: Tensor, scale: Tensor, pull: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
-    """In place: scale += (d . pull) / (d . H d) for the steps d of one group after the other."""
+def _move_scales(steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, pull: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
+    """In place: scale += (d . pull) / (d . H d) for the steps d of one group after the other, kept between low and high."""
     group = steps.shape[1]
     for g, d in enumerate(steps):  # [group, n]
         columns = slice(g * group, (g + 1) * group)
         curve = ((hessian[columns, columns] @ d) * d).sum(0)
         best = scale[g] + torch.where(curve > 0, (pull[columns] * d).sum(0) / curve, 0)
-        stored = grid.storable(best, dtype)
+        stored = grid.storable(best.clamp(low[g], high[g]), dtype)
         moved = torch.where((stored - best).abs() < (scale[g] - best).abs(), stored - scale[g], 0)
         pull.addmm_(hessian[:, columns], d * moved, alpha=-1)
         scale[g] += moved

@@ -22,7 +22,7 @@ SHAPES = [
     (3, 100, 352, 32),
     (70, 64, 256, 32),
     (2, 70, 100, 100),
-    (3, 256, 2048, 64),
+    (3, 256, 1024, 64),
     (2, 64, 1024, 512),
     (4, 65, 768, 768),
 ]
@@ -95,12 +95,13 @@ def main_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_dense(affine: ModuleType, make: Make, device: str, shape: tuple[int, int, int, int], bits: int, asymmetric: bool) -> None:
+def test_matches_dense(affine: ModuleType, make: Make, device: str, shape: tuple[int, int, int, int], bits: int, kind: str) -> None:
+    """Symmetric weights with the main dtype, asymmetric ones with fp16, which takes the tiles and the decoding of 16-bit inputs everywhere."""
     assert affine.fits(shape[3], shape[2])
-    layer = make(*shape, bits, asymmetric, main_dtype(device))
+    layer = make(*shape, bits, kind == "asymmetric", torch.float16 if kind == "asymmetric" else main_dtype(device))
     for op in OPS:
         assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[layer.x.dtype], op
 
@@ -118,9 +119,9 @@ def test_dtypes(affine: ModuleType, make: Make, dtype: torch.dtype, scale_dtype:
 
 
 @pytest.mark.parametrize(("m", "bits"), [(16, 2), (33, 3), (64, 4), (65, 2), (200, 4)])
-def test_row_buckets(affine: ModuleType, make: Make, device: str, m: int, bits: int) -> None:
+def test_row_buckets(affine: ModuleType, make: Make, m: int, bits: int) -> None:
     """Each tile of the configuration table, full and ragged."""
-    layer = make(m, 130, 512, 128, bits, True, main_dtype(device))
+    layer = make(m, 130, 512, 128, bits, True, torch.float16)
     for op in OPS:
         assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[layer.x.dtype], op
 
@@ -169,9 +170,9 @@ def test_strided_inputs(affine: ModuleType, make: Make) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_repeats_bit_for_bit(affine: ModuleType, make: Make, device: str, op: str) -> None:
-    layer = make(3, 512, 2048, 128, 4, True, main_dtype(device))
-    assert affine.affine_configs.split(8, 8) > 1, "this shape is meant to be cut in parts"
+def test_repeats_bit_for_bit(affine: ModuleType, make: Make, op: str) -> None:
+    layer = make(3, 256, 1024, 128, 4, True, torch.float16)
+    assert affine.affine_configs.split(4, 4) > 1, "this shape is meant to be cut in parts"
     assert torch.equal(layer.run(affine, op), layer.run(affine, op))
 
 
@@ -190,13 +191,13 @@ def test_fits(affine: ModuleType) -> None:
 
 
 def test_gradcheck(affine: ModuleType, make: Make, device: str) -> None:
-    """Finite differences in float64 through the public door."""
+    """Finite differences in float64 through the public door, along random directions (every single one would take a minute)."""
     if device == "cuda":
         pytest.skip("float64 on a GPU goes to the reference")
-    layer = make(2, 5, 64, 32, 3, True, torch.float64)
+    layer = make(3, 16, 64, 32, 3, True, torch.float64)
     x, scale = layer.x.requires_grad_(), layer.scale.requires_grad_()
-    call = lambda x, scale: dispatch.linear(x, layer.words, scale, layer.zero, None, 3, 32, 5)
-    assert torch.autograd.gradcheck(call, (x, scale), atol=1e-7)
+    call = lambda x, scale: dispatch.linear(x, layer.words, scale, layer.zero, None, 3, 32, 16)
+    assert torch.autograd.gradcheck(call, (x, scale), atol=1e-7, fast_mode=True)
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
@@ -204,8 +205,8 @@ def test_through_dispatch(affine: ModuleType, make: Make, device: str, bits: int
     """dispatch.linear takes the kernels for leading dimensions, bias and both gradients, and only for groups that fit."""
     layer = make(6, 100, 352, 32, bits, True, main_dtype(device))
     called = []
-    for op in OPS:
-        monkeypatch.setattr(affine, op, lambda *args, op=op, real=getattr(affine, op): (called.append(op), real(*args))[1])
+    for op, real in {op: getattr(affine, op) for op in OPS}.items():
+        monkeypatch.setattr(affine, op, lambda *args, op=op, real=real: (called.append(op), real(*args))[1])
     x = layer.x.view(2, 3, 352).requires_grad_()
     scale = layer.scale.float().requires_grad_()
     bias = torch.randn(100, device=device).requires_grad_()
@@ -219,10 +220,3 @@ def test_through_dispatch(affine: ModuleType, make: Make, device: str, bits: int
     assert error(scale.grad, layer.expect("grad_scale")) <= tolerance
     assert error(bias.grad, layer.dy.double().sum(0)) <= tolerance
     assert not dispatch.uses_triton(layer.x, 11, 352)
-
-
-def test_the_interpreter_stays_here(device: str) -> None:
-    """Outside the `affine` fixture CPU tensors go to the reference (this test runs after the fixture's module scope only by file order)."""
-    import os
-
-    assert device == "cuda" or dispatch.uses_triton(torch.zeros(1, 1), 32, 32) == (os.environ.get("TRITON_INTERPRET") == "1")

@@ -1,0 +1,121 @@
+"""Commands and their errors, in process: exit code 2 and one sentence, JSON as the last line, nothing written."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compressor.pipelines import cli, compress, load, write
+from compressor.recipe import Quant
+
+
+@pytest.fixture
+def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["compressor", *args])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["run", "./nowhere", "--quant", "3bit"], "there is no model folder ./nowhere"),
+        (["run", "tiny", "--quant", "5bit"], "bits=5 is not supported; choose 2, 3 or 4"),
+        (["run", "tiny", "--quant", "3bit:magic"], "packer 'magic' is unknown"),
+        (["run", "tiny", "--tune", "magic"], "tuner 'magic' is unknown"),
+        (["run", "tiny", "--quant", "3bit", "--group", "7"], "group"),
+        (["run", "tiny", "--data", "empty.txt"], "empty"),
+        (["run", "tiny", "--data", "missing.txt"], "missing.txt"),
+        (["run", "missing.yaml"], "there is no recipe missing.yaml"),
+        (["run", "tiny", "--lr", "-1"], "lr=-1.0 must be positive"),
+        (["run", "tiny", "-o", "theirs"], "already holds files that are not of a run"),
+        (["run", "notlm"], "not a causal language model"),
+        (["run", "nan", "--quant", "3bit"], "model.layers.1.mlp.down_proj.weight holds NaN"),
+        (["run", "cut"], "truncated"),
+        (["eval", "tiny", "--data", "empty.txt"], "empty"),
+        (["eval", "tiny", "--window", "1"], "window"),
+        (["generate", "./nowhere"], "there is no model folder"),
+        (["inspect", "cut"], "truncated"),
+    ],
+)
+def test_bad_inputs(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], words: str) -> None:
+    (at / "empty.txt").write_text("")
+    (at / "theirs").mkdir()
+    (at / "theirs" / "thesis.tex").write_text("mine")
+    for name in ("notlm", "nan", "cut"):
+        shutil.copytree(load.TINY, at / name)
+    config = json.loads((at / "notlm" / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (at / "notlm" / "config.json").write_text(json.dumps(config))
+    tensors = load_file(at / "nan" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, at / "nan" / "model.safetensors", metadata={"format": "pt"})
+    whole = (at / "cut" / "model.safetensors").read_bytes()
+    (at / "cut" / "model.safetensors").write_bytes(whole[:-1000])
+    before = sorted(at.rglob("*"))
+
+    code, out, err = call(monkeypatch, capsys, *args)
+    assert code == 2, err
+    assert out == ""
+    assert words in " ".join(err.split())
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+    assert sorted(at.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = load.load("tiny", "cpu")
+    write.round_to_folder(loaded)
+    compress.compress(loaded.model, Quant(packer="rtn", bits=4), torch.float16, None)
+    folder = tmp_path_factory.mktemp("w4")
+    write.write_folder(loaded, folder)
+    return folder
+
+
+def test_eval_prints_the_contract(packed: Path, at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (at / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    code, out, err = call(monkeypatch, capsys, "eval", str(packed), "--data", "text.txt", "--window", "64")
+    assert code == 0, err
+    document = json.loads(out.strip().splitlines()[-1])
+    assert document["window"] == 64
+    assert document["perplexity"] > 1
+    assert document["tokens"] > 500
+    assert document["bits_per_weight"] == 4.125
+    assert document["ratio"] > 1.5
+    assert len(document["data_sha256"]) == 64
+    assert document["tokens_per_second"] > 0
+    assert document["folder_bytes"] == write.model_bytes(packed)
+
+
+def test_generate_and_inspect(packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(monkeypatch, capsys, "generate", str(packed), "--prompt", "Return the", "--max-new-tokens", "8")
+    assert code == 0, err
+    document = json.loads(out.strip().splitlines()[-1])
+    assert document["text"]
+    assert 1 <= document["tokens"] <= 8
+    code, out, err = call(monkeypatch, capsys, "inspect", str(packed))
+    assert code == 0, err
+    assert len(json.loads(out.strip().splitlines()[-1])["layers"]) == 28
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(monkeypatch, capsys, "doctor")
+    assert code == 0, err
+    document = json.loads(out.strip().splitlines()[-1])
+    assert document["torch"] == torch.__version__
+    assert "torch" in document["kernels"] or "Triton" in document["kernels"]

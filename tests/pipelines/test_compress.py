@@ -1,0 +1,148 @@
+"""Packing block by block: what is found, what shares statistics, what a work folder gives back, other architectures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.errors import ModelError, NumericError, RecipeError
+from compressor.linear import packed_linears
+from compressor.pipelines import compress, load
+from compressor.recipe import Quant
+
+IDS = torch.randint(1, 2000, (6, 48), generator=torch.Generator().manual_seed(0))
+
+
+def fresh() -> nn.Module:
+    return load.load("tiny", "cpu").model
+
+
+def test_plan_finds_all_block_linears_and_nothing_else() -> None:
+    plan = compress.plan(fresh(), Quant(ignore=(r"layers\.0\..*down_proj",)))
+    assert len(plan.packed()) == 7 * 4 - 1
+    assert [t.name for block in plan.targets for t in block if t.reason] == ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(ModelError, match="nothing is left to pack"):
+        compress.plan(fresh(), Quant(ignore=(".*",)))
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        compress.plan(fresh(), Quant(group=7))
+
+
+def test_linears_that_read_the_same_input_share_statistics() -> None:
+    model = fresh()
+    block = model.model.layers[1]
+    calibration = compress.Calibration(model, model.model.layers, IDS)
+    names = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+    groups = compress.shared_inputs(block, names, lambda: calibration.run(block, 1, keep=False, batches=1))
+    leaves = [[n.rpartition(".")[2] for n in group] for group in groups]
+    assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_calibration_walks_the_model_as_the_model_itself() -> None:
+    model = fresh()
+    calibration = compress.Calibration(model, model.model.layers, IDS)
+    for index, block in enumerate(model.model.layers):
+        calibration.run(block, index, keep=True)
+    with torch.no_grad():
+        expected = model.model(IDS).last_hidden_state
+        walked = model.model.norm(torch.cat(calibration.hidden))
+    assert torch.allclose(walked, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("packer", ["rtn", "gptq"])
+def test_work_folder_gives_back_the_same_weights(packer: str, tmp_path: Path) -> None:
+    def run(work: Path | None, after: int | None = None) -> tuple[dict[str, torch.Tensor], list[dict], int]:
+        model = fresh()
+        seen = 0
+
+        def on_layer(_row: dict) -> None:
+            nonlocal seen
+            seen += 1
+            if after is not None and seen > after:
+                raise KeyboardInterrupt
+
+        try:
+            rows, _, resumed = compress.compress(model, Quant(packer=packer), torch.float16, IDS, work, on_layer)
+        except KeyboardInterrupt:
+            return {}, [], -1
+        return {n: p.packed().dequantize() for n, p in packed_linears(model).items()}, rows, resumed
+
+    whole, rows, resumed = run(None)
+    assert resumed == 0
+    assert len(rows) == 28
+    run(tmp_path, after=10)  # stops while it reports the second block
+    (tmp_path / "block-00001.safetensors").write_bytes(b"cut off")  # a damaged file counts as absent
+    again, rows_again, resumed = run(tmp_path)
+    assert resumed == 1
+    assert [r["error"] for r in rows_again] == [r["error"] for r in rows]
+    assert all(torch.equal(again[n], whole[n]) for n in whole)
+
+
+def test_gptq_beats_rtn_on_the_outputs_of_every_block_it_calibrates() -> None:
+    errors = {}
+    for packer in ("rtn", "gptq"):
+        model, dense = fresh(), fresh()
+        compress.compress(model, Quant(packer=packer, bits=2), torch.float16, IDS)
+        with torch.no_grad():
+            errors[packer] = float((model.model(IDS).last_hidden_state - dense.model(IDS).last_hidden_state).norm())
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_nan_weights_are_named() -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.model.layers[2].mlp.gate_proj.weight[3, 4] = float("nan")
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.mlp\.gate_proj\.weight holds NaN"):
+        compress.check_finite(model)
+    with pytest.raises(NumericError, match=r"model\.layers\.2\.mlp\.gate_proj"):
+        compress.compress(model, Quant(packer="rtn"), torch.float16, None)
+
+
+def configs() -> dict[str, object]:
+    import transformers as t
+
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+    }
+    neox = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    return {
+        "mistral": t.MistralConfig(**small, head_dim=16, sliding_window=32),
+        "qwen2": t.Qwen2Config(**small),
+        "qwen3": t.Qwen3Config(**small, head_dim=16),
+        "gemma2": t.Gemma2Config(**small, head_dim=16, sliding_window=16),
+        "gemma3": t.Gemma3TextConfig(**small, head_dim=16, sliding_window=16),
+        "phi3": t.Phi3Config(**small, pad_token_id=0, bos_token_id=0, eos_token_id=0),
+        "phi": t.PhiConfig(**small),
+        "gpt_neox": t.GPTNeoXConfig(**neox),
+    }
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi", "gpt_neox"])
+def test_other_families_pack_and_still_predict(family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configs()[family]).eval()
+    ids = IDS % 96
+    with torch.no_grad():
+        before = model(ids).logits
+    rows, unpacked, _ = compress.compress(model, Quant(bits=4, group=32), torch.float16, ids)
+    assert len(rows) == len(packed_linears(model)) >= 8
+    assert all(row["note"] == "" for row in rows)  # every layer saw calibration text
+    assert all(u["reason"] == "outside the decoder blocks" for u in unpacked)
+    with torch.no_grad():
+        after = model(ids).logits
+    assert (after - before).norm() < 0.3 * before.norm()
+
+
+def test_gpt2_is_refused_with_the_reason() -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96))
+    with pytest.raises(ModelError, match="Conv1D"):
+        compress.plan(model, Quant())
