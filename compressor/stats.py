@@ -1,7 +1,7 @@
 """What a packer learns about the inputs of one linear layer, summed while calibration text streams through it.
 
 Only the sums that were asked for are kept. The second moment is a running *mean* of x xT, so that its size does not grow with the number of
-tokens and float32 is enough for hundreds of thousands of them; GPTQ's factor 2 (Frantar et al., 2022, section 3.1) is left out, for it cancels in
+tokens and float32 is enough for hundreds of thousands of them; GPTQ's factor 2 (Frantar et al., 2022, section 3) is left out, for it cancels in
 every use. Price: width**2 floats per layer. Limits: no weighting of tokens; a non-finite input is noticed by `check`, not by `add`.
 """
 

@@ -120,7 +120,7 @@ def _in_parts(launch: Any, out: Tensor, programs: int, steps: int) -> None:
         acc = torch.float64 if out.dtype == torch.float64 else torch.float32
         buffer = torch.empty(parts, *out.shape, dtype=acc, device=out.device)
         launch(buffer, parts)
-        sum_parts_kernel[(triton.cdiv(out.numel(), 1024),)](buffer, out, out.numel(), PARTS=parts, BLOCK=1024)
+        sum_parts_kernel[(triton.cdiv(out.numel(), 1024),)](buffer, out, out.numel(), PARTS=parts, BLOCK=1024, enable_fp_fusion=True)
 
 
 def _types(x: Tensor) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _types(x: Tensor) -> dict[str, Any]:
 
 
 def _options(tile: Tile) -> dict[str, int]:
-    return {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.warps, "num_stages": tile.stages}
+    return {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 def _foreign(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Which tile sizes the affine kernels run with: small tables by chip and number of rows of x, read by the host side and by bench/aot.py.
 
 A program's time goes to decoding at small m and to the tensor cores at large m, so tiles grow with m. Every row was compiled ahead of time for
-its chip and has neither spills nor too much shared memory (bench/results/aot.csv); the speeds are starting points, not tuned.
+its chip and has neither spills nor too much shared memory (bench/aot.py); the speeds are starting points, not tuned.
 Shared memory sets the limits: 227 KiB on sm_90, 64 KiB on gfx942, and 99 KiB on sm_80, whose rows also serve its smaller siblings.
 """
 

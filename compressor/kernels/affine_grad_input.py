@@ -1,8 +1,10 @@
 """dx = dy W on packed weights: each weight tile is decoded once for all rows of dy that a program owns.
 
 The reduction runs over the rows of W, whose scales differ, so scales are always multiplied into the decoded tile (rounded once, like a dense
-weight). A program owns one block of 256 columns, or a slice of it. Price: the tile passes through shared memory, as the reduction's side must be the rows;
-the words are decoded again for each BM rows of dy. Limits: as in forward, for many rows a dense panel and cuBLAS may be faster. Source: ours.
+weight). A program owns one block of 256 columns, or a slice of it.
+
+Price: the tile passes through shared memory, as the reduction's side must be the rows; the words are decoded again for each BM rows of dy.
+Limits: as in forward, for many rows a dense panel with cuBLAS is expected to be faster. Source: ours.
 """
 
 # mypy: ignore-errors

@@ -261,7 +261,7 @@ def _pack_layer(
     notes = "; ".join(n for n in (target.note, facts.get("note", "")) if n)
     return {
         "name": target.name, "shape": list(target.shape), "bits": quant.bits, "group": target.group, "symmetric": quant.symmetric,
-        "packer": quant.packer, "error": relative_error(weight, packed, stats), "damp": facts.get("damp"),
+        "packer": facts.get("packer", quant.packer), "error": relative_error(weight, packed, stats), "damp": facts.get("damp"),
         "seconds": round(spent + time.perf_counter() - start, 4), "note": notes,
     }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """GPTQ: columns are rounded one after the other, and what is not yet rounded makes up for each column's error.
 
 Frantar et al., 2022 (arXiv 2210.17323): with H = mean(x xT) and U the upper Cholesky factor of its damped inverse, the error of column j divided by
-U[j, j] and multiplied by U[j, j+1:] is taken off the columns behind it (section 3.3), in blocks of 128 (section 3.2). Columns go by descending
+U[j, j] and multiplied by U[j, j+1:] is taken off the columns behind it, in blocks of 128 (section 4, steps 2 and 3). Columns go by descending
 diagonal of H; grids are *static*, chosen from the original weights, so codes lie in their own order and servers need no index of groups.
 The result is then refined (quant/refine.py), which the paper does not do.
 
@@ -30,7 +30,7 @@ ROUNDS = 3  # of refinement; measured in docs/log.md
 
 
 def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
-    """w float32 [n, k], `group` a divisor of k -> packed weight and its report row {"damp", "note"} (no damp when rounded to nearest).
+    """w float32 [n, k], `group` a divisor of k -> packed weight and its report row {"damp", "note"}, or {"packer": "rtn", "note"} when rounded to nearest.
 
     Inputs that were always zero get zero weights. Raises NumericError when w is not finite.
     """
@@ -55,7 +55,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
 
 def _rounded(w: Tensor, options: Quant, group: int, scale_dtype: torch.dtype, why: str) -> tuple[PackedWeight, dict[str, Any]]:
     packed, row = rtn.pack(w, None, options, group, scale_dtype)
-    return packed, row | {"note": f"{why}; rounded to nearest"}
+    return packed, row | {"packer": "rtn", "note": f"{why}; rounded to nearest"}
 
 
 def _living(hessian: Tensor) -> tuple[Tensor, Tensor]:

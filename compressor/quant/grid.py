@@ -1,6 +1,6 @@
 """The grid of a group: the scale, and for asymmetric weights the zero, that its codes count in.
 
-Round-to-nearest with a shrink search (PEQA's initialisation, Kim et al., 2023, section 3.1; the search is that of GPTQ's reference quantiser with
+Round-to-nearest with a shrink search (PEQA's initialisation, Kim et al., 2023; the search is that of GPTQ's reference quantiser with
 a squared error): the range of every (row, group) is scaled by p in 1.00, 0.99 .. 0.21 and the p with the least squared error stays. A candidate
 is judged with its scale already rounded to the dtype it is stored in, so packing changes nothing afterwards. Symmetric grids have one more
 negative than positive step and a positive scale, which servers want; each side of the range gets the steps it has.

@@ -1,10 +1,11 @@
 """Coordinate descent on codes and scales after GPTQ's sweep: each step is the exact minimiser of tr(E H ET), E = W - packed, in one coordinate.
 
-A code moves to the nearest grid value of w + (E H)[j] / H[j, j] without its own column (QuantEase, Behdin et al., 2023, section 3, arXiv
+A code moves to the nearest grid value of w + (E H)[j] / H[j, j] without its own column (QuantEase, Behdin et al., 2023, arXiv
 2309.01885); a scale to its least-squares value given all else, rounded to the dtype it is stored in, and only if that is nearer the
 optimum than what it was. So the error under the damped H never rises. Zeros stay.
 
-Price: about (2 rounds + 1) n k**2 multiplications, as matrix products over blocks of 128 columns, and three float32 copies of the panel of rows.
+Price: about (2 rounds + 1) n k**2 multiplications, as matrix products over blocks of 128 columns, and about
+five float32 copies of the panel of rows.
 Limits: a local minimum; what is minimised is the damped error on the calibration inputs.
 """
 

@@ -1,6 +1,6 @@
 """Round to nearest: every weight takes the nearest value of its group's grid; no calibration data.
 
-This is PEQA's starting point (Kim et al., 2023, section 3.1): `quant/grid.py` chooses scale and zero per (row, group), and the codes
+This is PEQA's starting point (Kim et al., 2023, arXiv 2305.14152): `quant/grid.py` chooses scale and zero per (row, group), and the codes
 follow. Price: the grid search. Limits: blind to the inputs, so at 2 and 3 bits GPTQ is the better start.
 """
 

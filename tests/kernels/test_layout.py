@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.kernels import layout
 
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
 widths = st.sampled_from(layout.BITS)
 quick = settings(max_examples=25, deadline=None)

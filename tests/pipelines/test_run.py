@@ -15,6 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from compressor.errors import OutputError
+from compressor.pipelines.run import run
+from compressor.recipe import Recipe
+
 QUICK = ["--nsamples", "8", "--seqlen", "64", "--steps", "8", "--batch", "4", "--max-tokens", "1024", "--device", "cpu"]
 
 
@@ -156,12 +160,26 @@ def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_full_disk_is_one_sentence_and_loses_nothing(small_disk: Path, quick: tuple[Path, dict[str, Any]]) -> None:
-    code, _, stderr = call("run", "tiny", "--quant", "4bit:rtn", "--tune", "peqa", "-o", "out", *QUICK, cwd=small_disk)
+def test_a_disk_that_is_too_small_is_refused_before_any_work(small_disk: Path) -> None:
+    code, _, stderr = call("run", "tiny", "--quant", "4bit:rtn", "-o", "out", *QUICK, cwd=small_disk)
     assert code == 2
-    assert "disk" in stderr
-    assert "Traceback" not in stderr
+    assert "free some space" in stderr
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_loses_nothing(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe().with_(
+        quant__packer="rtn", quant__bits=4, tune__method="peqa", tune__steps=4, tune__batch=4, data__seqlen=64, eval__max_tokens=1024, device="cpu"
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1 << 40}))
+    with pytest.raises(OutputError, match="the disk is full.*finished work is kept"):
+        run(recipe, small_disk / "out")
     assert not (small_disk / "out").exists()
+    assert list((small_disk / "out.partial").glob("blocks-*/block-*.safetensors"))
+    subprocess.run(["mount", "-o", "remount,size=6m", str(small_disk)], check=True)
+    document = run(recipe, small_disk / "out")
+    assert document["resumed"] is True
+    assert (small_disk / "out" / "model.safetensors").exists()
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
