@@ -47,7 +47,7 @@ def text() -> str:
     lines = [
         f"`tiny` at 3 bits, groups of 128, held-out part of Python's language reference ({protocol}); out of domain: standard-library source:", "",
         *table(tiny), "",
-        "Tuning fits the domain as well as it repairs the codes, so the dense model tuned on the same tokens is the control. A model trained to saturation",
+        "Tuning also fits the domain, so the dense model tuned on the same tokens is the control. A model trained to saturation",
         "feels compression more: a 1 M parameter LLaMA for children's stories (babyllama), 3 bits, groups of 32:", "",
         *table(baby), "",
         f"Largest difference of logits between our packed forward and {versions} on these folders, float32: {worst:.1e}.", "",

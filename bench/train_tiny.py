@@ -29,6 +29,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from compressor.pipelines.builtin import OUTSIDE_MODULES, outside, topics
 
 VOCAB, SEQ = 2048, 256
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# tiny
+
+The embedded model of `compressor`: a LLaMA of one million parameters (RoPE, SwiGLU, grouped-query attention, tied embeddings, byte-level BPE of 2048
+pieces), small enough to ship and trained long enough to feel compression. It writes text that looks like Python documentation and knows nothing.
+
+Trained from scratch by `{command}` on the docstrings and comments of the modules of CPython's standard library (PSF licence), without
+those that measure it (`compressor.pipelines.builtin.OUTSIDE_MODULES`) and without `pydoc_data`. Context: 256 tokens.
+
+| | |
+|---|---|
+{rows}
+
+Perplexities: windows of 256 tokens, at most 64, float32; domain: every seventh topic of `pydoc_data.topics`; outside: source of the held-out modules.
+"""
 
 
 def prose(source: str) -> str:
@@ -77,7 +98,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     special = ["<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<|end|>", eos_token="<|end|>", model_max_length=1024)
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<|end|>", eos_token="<|end|>", model_max_length=SEQ)
 
 
 def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
@@ -183,7 +204,7 @@ def main() -> None:
 
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=128, intermediate_size=384, num_hidden_layers=a.layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, rms_norm_eps=1e-5,
+        head_dim=32, max_position_embeddings=SEQ, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, rms_norm_eps=1e-5,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     n = sum(p.numel() for p in model.parameters())
@@ -215,10 +236,11 @@ def main() -> None:
     tok.save_pretrained(a.out)
     facts = {
         "parameters": n, "steps": a.steps, "tokens_seen": a.steps * a.batch * SEQ, "corpus_tokens": len(stream),
-        "corpus_sha256": hashlib.sha256(stream.tobytes()).hexdigest(), "python": platform.python_version(), "torch": torch.__version__,
+        "corpus_sha256": hashlib.sha256(stream.tobytes()).hexdigest()[:16], "python": platform.python_version(), "torch": torch.__version__,
         "domain_perplexity_256": round(perplexity(model.float(), domain), 3), "outside_perplexity_256": round(perplexity(model.float(), code), 3),
     }  # fmt: skip
-    (a.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
+    (a.out / "README.md").write_text(CARD.format(rows=rows, command=f"python bench/train_tiny.py --steps {a.steps}"), "utf-8")
     print(json.dumps(facts))
 
 

@@ -51,7 +51,7 @@ class Tune:
     parametrization: str = "relative"  # relative: scale0 * (1 + delta), lr is on delta; absolute: lr is on the scale itself (paper)
     epochs: float = 3.0
     steps: int | None = None  # overrides epochs
-    lr: float = 1e-3
+    lr: float = 5e-3
     batch: int = 8
     accumulate: int = 1
     schedule: str = "cosine"  # cosine | linear | constant
