@@ -4,7 +4,9 @@ Tuning also fits the domain, so the control stands beside it: the dense model wi
 three learning rates, chosen on the very text it is measured on, which favours the control), and every number has its partner from
 outside the domain. `recovered` is the share of the loss in domain that packing to the same bits by RTN causes and this arm does not have.
 
-    python bench/quality.py --model tiny --out bench/results/quality.csv
+Rows of the same model in the result file are replaced.
+
+    python bench/quality.py --model tiny --bits 3 2 --out bench/results/quality.csv
     python bench/quality.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32 --bits 3 2
 """
 
@@ -21,7 +23,8 @@ from compressor import __version__
 from compressor.pipelines import compress, data, evaluate, load, write
 from compressor.quant import PACKERS
 from compressor.recipe import Recipe
-from compressor.tune import TUNERS
+from compressor.tune import TUNERS, Tuner
+from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 
 FIELDS = [
@@ -62,17 +65,17 @@ class Bench:
 
     def packed(self, recipe: Recipe) -> tuple[load.Loaded, float]:
         loaded = load.load(self.a.model, "cpu")
-        write.round_to_folder(loaded)
+        write.round_to_folder(loaded, {t.name for t in compress.plan(loaded.model, recipe.quant).packed()})
         start = time.perf_counter()
         ids = None
         if PACKERS[recipe.quant.packer].needs:
             ids = data.calibration(self.domain.train, loaded.tokenizer, load.context(loaded.config), recipe.data.nsamples, recipe.seed)
-        compress.compress(loaded.model, recipe.quant, load.scale_dtype("auto", loaded.config), ids)
+        compress.compress(loaded.model, recipe.quant, load.scale_dtype("auto", loaded.dtype), ids)
         return loaded, time.perf_counter() - start
 
     def tuned(self, loaded: load.Loaded, recipe: Recipe) -> tuple[dict[str, Any], float, int]:
         windows = data.windows(self.domain.train, loaded.tokenizer, load.context(loaded.config))
-        tuner = TUNERS[recipe.tune.method](recipe.tune)
+        tuner: Tuner = Dense(recipe.tune) if recipe.tune.method == "full" else TUNERS[recipe.tune.method](recipe.tune)
         start = time.perf_counter()
         log = train(loaded.model, tuner.attach(loaded.model), windows.ids, windows.labels, recipe.tune, recipe.seed, None, "")
         tuner.detach(loaded.model)
@@ -118,12 +121,14 @@ def main() -> None:
     bench = Bench(a)
     bench.go()
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not a.out.exists()
-    with a.out.open("a", newline="") as file:
+    kept = []
+    if a.out.exists():
+        with a.out.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["model"] != Path(a.model).name]
+    with a.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(bench.rows)
+        writer.writeheader()
+        writer.writerows(kept + bench.rows)
 
 
 if __name__ == "__main__":

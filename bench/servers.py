@@ -29,8 +29,9 @@ def main() -> None:
     for name in a.model:
         for bits, group, symmetric in [(2, 32, True), (3, 32, True), (3, 128, True), (3, -1, True), (4, 32, True), (3, 32, False), (4, 32, False)]:
             loaded = load.load(name, "cpu")
-            write.round_to_folder(loaded)
-            compress.compress(loaded.model, Quant(bits=bits, group=group, symmetric=symmetric, packer="rtn"), torch.float16, None)
+            quant = Quant(bits=bits, group=group, symmetric=symmetric, packer="rtn")
+            write.round_to_folder(loaded, {t.name for t in compress.plan(loaded.model, quant).packed()})
+            compress.compress(loaded.model, quant, load.scale_dtype("auto", loaded.dtype), None)
             ids = torch.randint(1, loaded.config["vocab_size"], (4, 128), generator=torch.Generator().manual_seed(0))
             with tempfile.TemporaryDirectory() as folder, torch.no_grad():
                 write.write_folder(loaded, Path(folder))

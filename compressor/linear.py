@@ -53,13 +53,22 @@ class PackedLinear(nn.Module):
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks: the longest nn.ModuleList of same-class modules that hold nn.Linear or PackedLinear layers."""
+    """The decoder blocks: the longest nn.ModuleList of same-class modules that hold nn.Linear or PackedLinear layers.
+
+    A list inside a list that qualifies, such as the experts of a block, does not count, however long.
+    """
     best: tuple[str, nn.ModuleList] | None = None
+    taken: list[str] = []  # prefixes of the lists that qualify; named_modules gives the outer one first
     for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in taken):
+            continue
         if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) != 1:
             continue
         holds = any(isinstance(m, nn.Linear | PackedLinear) for m in module[0].modules() if m is not module[0])
-        if holds and (best is None or len(module) > len(best[1])):
+        if not holds:
+            continue
+        taken.append(f"{name}." if name else "")
+        if best is None or len(module) > len(best[1]):
             best = (name, module)
     if best is None:
         kinds = sorted({type(m).__name__ for m in model.modules()})

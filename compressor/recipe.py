@@ -7,8 +7,9 @@ that a stage depends on, so that a changed learning rate does not repeat the com
 import difflib
 import hashlib
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from compressor.errors import RecipeError
@@ -101,15 +102,14 @@ class Recipe:
         return out
 
     def digest(self, upto: str = "tune") -> str:
-        """Hex fingerprint of the part of the recipe that decides the result of stage `upto` (compress or tune)."""
+        """Hex fingerprint of the keys that decide the result of stage `upto` (compress or tune); texts and models are known by their content."""
         values = self.to_dict()
-        del values["eval"], values["device"]
-        if STAGES.index(upto) < STAGES.index("tune"):
-            del values["tune"]
-        else:
-            for key in ("checkpoint_every", "eval_every"):
-                del values["tune"][key]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        data = values["data"]
+        keys = {"quant": values["quant"], "seed": self.seed, "nsamples": data["nsamples"], "seqlen": data["seqlen"]}
+        if STAGES.index(upto) >= STAGES.index("tune"):
+            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every")}
+            keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
+        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parse_quant(text: str) -> dict[str, Any]:
@@ -157,20 +157,22 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 def _check(r: Recipe) -> None:
     q, d, t, e = r.quant, r.data, r.tune, r.eval
     rules = [
+        (len(r.model) < 1024, f"model {r.model[:60]!r}… is no name: it has {len(r.model)} characters"),
         (q.bits in (2, 3, 4), f"bits={q.bits} is not supported; choose 2, 3 or 4"),
         (q.group == -1 or q.group > 0, f"group={q.group} is not a group size; give a positive number, or -1 for one scale per row"),
         (q.scale_dtype in ("auto", "float16", "bfloat16", "float32"), f"scale_dtype={q.scale_dtype!r}: choose auto, float16, bfloat16 or float32"),
-        (q.damp > 0, f"damp={q.damp} must be positive"),
+        (0 < q.damp < math.inf, f"damp={q.damp} must be positive"),
         (d.nsamples > 0, f"nsamples={d.nsamples} must be positive"),
         (d.seqlen is None or d.seqlen > 1, f"seqlen={d.seqlen} must be at least 2"),
         (t.parametrization in ("relative", "absolute"), f"parametrization={t.parametrization!r}: choose relative or absolute"),
         (t.schedule in ("cosine", "linear", "constant"), f"schedule={t.schedule!r}: choose cosine, linear or constant"),
-        (t.lr > 0, f"lr={t.lr} must be positive"),
+        (0 <= r.seed < 1 << 31, f"seed={r.seed} must be from 0 to 2147483647"),
+        (0 < t.lr < math.inf, f"lr={t.lr} must be positive"),
         (t.steps is None or t.steps > 0, f"steps={t.steps} must be positive"),
-        (t.epochs > 0, f"epochs={t.epochs} must be positive"),
+        (0 < t.epochs < math.inf, f"epochs={t.epochs} must be positive and finite"),
         (t.batch > 0 and t.accumulate > 0, f"batch={t.batch} and accumulate={t.accumulate} must be positive"),
         (0 <= t.warmup < 1, f"warmup={t.warmup} is a share of the steps, from 0 to below 1"),
-        (t.clip >= 0 and t.weight_decay >= 0, "clip and weight_decay must not be negative"),
+        (0 <= t.clip < math.inf and 0 <= t.weight_decay < math.inf, "clip and weight_decay must not be negative"),
         (t.checkpoint_every > 0 and t.eval_every >= 0, "checkpoint_every must be positive and eval_every not negative"),
         (e.window is None or e.window > 1, f"window={e.window} must be at least 2"),
         (e.max_tokens >= 0, f"max_tokens={e.max_tokens} must not be negative"),
@@ -183,15 +185,3 @@ def _check(r: Recipe) -> None:
             re.compile(pattern)
         except re.error as error:
             raise RecipeError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from None
-
-
-def flat_keys() -> dict[str, Any]:
-    """Every leaf key of a recipe as section__key (or key) with its default, for the CLI."""
-    out: dict[str, Any] = {}
-    for f in fields(Recipe):
-        value = getattr(Recipe(), f.name)
-        if is_dataclass(value):
-            out |= {f"{f.name}__{g.name}": getattr(value, g.name) for g in fields(value)}
-        else:
-            out[f.name] = value
-    return out

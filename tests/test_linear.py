@@ -45,6 +45,38 @@ def test_casting_the_model_leaves_the_stored_scale() -> None:
         assert packed.words.dtype == torch.int32
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_x_is_saved_for_backward_only_to_train_the_scale(trained: bool) -> None:
+    dense, packed = layer(bias=False)
+    packed.scale.requires_grad_(trained)
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = torch.randn(5, 160, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = packed(x)
+    assert any(t.data_ptr() == packed.words.data_ptr() for t in saved)
+    assert any(t.shape == x.shape for t in saved) == trained
+    y.square().sum().backward()
+    dx = torch.autograd.grad(dense(x).square().sum(), x)[0]
+    assert x.grad is not None and (x.grad - dx).norm() <= 1e-5 * dx.norm()
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed(x.detach())
+    assert any(t.data_ptr() == packed.scale.data_ptr() for t in saved) is False, "the scale is needed for the gradient of x only"
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    _, packed = layer(bias=False)
+    x = torch.randn(5, 160, requires_grad=True)
+    (dx,) = torch.autograd.grad(packed(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

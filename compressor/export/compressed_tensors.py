@@ -134,6 +134,12 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
         kind = f"{config.get('quant_method')}/{config.get('format')}"
         raise ModelError(f"{folder} is quantised as {kind}; compressor reads compressed-tensors/pack-quantized folders and dense ones")
+    groups = [g for g in (config.get("config_groups") or {}).values() if isinstance(g, dict)]
+    widths: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}
+    if any(g.get("input_activations") for g in groups):
+        raise ModelError(f"{folder} quantises activations too, which compressor does not run")
+    if not widths or not widths <= set(layout.BITS):
+        raise ModelError(f"{folder} holds weights of {', '.join(map(str, widths)) or 'unknown'} bits; compressor reads 2, 3 and 4")
     dense: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     packed: dict[str, PackedWeight] = {}
@@ -149,11 +155,12 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     except SafetensorError as error:
         raise ModelError(f"{folder} cannot be read: {error}") from None
     for module in list(parts):
-        packed[module] = _decode(parts.pop(module), f"{folder}: {module}")
+        packed[module] = _decode(parts.pop(module), f"{folder}: {module}", sorted(widths))
     return dense, packed
 
 
-def _decode(parts: dict[str, Tensor], where: str) -> PackedWeight:
+def _decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWeight:
+    """`widths`: the bits that the configuration names; which of them a module has follows from its number of words."""
     if "weight_g_idx" in parts:
         raise ModelError(f"{where} has an activation-order group index, which is not supported; re-export it without actorder=group")
     words, scale, shape = (parts.get(key) for key in PARTS[:3])
@@ -162,13 +169,13 @@ def _decode(parts: dict[str, Tensor], where: str) -> PackedWeight:
     n, k = (int(v) for v in shape)
     if min(n, k) < 1 or words.shape[0] != n or scale.shape[0] != n or k % max(1, scale.shape[1]) or words.dtype != torch.int32:
         raise ModelError(f"{where} is damaged: packed {tuple(words.shape)} and scale {tuple(scale.shape)} do not fit shape {(n, k)}")
-    bits = next((b for b in layout.BITS if words.shape[1] == -(-k * b // 32)), None)
+    bits = next((b for b in widths if words.shape[1] == -(-k * b // 32)), None)
     if bits is not None:
         codes = layout.unpack_stream(words, bits, k)
-    elif words.shape[1] == -(-k // 10):
+    elif 3 in widths and words.shape[1] == -(-k // 10):
         bits, codes = 3, _unpack_padded(words, k)
     else:
-        raise ModelError(f"{where} has {words.shape[1]} words for {k} codes, which is no stream of 2, 3 or 4 bits")
+        raise ModelError(f"{where} has {words.shape[1]} words for {k} codes, which is no stream of {' or '.join(map(str, widths))} bits")
     zero = parts.get("weight_zero_point")
     if zero is not None:
         if zero.shape != (-(-n * bits // 32), scale.shape[1]):

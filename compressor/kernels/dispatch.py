@@ -1,8 +1,8 @@
 """The only door to the kernels: one differentiable function, which picks the implementation by device and shape.
 
-`linear` saves x and the packed buffers for the backward pass, never a dense weight: the gradient of x runs on weights decoded again, the
-gradient of the scales is a sum over each group of dy^T x. On a GPU the Triton kernels run where they fit the layer (see `fits`), else, and on
-a CPU, the plain torch reference. CPUs compute in float32 (16-bit matmuls there are tens of times slower).
+`linear` saves the packed buffers for the backward pass, and x only if the scales are trained, never a dense weight: the gradient of x runs on
+weights decoded again, the gradient of the scales is a sum over each group of dy^T x. On a GPU the Triton kernels run where they fit the
+layer (see `fits`), else, and on a CPU, the plain torch reference. CPUs compute in float32 (16-bit matmuls there are tens of times slower).
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from compressor.kernels import reference
 
@@ -29,20 +30,21 @@ def uses_triton(x: Tensor, group: int, k: int) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int) -> Tensor:
-        ctx.save_for_backward(x, words, scale, zero)
-        ctx.bits, ctx.group, ctx.n = bits, group, n
-        return _module(x, group).forward(x, words, scale, zero, bits, group, n)
+        need_x, _, need_scale, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_scale else None, words, scale if need_x else None, zero)
+        ctx.bits, ctx.group, ctx.k, ctx.dtype, ctx.ops = bits, group, x.shape[1], scale.dtype, _module(x, group)
+        return ctx.ops.forward(x, words, scale, zero, bits, group, n)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, words, scale, zero = ctx.saved_tensors
         dy = grads[0].contiguous()
-        ops = _module(x, ctx.group)
         dx = dscale = None
         if ctx.needs_input_grad[0]:
-            dx = ops.grad_input(dy, words, scale, zero, ctx.bits, ctx.group, x.shape[1])
+            dx = ctx.ops.grad_input(dy, words, scale, zero, ctx.bits, ctx.group, ctx.k)
         if ctx.needs_input_grad[2]:
-            dscale = ops.grad_scale(x, dy, words, zero, ctx.bits, ctx.group).to(scale.dtype)
+            dscale = ctx.ops.grad_scale(x, dy, words, zero, ctx.bits, ctx.group).to(ctx.dtype)
         return dx, None, dscale, None, None, None, None
 
 

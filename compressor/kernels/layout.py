@@ -14,12 +14,17 @@ Density is exact: 2, 3 and 4 bits cost 2, 3 and 4 bits (beyond the padding, whic
 
 Dense stream (compressed-tensors, GPTQ transposed, MLX): code i of a row occupies bits i*bits .. i*bits+bits-1 of the row, least
 significant bit first, in little-endian 32-bit words; the last word is filled with zeros.
+
+All four functions work in panels of 256 rows, so that what they need beside input and output stays small, and in cache.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 ROWS, COLS = 64, 256
+PANEL = 256  # rows at a time, a multiple of ROWS
 BITS = (2, 3, 4)
 
 
@@ -28,8 +33,23 @@ def tiles(n: int, k: int) -> tuple[int, int]:
     return -(-n // ROWS), -(-k // COLS)
 
 
+def _panels(n: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of up to PANEL rows that cover n rows, and of the tiles down that they fill."""
+    for start in range(0, n, PANEL):
+        stop = min(start + PANEL, n)
+        yield slice(start, stop), slice(start // ROWS, -(-stop // ROWS))
+
+
 def pack_tiles(codes: Tensor, bits: int) -> Tensor:
     """codes uint8 [n, k], each < 2**bits -> int32 [n/64, k/256, 64, 8*bits] (n, k rounded up)."""
+    n, k = codes.shape
+    out = torch.empty(*tiles(n, k), ROWS, 8 * bits, dtype=torch.int32, device=codes.device)
+    for rows, down in _panels(n):
+        out[down] = _pack_panel(codes[rows], bits)
+    return out
+
+
+def _pack_panel(codes: Tensor, bits: int) -> Tensor:
     n, k = codes.shape
     down, across = tiles(n, k)
     full = codes.new_zeros(down * ROWS, across * COLS)
@@ -44,11 +64,18 @@ def pack_tiles(codes: Tensor, bits: int) -> Tensor:
     words = rows.new_zeros(*rows.shape[:-1], 8)
     for p, h1, c, h in _high_positions():
         words |= high[..., p, h1, c, :, h] << (4 * (p + 4 * h) + 2 * c + h1)
-    return torch.cat([low, words], dim=-1).contiguous()
+    return torch.cat([low, words], dim=-1)
 
 
 def unpack_tiles(words: Tensor, bits: int, n: int, k: int) -> Tensor:
     """Exact inverse of pack_tiles: int32 words -> codes uint8 [n, k]."""
+    out = torch.empty(n, k, dtype=torch.uint8, device=words.device)
+    for rows, down in _panels(n):
+        out[rows] = _unpack_panel(words[down], bits)[: rows.stop - rows.start, :k]
+    return out
+
+
+def _unpack_panel(words: Tensor, bits: int) -> Tensor:
     down, across = words.shape[:2]
     if bits == 4:
         rows = _unplanes(words, 4)
@@ -60,7 +87,7 @@ def unpack_tiles(words: Tensor, bits: int, n: int, k: int) -> Tensor:
             for p, h1, c, h in _high_positions():
                 bit[..., p, h1, c, :, h] = ((high >> (4 * (p + 4 * h) + 2 * c + h1)) & 1).to(torch.uint8)
             rows = rows | (bit.flatten(-5) << 2)
-    return rows.transpose(1, 2).reshape(down * ROWS, across * COLS)[:n, :k].contiguous()
+    return rows.transpose(1, 2).reshape(down * ROWS, across * COLS)
 
 
 def _high_positions() -> list[tuple[int, int, int, int]]:
@@ -90,6 +117,14 @@ def _unplanes(words: Tensor, width: int) -> Tensor:
 def pack_stream(codes: Tensor, bits: int) -> Tensor:
     """codes uint8 [n, k], each < 2**bits -> int32 [n, ceil(k*bits/32)], the dense little-endian bit stream along k."""
     n, k = codes.shape
+    out = torch.empty(n, -(-k * bits // 32), dtype=torch.int32, device=codes.device)
+    for rows, _ in _panels(n):
+        out[rows] = _pack_stream_panel(codes[rows], bits)
+    return out
+
+
+def _pack_stream_panel(codes: Tensor, bits: int) -> Tensor:
+    n, k = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -k % 32)).view(n, -1, 32).to(torch.int64)  # 32 codes fill `bits` words exactly
     words = torch.zeros(n, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
     for i in range(32):
@@ -98,11 +133,18 @@ def pack_stream(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 32:
             words[..., word + 1] |= padded[..., i] >> (32 - shift)
     words = words.view(n, -1)[:, : -(-k * bits // 32)]
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def unpack_stream(words: Tensor, bits: int, k: int) -> Tensor:
     """Exact inverse of pack_stream: int32 [n, ceil(k*bits/32)] -> codes uint8 [n, k]."""
+    out = torch.empty(words.shape[0], k, dtype=torch.uint8, device=words.device)
+    for rows, _ in _panels(words.shape[0]):
+        out[rows] = _unpack_stream_panel(words[rows], bits)[:, :k]
+    return out
+
+
+def _unpack_stream_panel(words: Tensor, bits: int) -> Tensor:
     n = words.shape[0]
     wide = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, -words.shape[1] % bits)).view(n, -1, bits)
     out = torch.empty(n, wide.shape[1], 32, dtype=torch.uint8, device=words.device)
@@ -113,4 +155,4 @@ def unpack_stream(words: Tensor, bits: int, k: int) -> Tensor:
         if shift + bits > 32:
             value = value | (wide[..., word + 1] << (32 - shift))
         out[..., i] = (value & mask).to(torch.uint8)
-    return out.view(n, -1)[:, :k].contiguous()
+    return out.view(n, -1)

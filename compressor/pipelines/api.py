@@ -1,5 +1,6 @@
 """The Python API: a loaded model, and the stages of a run as its methods, each of which changes it in place and returns at the end of it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from compressor.pipelines import data as texts
 from compressor.pipelines import evaluate, write
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
+from compressor.pipelines.journal import open_work
+from compressor.pipelines.output import check_output, publish
 from compressor.quant import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS
@@ -36,11 +39,13 @@ class Model:
         if packed_linears(loaded.model):
             raise ModelError(f"{loaded.name} is packed already")
         blocks.check_finite(loaded.model)
-        write.round_to_folder(loaded)
+        write.round_to_folder(loaded, {t.name for t in blocks.plan(loaded.model, options).packed()})
         ids = None
         if PACKERS[options.packer].needs:
-            ids = texts.calibration(texts.load(calib or "python").train, loaded.tokenizer, seqlen or loading.context(loaded.config), nsamples, seed)
-        dtype = loading.scale_dtype(options.scale_dtype, loaded.config)
+            ids = texts.calibration(
+                texts.load(calib or "python").train, loaded.tokenizer, loading.context(loaded.config, seqlen, "seqlen"), nsamples, seed
+            )
+        dtype = loading.scale_dtype(options.scale_dtype, loaded.dtype)
         loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids)
         return self
 
@@ -49,7 +54,7 @@ class Model:
         recipe = _recipe("tune", options | {"method": method})
         if not packed_linears(self.model):
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
-        windows = texts.windows(texts.load(data or "python").train, self.tokenizer, seqlen or loading.context(self._loaded.config))
+        windows = texts.windows(texts.load(data or "python").train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen"))
         tuner = TUNERS[method](recipe.tune)
         parameters = tuner.attach(self.model)
         try:
@@ -60,14 +65,19 @@ class Model:
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
         """Perplexity of the held-out part of `data`, with its protocol."""
         corpora = {"text": texts.load(data or "python").test}
-        window = window or loading.context(self._loaded.config)
-        return evaluate.measure(self.model, self.tokenizer, corpora, window, max_tokens, None)["text"]
+        return evaluate.measure(self.model, self.tokenizer, corpora, loading.context(self._loaded.config, window), max_tokens, None)["text"]
 
     def save(self, folder: str | Path) -> dict[str, Any]:
         """Write a packed model as a compressed-tensors folder, proven by reading it back; the folder must be new or empty."""
-        path = Path(folder)
-        job.check_output(path, overwrite=False)
-        return write.write_folder(self._loaded, path)
+        if not packed_linears(self.model):
+            raise ModelError(f"{self._loaded.name} is not packed; call compress first")
+        path = Path(folder).resolve()
+        check_output(path, overwrite=False)
+        with open_work(path.with_name(path.name + ".partial")) as journal:
+            facts = write.write_folder(self._loaded, journal.folder / "folder")
+            publish(journal.folder / "folder", path, journal.folder)
+        shutil.rmtree(journal.folder, ignore_errors=True)
+        return facts
 
 
 def load(name: str, device: str = "auto") -> Model:

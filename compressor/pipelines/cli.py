@@ -34,6 +34,14 @@ def main() -> None:
     except CompressorError as error:
         console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a folder without rights, a disk that failed: nothing that the code could know
+        console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        console.print("failed: out of memory; try a smaller --batch or --seqlen, or --gradient-checkpointing", style="red", highlight=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", highlight=False)
         sys.exit(130)
@@ -107,7 +115,7 @@ def run(
         return
     document = pipeline.run(recipe, output, overwrite, RichShow(console), shlex.join(["compressor", *sys.argv[1:]]))
     console.print(render.summary(Report.load(Path(document["output"]) / "report.json")))
-    console.print(f"written to {document['output']} (report.html shows it all)", highlight=False, markup=False)
+    console.print(f"the folder is {document['output']} (report.html shows it all)", highlight=False, markup=False)
     emit(document)
 
 
@@ -117,9 +125,13 @@ def read_recipe(path: Path) -> Recipe:
         values = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    return Recipe.from_dict(values or {})
+    if values is None:
+        raise RecipeError(f"the recipe {path} is empty")
+    return Recipe.from_dict(values)
 
 
 @app.command(name="eval")

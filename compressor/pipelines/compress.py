@@ -84,31 +84,29 @@ def check_finite(model: nn.Module) -> None:
 
 
 class _Stop(Exception):
-    pass
+    """Raised in a hook: the rest of this forward pass is of no use."""
 
 
 class Calibration:
-    """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once."""
+    """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once a batch size."""
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor):
         count, seqlen = ids.shape
         size = max(1, min(count, BATCH_TOKENS // seqlen))
-        while count % size:
-            size -= 1  # equal batches, so that the arguments recorded for one fit all
         device = next(model.parameters()).device
-        self.batches = [part.to(device) for part in ids.split(size)]
+        self.batches = [part.to(device) for part in ids.split(size)]  # equal ones, and perhaps a smaller last one
         self.hidden: list[Tensor] = []
-        self.arguments: list[dict[str, Any]] = [{} for _ in blocks]
+        self.arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]  # by the size of the batch: masks have its shape
         self._record(model, blocks)
 
     @torch.no_grad()
     def _record(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        """One full pass records every block's keyword arguments; the other batches stop at the first block."""
-        stop = False
+        """The first batch of each size records every block's keyword arguments and stops at the last block; the others stop at the first."""
+        size = 0
 
         def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.hidden.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
-            if stop:
+            if size in self.arguments[0]:
                 raise _Stop
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -116,29 +114,36 @@ class Calibration:
                 if len(args) > 1:
                     kind = type(blocks[index]).__name__
                     raise ModelError(f"{kind} takes positional arguments; this architecture cannot be calibrated, use --quant 3bit:rtn")
-                self.arguments[index] = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
+                kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
+                self.arguments[index][size] = kept
+                if index + 1 == len(blocks):
+                    raise _Stop  # logits of thousands of tokens take gigabytes
 
             return hook
 
-        hooks = [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        hooks.append(blocks[0].register_forward_pre_hook(first, with_kwargs=True))
+        hooks = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]  # before the one that may stop
+        hooks += [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
         try:
             for batch in self.batches:
+                size = len(batch)
                 with contextlib.suppress(_Stop):
                     model(input_ids=batch, use_cache=False)
-                stop = True
         finally:
             for hook in hooks:
                 hook.remove()
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, keep: bool, batches: int | None = None) -> None:
-        """All hidden states (or the first few batches) through one block; `keep` makes the outputs the next block's inputs."""
+        """All hidden states (or the first few batches) through one block; `keep` makes the outputs the next block's inputs.
+
+        A hook inside the block may raise _Stop to end the pass of its batch.
+        """
         device = next(block.parameters()).device
         for i, hidden in enumerate(self.hidden[:batches]):
-            out = block(hidden.to(device), **self.arguments[index])
-            if keep:
-                self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
+            with contextlib.suppress(_Stop):
+                out = block(hidden.to(device), **self.arguments[index][len(hidden)])
+                if keep:
+                    self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
 
 
 def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -> list[list[str]]:
@@ -234,10 +239,15 @@ def _pack_block(
 
 
 def _collect(block: nn.Module, index: int, leaves: list[str], quant: Quant, calibration: Calibration, by_leaf: dict[str, Target]) -> LayerStats:
-    """Statistics of the input that `leaves` share, over all calibration windows."""
+    """Statistics of the input that `leaves` share, over all calibration windows; a layer is taken to run once in a pass through its block."""
     layer = block.get_submodule(leaves[0])
     stats = LayerStats(layer.in_features, PACKERS[quant.packer].needs)  # type: ignore[arg-type]
-    hook = layer.register_forward_pre_hook(lambda _m, args: stats.add(args[0]))
+
+    def add(_m: nn.Module, args: tuple[Any, ...]) -> None:
+        stats.add(args[0])
+        raise _Stop  # what comes after this layer is not needed
+
+    hook = layer.register_forward_pre_hook(add)
     try:
         calibration.run(block, index, keep=False)
     finally:

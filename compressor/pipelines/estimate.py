@@ -6,12 +6,14 @@ and divides by the matmul speed measured now, times EFFICIENCY (the share of it 
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from compressor import linear
+from compressor.errors import ModelError
 from compressor.pipelines import compress, load
 from compressor.quant import PACKERS
 from compressor.recipe import Recipe
@@ -30,25 +32,28 @@ class Counts:
     evaluation: int  # both texts, once
 
 
-def shell(folder: Any) -> nn.Module:
+def shell(folder: Path) -> nn.Module:
     """The model without weights (meta device): shapes only."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False)
+    except Exception as error:  # configurations of strangers raise what they like
+        raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
 
 
-def estimate(recipe: Recipe, model: nn.Module, config: dict[str, Any], counts: Counts, dense_bytes: int) -> dict[str, Any]:
-    """Sizes in bytes, memory in bytes and seconds by stage; `model` may be a shell."""
+def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, dense_bytes: int) -> dict[str, Any]:
+    """Sizes in bytes, memory in bytes and seconds by stage; `model` may be a shell, `folder` is the dtype of the output folder."""
     todo = compress.plan(model, recipe.quant)
     packed = todo.packed()
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
     scales = sum(t.shape[0] * t.shape[1] // t.group for t in packed)
-    scale_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, config)).bits // 8
+    scale_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
     zero_bits = 0 if recipe.quant.symmetric else scales * recipe.quant.bits
     packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + scales * scale_bytes
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    rest = (parameters - weights) * torch.finfo(load.folder_dtype(config)).bits // 8
+    rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],

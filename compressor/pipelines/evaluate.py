@@ -127,8 +127,9 @@ def prompts(corpus: Corpus, tokenizer: Any, count: int = 3, tokens: int = 24) ->
     step = max(1, len(corpus.documents) // count)
     chosen = corpus.documents[::step][:count]
     if corpus.pairs:
-        return [d.prompt or "" for d in chosen]
-    return [tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in tokenise((d.text[: 40 * tokens] for d in chosen), tokenizer)]
+        return [d.prompt for d in chosen if d.prompt and d.prompt.strip()]
+    rows = tokenise((d.text[: 40 * tokens] for d in chosen), tokenizer)
+    return [text for row in rows if (text := tokenizer.decode(row[:tokens], skip_special_tokens=True)).strip()]
 
 
 def generate_samples(model: nn.Module, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:

@@ -57,6 +57,8 @@ class Journal:
 @contextlib.contextmanager
 def open_work(folder: Path) -> Iterator[Journal]:
     """The journal of a work folder, made if needed, locked against a second run."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "lock").exists():
+        raise OutputError(f"{folder}, where this run would keep its work, holds files that are not of a run; choose another output folder with -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("w")

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor import linear
-from compressor.errors import ModelError, UserError
+from compressor.errors import ModelError, RecipeError, UserError
 from compressor.export import compressed_tensors
 from compressor.packed import PackedWeight
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
+INDEX = "model.safetensors.index.json"
 ALIASES = {
     "llama-7b": "huggyllama/llama-7b",
     "llama-13b": "huggyllama/llama-13b",
@@ -44,7 +45,10 @@ ALIASES = {
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "pythia-410m": "EleutherAI/pythia-410m",
 }
-FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+FILES = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+COMPANIONS = (
+    "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
+)  # fmt: skip
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
 
 
@@ -57,6 +61,7 @@ class Loaded:
     folder: Path
     name: str
     config: dict[str, Any]
+    dtype: torch.dtype  # of everything that is not packed, once written
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per packed layer
     unpacked: list[dict[str, Any]] = field(default_factory=list)  # linears left dense, each with its reason
 
@@ -69,10 +74,10 @@ def resolve(name: str) -> Path:
     """The local folder of a model, downloaded if it is a hub id."""
     if name == "tiny":
         return TINY
-    if name and Path(name).is_dir():
+    if len(name) < 1024 and name and Path(name).is_dir():
         return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
-        raise ModelError(f"there is no model folder {name}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
+    if len(name) >= 1024 or name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
+        raise ModelError(f"there is no model folder {name[:200]}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
     repo = ALIASES.get(name.lower(), name)
     if "/" not in repo:
         raise ModelError(f"unknown model {name!r}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
@@ -93,7 +98,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{folder}/config.json is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder}/config.json is damaged: it holds no mapping")
+    for key in ("vocab_size", "hidden_size", "max_position_embeddings"):
+        if key in config and (not isinstance(config[key], int) or config[key] < 1):
+            raise ModelError(f"{folder}/config.json is damaged: {key} is {config[key]!r}")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise ModelError(f"{folder}/config.json is damaged: quantization_config is no mapping")
     kinds = config.get("architectures") or []
+    kinds = kinds if isinstance(kinds, list) else [kinds]
     if not any(str(k).endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
         raise ModelError(f"{folder} holds {', '.join(map(str, kinds)) or 'no named architecture'}, not a causal language model")
     return config
@@ -101,11 +114,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, each checked to be whole."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"] if (folder / "model.safetensors").exists() else []
+    names = ["model.safetensors"] if (folder / "model.safetensors").exists() else _indexed(folder / INDEX)
     if not names:
         old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         hint = "only pickled weights, which are not read; convert them to safetensors" if old else "no safetensors files"
@@ -115,39 +124,75 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def _indexed(index: Path) -> list[str]:
+    """File names of a sharded checkpoint's index; names that lead out of the folder are refused."""
+    if not index.exists():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        strange = [n for n in names if Path(n).name != n]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is damaged: it maps no tensor names to files") from None
+    if strange:
+        raise ModelError(f"{index} names {strange[0]!r}, which is no file of this folder")
+    return names
+
+
 def _check_whole(path: Path) -> None:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > size - 8 or length > 100_000_000:
-                raise ValueError
-            header = json.loads(file.read(length))
-        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        header, begin = _header(path)
+        end = max((v["data_offsets"][1] for v in header.values()), default=0)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing although the index names it") from None
-    except (struct.error, ValueError, KeyError, TypeError, IndexError):
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ModelError(f"{path} is damaged or truncated: its header cannot be read") from None
-    if 8 + length + end != size:
-        raise ModelError(f"{path} is truncated or damaged: {size} bytes where its header promises {8 + length + end}")
+    size = path.stat().st_size
+    if begin + end != size:
+        raise ModelError(f"{path} is truncated or damaged: {size} bytes where its header promises {begin + end}")
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Tensor entries of a safetensors file, and where its data begins."""
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        if length > min(path.stat().st_size - 8, 100_000_000):
+            raise ValueError(length)
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def fingerprint(folder: Path) -> str:
-    """Hex digest of a model folder: config, and of each weight file its name, size, header and both ends (not every byte of a large file)."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+    """Hex digest of every byte that decides what a model computes: config, weights, tokenizer (about a second a gigabyte)."""
+    digest = hashlib.sha256()
+    for path in model_files(folder):
         with path.open("rb") as file:
-            digest.update(file.read(4 << 20))
-            file.seek(max(0, size - (4 << 20)))
-            digest.update(file.read())
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
     return digest.hexdigest()[:16]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all weight files: what a user downloads, less the few kilobytes of texts."""
-    return sum(path.stat().st_size for path in weight_files(folder))
+def model_files(folder: Path) -> list[Path]:
+    """The files a server needs: config, weights with their index, tokenizer and its companions; what else lies there is not the model."""
+    weights = weight_files(folder)
+    index = [] if weights[0].name == "model.safetensors" else [folder / INDEX]
+    beside = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return [folder / "config.json", *index, *weights, *sorted(beside)]
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes of `model_files`."""
+    return sum(path.stat().st_size for path in model_files(folder))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating-point dtype that most bytes of the weights have, from the headers (config.json may say otherwise or nothing)."""
+    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts = dict.fromkeys(names, 0)
+    for path in weight_files(folder):
+        for value in _header(path)[0].values():
+            if value["dtype"] in counts:
+                counts[value["dtype"]] += value["data_offsets"][1] - value["data_offsets"][0]
+    return names[max(counts, key=lambda name: counts[name])]
 
 
 def pick_device(asked: str) -> torch.device:
@@ -156,26 +201,29 @@ def pick_device(asked: str) -> torch.device:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise UserError(f"device {asked!r} is unknown; choose auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {asked!r} was asked for, but this PyTorch sees no GPU; use --device cpu")
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {asked!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {asked!r} was asked for, but this PyTorch sees {torch.cuda.device_count() or 'no'} GPU; use --device cpu")
     return device
 
 
-def folder_dtype(config: dict[str, Any]) -> torch.dtype:
+def folder_dtype(stored: torch.dtype, config: dict[str, Any]) -> torch.dtype:
     """The dtype of everything that is not packed in an output folder: float16 for a bfloat16 model of a family known to be safe in it, so
     that servers keep float16 scales exactly; otherwise the model's own."""
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if stored == "bfloat16" and config.get("model_type") in FLOAT16_SAFE:
-        stored = "float16"
-    return getattr(torch, stored)
+    return torch.float16 if stored == torch.bfloat16 and config.get("model_type") in FLOAT16_SAFE else stored
 
 
-def scale_dtype(asked: str, config: dict[str, Any]) -> torch.dtype:
+def scale_dtype(asked: str, folder: torch.dtype) -> torch.dtype:
     """auto: float16, or bfloat16 where the folder is bfloat16 (loaders cast scales to the model's dtype)."""
     if asked != "auto":
         return getattr(torch, asked)
-    return torch.bfloat16 if folder_dtype(config) == torch.bfloat16 else torch.float16
+    return torch.bfloat16 if folder == torch.bfloat16 else torch.float16
+
+
+def _fits(model: nn.Module, dtype: torch.dtype) -> bool:
+    return all(float(p.abs().max()) <= torch.finfo(dtype).max for p in (q.detach() for q in model.parameters()) if p.numel())
 
 
 def load(name: str, device: str = "auto") -> Loaded:
@@ -184,19 +232,25 @@ def load(name: str, device: str = "auto") -> Loaded:
     config = read_config(folder)
     weight_files(folder)
     where = pick_device(device)
-    if "quantization_config" in config:
+    stored = stored_dtype(folder)
+    if config.get("quantization_config"):
         return load_packed(folder, config, where, name)
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if where.type == "cpu" else "auto"
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {_first_line(error)}") from None
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32 if where.type == "cpu" else stored, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # configurations of strangers raise what they like
+        raise ModelError(f"transformers cannot load {folder}: {first_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{folder} lacks weights, they would be random: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
-    return Loaded(model.to(where).eval(), load_tokenizer(folder), folder, name, config)
+    dtype = folder_dtype(stored, config)
+    if not _fits(model, dtype):
+        dtype = stored  # beyond float16, or not finite: the run says which
+    compute = torch.float32 if where.type == "cpu" else dtype
+    return Loaded(model.to(compute).to(where).eval(), load_tokenizer(folder), folder, name, config, dtype)
 
 
 def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name: str) -> Loaded:
@@ -206,12 +260,15 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     for module_name, weight in packed.items():
         layer = _linear_at(model, module_name, folder)
         bias = tensors.pop(f"{module_name}.bias", None)
+        if (bias is None) != (layer.bias is None):
+            raise ModelError(f"{folder}: {module_name} {'lacks its' if bias is None else 'has a foreign'} bias")
         if weight.shape != (layer.out_features, layer.in_features):
             raise ModelError(f"{folder}: {module_name} has shape {weight.shape}, the model wants {(layer.out_features, layer.in_features)}")
         linear.swap(model, module_name, linear.PackedLinear(weight, bias))
     _fill(model, tensors, folder)
-    compute = torch.float32 if device.type == "cpu" else folder_dtype(config)
-    return Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config)
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
+    compute = torch.float32 if device.type == "cpu" else dtype
+    return Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
 
 
 def empty_model(folder: Path) -> Any:
@@ -220,13 +277,13 @@ def empty_model(folder: Path) -> Any:
     from transformers.initialization import no_init_weights
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with no_init_weights():
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise ModelError(f"transformers cannot build the model of {folder}: {_first_line(error)}") from None
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # configurations of strangers raise what they like
+        raise ModelError(f"transformers cannot build the model of {folder}: {first_line(error)}") from None
 
 
 def _linear_at(model: nn.Module, name: str, folder: Path) -> nn.Linear:
@@ -259,20 +316,23 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise ModelError(f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}") from None
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizer files of strangers raise what they like
+        raise ModelError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from None
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
     return {name: layer.packed() for name, layer in linear.packed_linears(model).items()}
 
 
-def context(config: dict[str, Any]) -> int:
-    """Tokens a window may have: what the model was made for, at most 2048 by default."""
-    return min(2048, int(config.get("max_position_embeddings") or config.get("n_positions") or 2048))
+def context(config: dict[str, Any], asked: int | None = None, name: str = "window") -> int:
+    """Tokens of a window: what was asked for, if the model was made for as many, or by default at most 2048."""
+    most = int(config.get("max_position_embeddings") or config.get("n_positions") or 1 << 30)
+    if asked is not None and asked > most:
+        raise RecipeError(f"{name}={asked} is more than the {most} tokens that the model was made for")
+    return min(2048, most) if asked is None else asked
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

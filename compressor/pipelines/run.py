@@ -4,10 +4,8 @@ The work happens in `OUT.partial`; the finished folder is renamed to OUT at the 
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -16,11 +14,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 
-from compressor.errors import ModelError, OutputError
+from compressor import __version__
+from compressor.errors import ModelError, OutputError, RecipeError
 from compressor.pipelines import compress, data, estimate, evaluate, load, render, write
 from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.output import check_output, check_room, contract, disk_full, finished, publish
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
@@ -30,11 +29,12 @@ from compressor.tune import TUNERS
 from compressor.tune.loop import Batches, train
 
 SAMPLE_TOKENS = 40
+SAMPLED_PARAMETERS = 30_000_000  # packed ones, above which a CPU writes no samples
 
 
 def default_output(recipe: Recipe) -> Path:
     """model-w3g128-gptq-peqa in the current folder."""
-    name = Path(recipe.model).name.lower()
+    name = source_name(recipe.model).rpartition("/")[2].lower()
     quant = recipe.quant
     group = "channel" if quant.group == -1 else f"g{quant.group}"
     tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
@@ -46,43 +46,48 @@ class Run:
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         self.recipe, self.output, self.show = recipe, output, show
-        self.work = output.with_name(output.name + ".partial")
+        self.place = output.resolve()  # where the folder really is, whatever links lead there
+        if not self.place.name:
+            raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
+        self.work = self.place.with_name(self.place.name + ".partial")
         self.device = load.pick_device(recipe.device)
-        self.report = Report(recipe=recipe.to_dict(), environment=environment(self.device.type), command=command)
+        self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
         self.source = load.resolve(recipe.model)
         self.config = load.read_config(self.source)
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config"):
             raise ModelError(f"{self.source} is already quantised; `run` starts from a dense model")
         check_methods(recipe)
+        self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
+        self.window = load.context(self.config, recipe.eval.window or self.seqlen)
         self.domain = data.load(recipe.data.data or "python")
         self.outside = data.load_text(recipe.data.outside or "python-source")
         self.calib = data.load(recipe.data.calib).train if recipe.data.calib else self.domain.train
-        self.seqlen = recipe.data.seqlen or load.context(self.config)
-        self.window = recipe.eval.window or self.seqlen
         self._fingerprints(load.fingerprint(self.source))
 
     def _fingerprints(self, model: str) -> None:
-        recipe = self.recipe
+        """One key a stage: the model, the texts it reads, the recipe up to it, the kind of device and the version of this program."""
+        recipe, base = self.recipe, (model, self.device.type, __version__)
         measured = (asdict(recipe.eval), self.window, self.domain.test.sha256, self.outside.sha256)
-        self.key_dense = _digest(model, measured, recipe.device)
-        self.key_compress = _digest(model, recipe.digest("compress"), self.calib.sha256, self.seqlen)
+        calibration = (self.calib.sha256, self.seqlen) if PACKERS[recipe.quant.packer].needs else ()
+        self.key_dense = _digest(base, measured)
+        self.key_compress = _digest(base, recipe.digest("compress"), calibration)
         self.key_packed = _digest(self.key_compress, measured)
-        self.key_tune = _digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256)
+        self.key_tune = _digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
         self.key_tuned = _digest(self.key_tune, measured)
 
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
         with open_work(self.work) as journal, self._safe_report():
             loaded = self._load()
+            calibration, windows = self._texts(loaded)
             self._dense(loaded, journal)
-            self._compress(loaded, journal)
-            if self.recipe.tune.method != "none":
-                self._tune(loaded, journal)
+            self._compress(loaded, calibration, journal)
+            if windows is not None:
+                self._tune(loaded, windows, journal)
             self._write(loaded, journal)
-            document = self.document()
-            self._publish()
+            publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
-        return document
+        return contract(self.report.to_dict(), self.output)
 
     @contextlib.contextmanager
     def _safe_report(self) -> Iterator[None]:
@@ -92,10 +97,8 @@ class Run:
         except BaseException as error:
             self._leave()
             if disk_full(error):
-                sentence = (
-                    f"the disk is full: {self.work} could not be written; free some space and run the same command again, finished work is kept"
-                )
-                raise OutputError(sentence) from None
+                what = f"the disk is full: {self.work} could not be written"
+                raise OutputError(f"{what}; free some space and run the same command again, finished work is kept") from None
             raise
 
     def _leave(self) -> None:
@@ -114,16 +117,24 @@ class Run:
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
             "name": self.recipe.model, "source": source_name(self.recipe.model),
-            "architecture": self.config["architectures"][0], "parameters": sum(p.numel() for p in parameters.values()),
-            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in todo.packed()), "dense_bytes": write.model_bytes(self.source),
-            "dense_dtype": str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32"),
-            "folder_dtype": str(load.folder_dtype(self.config)).removeprefix("torch."),
-            "scale_dtype": str(load.scale_dtype(self.recipe.quant.scale_dtype, self.config)).removeprefix("torch."),
+            "architecture": str(self.config["architectures"][0]), "parameters": sum(p.numel() for p in parameters.values()),
+            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in todo.packed()), "dense_bytes": load.model_bytes(self.source),
+            "dense_dtype": plain(load.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
+            "scale_dtype": plain(load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)),
         }  # fmt: skip
         for target in todo.packed():
             if target.note:
                 self.show.say(target.note)
         return loaded
+
+    def _texts(self, loaded: load.Loaded) -> tuple[torch.Tensor | None, data.Windows | None]:
+        """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
+        recipe, ids, windows = self.recipe, None, None
+        if PACKERS[recipe.quant.packer].needs:
+            ids = data.calibration(self.calib, loaded.tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
+        if recipe.tune.method != "none":
+            windows = data.windows(self.domain.train, loaded.tokenizer, self.seqlen, recipe.data.train_on_prompt)
+        return ids, windows
 
     def _dense(self, loaded: load.Loaded, journal: Journal) -> None:
         found = journal.get("dense", self.key_dense)
@@ -135,16 +146,13 @@ class Run:
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
 
-    def _compress(self, loaded: load.Loaded, journal: Journal) -> None:
+    def _compress(self, loaded: load.Loaded, ids: torch.Tensor | None, journal: Journal) -> None:
         recipe = self.recipe
-        write.round_to_folder(loaded)
-        ids = None
-        if PACKERS[recipe.quant.packer].needs:
-            ids = data.calibration(self.calib, loaded.tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
-        total = len(compress.plan(loaded.model, recipe.quant).packed())
+        targets = compress.plan(loaded.model, recipe.quant).packed()
+        write.round_to_folder(loaded, {t.name for t in targets})
         folder = journal.subfolder("blocks", self.key_compress)
-        with self._stage("compress"), self.show.task("compress", total) as advance:
-            dtype = load.scale_dtype(recipe.quant.scale_dtype, self.config)
+        with self._stage("compress"), self.show.task("compress", len(targets)) as advance:
+            dtype = load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
             loaded.rows, loaded.unpacked, resumed = compress.compress(
                 loaded.model, recipe.quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}")
             )
@@ -152,9 +160,8 @@ class Run:
         self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
         self._measured("packed", self.key_packed, loaded, journal)
 
-    def _tune(self, loaded: load.Loaded, journal: Journal) -> None:
+    def _tune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
         recipe = self.recipe
-        windows = data.windows(self.domain.train, loaded.tokenizer, self.seqlen, recipe.data.train_on_prompt)
         tuner = TUNERS[recipe.tune.method](recipe.tune)
         parameters = tuner.attach(loaded.model)
         folder = journal.subfolder("tune", self.key_tune)
@@ -184,7 +191,7 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         with self._stage("export"):
             self.report.export = write.write_folder(loaded, folder)
-        size = write.model_bytes(folder)
+        size = load.model_bytes(folder)
         packed = load.packed_weights(loaded.model)
         for name in ("packed", "tuned"):
             if getattr(self.report, name, None):
@@ -194,15 +201,6 @@ class Run:
         render.write_html(self.report, folder / "report.html")
         render.write_card(self.report, folder / "README.md")
         (folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), "utf-8")
-
-    def _publish(self) -> None:
-        """Give the finished folder its name; an older folder of ours is replaced only now."""
-        old = self.output.with_name(self.output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.output.exists():
-            os.rename(self.output, old)
-        os.rename(self.work / "folder", self.output)
-        shutil.rmtree(old, ignore_errors=True)
 
     def _measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> None:
         found = journal.get(name, key)
@@ -220,8 +218,16 @@ class Run:
                     advance(1, "")
 
             found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
-            prompts = evaluate.prompts(self.domain.test, loaded.tokenizer)
+            prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if self._samples() else []
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, SAMPLE_TOKENS), "prompts": prompts}
+
+    def _samples(self) -> bool:
+        """Whether to write sample texts: not where decoding every weight again for each token would take longer than the measuring."""
+        if self.device.type == "cuda" or self.report.model["packed_parameters"] <= SAMPLED_PARAMETERS:
+            return True
+        note = "no samples: decoding token by token on a CPU takes too long for a model of this size; use compressor generate"
+        self.report.notes = sorted({*self.report.notes, note})
+        return False
 
     def _domain_perplexity(self, loaded: load.Loaded) -> Callable[[], float]:
         """What the training loop calls now and then; the text is tokenised once."""
@@ -245,17 +251,8 @@ class Run:
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        with Stage(name, self.report.seconds, self.report.peak_bytes, self.device.type):
+        with Stage(name, self.report.seconds, self.report.peak_bytes, str(self.device)):
             yield
-
-    def document(self) -> dict[str, Any]:
-        return contract(self.report.to_dict(), self.output)
-
-
-def contract(report: dict[str, Any], output: Path) -> dict[str, Any]:
-    """The stable document for scripts, from a report."""
-    keys = ("dense", "packed", "tuned", "seconds", "peak_bytes", "resumed")
-    return {"output": str(output)} | {key: report[key] for key in keys if report.get(key) is not None}
 
 
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
@@ -263,34 +260,30 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     show = show or Show()
     output = output or default_output(recipe)
     job = Run(recipe, output, show, command)
-    done = finished(job)
+    done = finished(job.place, job.key_tuned)
     if done is not None and not overwrite:
         show.say(f"{output} already holds the result of this recipe; nothing to do (--overwrite runs it again)")
-        return done
-    check_output(output, overwrite)
-    need = 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + write.model_bytes(job.source) // 2
-    free = shutil.disk_usage(existing_parent(output)).free
-    if free < need:
-        room = f"has {free / 1e9:.1f} GB free and the run writes up to {need / 1e9:.1f} GB"
-        raise OutputError(f"the disk of {output} {room}; free some space or choose another folder with -o")
+        return done | {"output": str(output)}
+    check_output(job.place, overwrite)
+    check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + load.model_bytes(job.source) // 2)
     return job.go()
 
 
 def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
     job = Run(recipe, output or default_output(recipe), show)
-    check_output(job.output, overwrite=True)
+    check_output(job.place, overwrite=True)
     tokenizer = load.load_tokenizer(job.source)
     cap = recipe.eval.max_tokens or 1 << 62
-    read = [data.windows(c, tokenizer, min(job.window, 128)).ids.numel() for c in (job.domain.test, job.outside)]
+    read = [evaluate.stream(corpus, tokenizer).numel() for corpus in (job.domain.test, job.outside)]
     windows = data.windows(job.domain.train, tokenizer, job.seqlen, recipe.data.train_on_prompt)
     steps = Batches(windows.ids, windows.labels, recipe.tune, recipe.seed).steps if recipe.tune.method != "none" else 0
     counts = estimate.Counts(
         calibration=min(recipe.data.nsamples, len(windows)) * job.seqlen, tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
         step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, tokens) for tokens in read),
     )  # fmt: skip
-    shell = estimate.shell(job.source)
-    found = estimate.estimate(recipe, shell, job.config, counts, write.model_bytes(job.source))
+    folder = load.folder_dtype(load.stored_dtype(job.source), job.config)
+    found = estimate.estimate(recipe, estimate.shell(job.source), folder, counts, load.model_bytes(job.source))
     size = f"{found['weight_bytes'] / 1e6:,.1f} MB, {found['ratio']:.2f} times smaller"
     show.say(f"{recipe.model}: {found['packed_layers']} linears at {found['bits_per_weight']:.3f} bits per weight, {size}")
     minutes = sum(found["seconds"].values()) / 60
@@ -298,53 +291,20 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     return {"output": str(job.output), "dry_run": True} | found
 
 
-def finished(job: Run) -> dict[str, Any] | None:
-    """The contract document of an output folder that the same recipe, model and data have written, or None."""
-    path = job.output / "report.json"
-    try:
-        report = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = report.get("recipe") == job.recipe.to_dict() and report.get("keys") == job.key_tuned
-    return contract(report, job.output) | {"resumed": True} if same else None
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / "report.json").exists()
-    if ours and overwrite:
-        return
-    what = "the result of another run" if ours else "files that are not of a run"
-    hint = "add --overwrite or choose another folder with -o" if ours else "choose another folder with -o"
-    raise OutputError(f"{output} already holds {what}; {hint}")
-
-
 def source_name(model: str) -> str:
     """The hub id behind a name, or the last part of a local folder (no paths of this machine in a folder that others will read)."""
-    return Path(model).name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
+    return Path(model).resolve().name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
 
 
 def check_methods(recipe: Recipe) -> None:
-    from compressor.errors import RecipeError
-
     if recipe.quant.packer not in PACKERS:
         raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}")
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
 
 
-def existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, SafetensorError) and ("os error 28" in str(error) or "os error 27" in str(error) or "os error 122" in str(error))
+def plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _digest(*parts: Any) -> str:

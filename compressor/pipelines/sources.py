@@ -23,6 +23,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ def load_text(source: str) -> Corpus:
 
 
 def _open(source: str) -> _Source:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
+    if len(source) >= 1024:
+        raise DataError(f"there is no file or folder {source[:200]!r}…")
     if not source.strip():
         raise DataError("the name of the data is empty; give a file, a folder, a builtin name or the name of a dataset")
     if source == "python":

@@ -4,14 +4,15 @@ import importlib.util
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
+from compressor.errors import RecipeError
 from compressor.kernels import dispatch
 from compressor.pipelines import data, evaluate, load, write
+from compressor.pipelines.output import read_report
 from compressor.pipelines.report import environment
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
@@ -21,8 +22,8 @@ def evaluate_folder(model: str, source: str, window: int | None, max_tokens: int
     """Perplexity with its protocol, and the size of what was measured."""
     loaded = load.load(model, device)
     corpus = data.load_text(source)
-    window = load.context(loaded.config) if window is None else window
     Recipe().with_(eval__window=window, eval__max_tokens=max_tokens)  # checks both
+    window = load.context(loaded.config, window)
     with show.task("evaluate", 1) as advance:
         found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, max_tokens, None)
         advance(1, "")
@@ -33,24 +34,25 @@ def evaluate_folder(model: str, source: str, window: int | None, max_tokens: int
 
 def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
     """bits_per_weight, folder_bytes, and ratio to the dense folder (from report.json; for foreign folders to 16 bits a parameter)."""
-    size = write.model_bytes(loaded.folder)
+    size = load.model_bytes(loaded.folder)
     packed = load.packed_weights(loaded.model)
     if not packed:
-        stored = str(loaded.config.get("dtype") or loaded.config.get("torch_dtype") or "float32")
-        return {"bits_per_weight": float(torch.finfo(getattr(torch, stored)).bits), "folder_bytes": size, "ratio": 1.0}
+        return {"bits_per_weight": float(torch.finfo(load.stored_dtype(loaded.folder)).bits), "folder_bytes": size, "ratio": 1.0}
     return {"bits_per_weight": write.bits_per_weight(packed), "folder_bytes": size, "ratio": dense_bytes(loaded) / size}
 
 
 def dense_bytes(loaded: load.Loaded) -> int:
     try:
-        return int(json.loads((loaded.folder / "report.json").read_text("utf-8"))["model"]["dense_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_report(loaded.folder)["model"]["dense_bytes"])
+    except (KeyError, TypeError, ValueError):
         rest = sum(p.numel() for p in loaded.model.parameters())
         return 2 * (rest + sum(w.shape[0] * w.shape[1] for w in load.packed_weights(loaded.model).values()))
 
 
 def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> dict[str, Any]:
     """Greedy (temperature 0) or sampled continuation through transformers' generate."""
+    if not temperature >= 0 or max_new_tokens < 1 or not prompt:
+        raise RecipeError("temperature must be 0 or more, max-new-tokens at least 1, and the prompt not empty")
     loaded = load.load(model, device)
     tokens = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.device)
     tokens.pop("token_type_ids", None)
@@ -68,7 +70,7 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
     """Sizes, and one row per packed layer with the error that report.json recorded when it was packed."""
     loaded = load.load(model, "cpu")
     packed = load.packed_weights(loaded.model)
-    report = _report(loaded.folder)
+    report = read_report(loaded.folder)
     errors = {row["name"]: row for row in report.get("layers", [])}
     table = Table("layer", "shape", "bits", "group", "grid", "error", "note", title=f"{model}: {len(packed)} packed linears")
     rows = []
@@ -82,13 +84,6 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
         grid = "sym" if row["symmetric"] else "asym"
         table.add_row(name, "×".join(map(str, weight.shape)), str(weight.bits), str(weight.group), grid, error, row["note"])
     return {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded) | {"layers": rows}, table
-
-
-def _report(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "report.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def diagnose() -> tuple[dict[str, Any], Table]:

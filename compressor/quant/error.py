@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from compressor.kernels import layout, reference
 from compressor.packed import PackedWeight
 from compressor.quant.grid import panels
 from compressor.stats import LayerStats
@@ -18,13 +19,19 @@ def relative_error(w: Tensor, packed: PackedWeight, stats: LayerStats | None) ->
     """
     hessian = None if stats is None or stats.hessian is None else stats.hessian.to(w.device, torch.float32)
     wrong, whole = 0.0, 0.0
-    dense = packed.dequantize()
-    for rows in panels(*w.shape):
-        wrong += _energy(w[rows] - dense[rows], hessian)
+    for rows in panels(w.shape[0], w.shape[1], multiple=layout.ROWS):
+        wrong += _energy(w[rows] - _dense(packed, rows), hessian)
         whole += _energy(w[rows], hessian)
     if wrong <= 0.0:
         return 0.0
     return math.sqrt(wrong / whole) if whole > 0 else math.inf
+
+
+def _dense(packed: PackedWeight, rows: slice) -> Tensor:
+    """The rows [start, stop) of the dense weight, float32; start is a multiple of a tile's rows."""
+    words = packed.words[rows.start // layout.ROWS : -(-rows.stop // layout.ROWS)]
+    scale, zero = packed.values.scale[rows], None if packed.values.zero is None else packed.values.zero[rows]
+    return reference.dequantize(words, scale, zero, packed.bits, packed.group, rows.stop - rows.start, packed.shape[1], torch.float32)
 
 
 def _energy(e: Tensor, hessian: Tensor | None) -> float:

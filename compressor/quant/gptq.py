@@ -8,7 +8,9 @@ The result is then refined (quant/refine.py), which the paper does not do.
 U is one Cholesky factor of H with rows and columns reversed and one triangular inverse, instead of the textbook's Cholesky, inverse and second
 Cholesky: half the work, and nothing has to stay positive definite after rounding in float32.
 
-Price: about k**3 for the factor, n k**2 / 2 for the sweep, and what refine.py says. Limits: a layer that saw no tokens, or whose H stays
+Price: about k**3 for the factor, n k**2 / 2 for the sweep, and what refine.py says; memory, beside the caller's H and some panels of rows:
+three k x k float32 matrices while U is made (3 * 4 * 28672**2 bytes, 9.9 GB, for the widest layer of a 70B model), two during the sweep, one
+during refinement. Limits: a layer that saw no tokens, or whose H stays
 indefinite up to DAMP_LIMIT, is rounded to nearest, and its report row says so.
 """
 
@@ -30,9 +32,10 @@ ROUNDS = 3  # of refinement; measured in docs/log.md
 
 
 def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
-    """w float32 [n, k], `group` a divisor of k -> packed weight and its report row {"damp", "note"}, or {"packer": "rtn", "note"} when rounded to nearest.
+    """w float32 [n, k], `group` a divisor of k -> packed weight and its report row.
 
-    Inputs that were always zero get zero weights. Raises NumericError when w is not finite.
+    The row is {"damp", "note"}, or {"packer": "rtn", "note"} when rounded to nearest. Inputs that were always zero get zero weights. Raises
+    NumericError when w is not finite.
     """
     grid.require_finite(w)
     if stats is None or stats.hessian is None:
@@ -45,17 +48,23 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     w = w.masked_fill(dead, 0)
     values = grid.choose(w, options.bits, group, options.symmetric, options.shrink, scale_dtype)
     codes, scale = torch.empty(w.shape, dtype=torch.uint8, device=w.device), values.scale.clone()
+    parts = [(rows, Affine(values.scale[rows], _rows(values.zero, rows))) for rows in grid.panels(w.shape[0], w.shape[1], PANEL)]
+    for rows, part in parts:
+        codes[rows] = _sweep(w[rows], factor, order, part, options.bits, group)
+    del factor
     hessian = _damped(hessian, damp * hessian.diagonal().mean())
-    for rows in grid.panels(w.shape[0], w.shape[1], PANEL):
-        part = Affine(values.scale[rows], None if values.zero is None else values.zero[rows])
-        found = _sweep(w[rows], factor, order, part, options.bits, group)
-        codes[rows], scale[rows] = refine(w[rows], found, part, hessian, options.bits, ROUNDS)
+    for rows, part in parts:
+        codes[rows], scale[rows] = refine(w[rows], codes[rows], part, hessian, options.bits, ROUNDS)
     return PackedWeight.pack(codes, Affine(scale, values.zero), options.bits), {"damp": damp, "note": note}
 
 
 def _rounded(w: Tensor, options: Quant, group: int, scale_dtype: torch.dtype, why: str) -> tuple[PackedWeight, dict[str, Any]]:
     packed, row = rtn.pack(w, None, options, group, scale_dtype)
     return packed, row | {"packer": "rtn", "note": f"{why}; rounded to nearest"}
+
+
+def _rows(zero: Tensor | None, rows: slice) -> Tensor | None:
+    return None if zero is None else zero[rows]
 
 
 def _living(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,14 +99,26 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | Non
     backward = order.flip(0)
     mean, asked = hessian.diagonal().mean(), damp
     while True:
-        lower, failed = torch.linalg.cholesky_ex(_damped(hessian[backward.unsqueeze(1), backward], damp * mean))
-        if not bool(failed):
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(order), device=lower.device), upper=True)
-            if bool(torch.isfinite(upper).all()):
-                return upper, damp, "" if damp == asked else f"damp raised from {asked:g} to {damp:g}, for H was not positive definite"
+        upper = _inverse_factor(_damped(hessian[backward.unsqueeze(1), backward], damp * mean))
+        if upper is not None:
+            return upper, damp, "" if damp == asked else f"damp raised from {asked:g} to {damp:g}, for H was not positive definite"
         if damp * 10 > DAMP_LIMIT:
             return None, damp, f"H is not positive definite or not finite, even with damp {damp:g}"
         damp *= 10
+
+
+def _inverse_factor(backward: Tensor) -> Tensor | None:
+    """Upper U with UT U the inverse of the matrix whose rows and columns come reversed, or None; holds no more than two matrices at a time."""
+    lower, failed = torch.linalg.cholesky_ex(backward)
+    del backward
+    if bool(failed):
+        return None
+    reverse = lower.flip(0, 1)
+    del lower
+    upper = torch.eye(len(reverse), device=reverse.device)
+    torch.linalg.solve_triangular(reverse, upper, upper=True, out=upper)
+    del reverse
+    return upper if bool(torch.isfinite(upper).all()) else None
 
 
 def _sweep(w: Tensor, factor: Tensor, order: Tensor, values: Affine, bits: int, group: int) -> Tensor:

@@ -25,9 +25,12 @@ def require_finite(w: Tensor) -> None:
         raise NumericError(f"{bad} of {w.numel()} weights are NaN or infinite")
 
 
-def panels(n: int, k: int, size: int = PANEL) -> list[slice]:
-    """Row slices that cover n rows of k columns, each of at most `size` weights (or one row)."""
-    rows = max(1, size // max(k, 1))
+def panels(n: int, k: int, size: int | None = None, multiple: int = 1) -> list[slice]:
+    """Row slices that cover n rows of k columns, each of at most `size` weights (PANEL if None), but at least of `multiple` rows.
+
+    Each slice starts at a multiple of `multiple`.
+    """
+    rows = max(1, (PANEL if size is None else size) // max(k, 1) // multiple) * multiple
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
@@ -46,32 +49,27 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor | float, bits: int) -> Tensor:
     return (w / scale).round_().add_(zero).clamp_(0, (1 << bits) - 1)
 
 
-def choose(w: Tensor, bits: int, group: int, symmetric: bool, shrink: bool, dtype: torch.dtype, weight: Tensor | None = None) -> Affine:
-    """Scale [n, k/group] in `dtype` and zero (uint8, or None if symmetric) for w float32 [n, k].
-
-    `weight` [k], if given, weighs the squared error of each column.
-    """
+def choose(w: Tensor, bits: int, group: int, symmetric: bool, shrink: bool, dtype: torch.dtype) -> Affine:
+    """Scale [n, k/group] in `dtype` and zero (uint8, or None if symmetric) for w float32 [n, k]."""
     n, k = w.shape
     scale = torch.empty(n, k // group, dtype=dtype, device=w.device)
     zero = None if symmetric else torch.empty(n, k // group, dtype=torch.uint8, device=w.device)
-    column = None if weight is None else weight.view(k // group, group)
     for rows in panels(n, k):
-        found, at = _search(w[rows].view(-1, k // group, group), bits, symmetric, SHRINK if shrink else SHRINK[:1], dtype, column)
+        found, at = _search(w[rows].view(-1, k // group, group), bits, symmetric, SHRINK if shrink else SHRINK[:1], dtype)
         scale[rows] = found.to(dtype)
         if zero is not None:
             zero[rows] = at.to(torch.uint8)
     return Affine(scale, zero)
 
 
-def _search(w: Tensor, bits: int, symmetric: bool, shares: tuple[float, ...], dtype: torch.dtype, column: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search(w: Tensor, bits: int, symmetric: bool, shares: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """w [n, G, group] -> the best scale and zero, float32 [n, G]."""
     low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)
     best = torch.full_like(low, torch.inf)
     scale, zero = _candidate(low, high, bits, symmetric, dtype)
     for share in shares if len(shares) > 1 else ():
         s, z = _candidate(low * share, high * share, bits, symmetric, dtype)
-        error = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), bits).sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).square_()
-        error = (error if column is None else error.mul_(column)).sum(-1)
+        error = encode(w, s.unsqueeze(-1), z.unsqueeze(-1), bits).sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(w).square_().sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)

@@ -2,14 +2,16 @@
 
 from compressor.errors import RecipeError
 
-STEP = 16  # group sizes that kernels and servers take are multiples of this
+PREFERRED = (128, 64, 32)  # what the GPU kernels take below 256
+STEP = 16  # group sizes that servers take are multiples of this
 
 
 def resolve_group(k: int, asked: int, name: str) -> tuple[int, str]:
     """The group size for layer `name` of k in features, and a sentence for the report, empty when it is what was asked for.
 
-    -1 means one group per row. A size that does not divide k gives way to the largest divisor of k below it that is a multiple of 16. Raises
-    RecipeError, naming what would work, when there is none or the size is neither -1 nor positive.
+    -1 means one group per row. A size that does not divide k gives way to the largest of 128, 64 and 32 below it that does, for those run on the
+    GPU kernels; if none does, to the largest divisor of k below it that is a multiple of 16. Raises RecipeError, naming what would work, when
+    there is none or the size is neither -1 nor positive.
     """
     if asked == -1:
         return k, ""
@@ -20,4 +22,5 @@ def resolve_group(k: int, asked: int, name: str) -> tuple[int, str]:
     if not smaller:
         works = f" or one of {', '.join(map(str, fitting))}" if fitting else f" or a divisor of {k}"
         raise RecipeError(f"group={asked} does not fit {name} with {k} in features; use -1 (one scale per row){works}")
-    return smaller[-1], f"group {asked} does not divide {k} in features; {smaller[-1]} used"
+    size = next((size for size in PREFERRED if size in smaller), smaller[-1])
+    return size, f"group {asked} does not divide {k} in features; {size} used"

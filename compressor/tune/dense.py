@@ -1,7 +1,7 @@
 """The control: train every dense linear of the decoder blocks, to see what tuning only the scales gives up.
 
-Masters are float32; the forward sees each weight in the dtype it is stored in, as it will be after `detach`. Price: 16 bytes a weight.
-For comparisons on the same tokens, not a method of compression.
+Masters are float32; the forward sees each weight in the dtype it is stored in, as it will be after `detach`. Price: 28 bytes a weight
+(see loop), and its copy in the stored dtype from the forward to the backward pass. For comparisons on the same tokens, not a method of compression.
 """
 
 import torch

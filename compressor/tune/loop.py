@@ -1,16 +1,21 @@
 """The one training loop: causal language modelling on windows of tokens, for whatever parameters a tuner attached.
 
 A step minimises the mean loss over all its unmasked tokens, however they are spread over micro-batches. Which windows a step sees, and the
-seed of its dropout, follow from (seed, step) alone, so a run that was interrupted continues as if it had not been.
+seed of its dropout, follow from (seed, step) alone, so on a CPU a run that was interrupted continues as if it had not been. On a GPU it
+continues from the same state with the same data, but not to the last bit: sums there run in no fixed order.
 
 Non-finite numbers never reach the parameters. A step is applied only when its loss and every gradient are finite, which also proves the
-parameters that they were computed from; that state, parameters and Adam moments, is the *good* one. A step that fails is dropped, the good
-state comes back (so an update that broke the model is undone), the learning rate is halved for the rest of the run, and the layer is
-named in the log; the third failure in a row raises. A checkpoint is the good state written down: that of step c is written in the course of
-step c + 1, once it is proven.
+parameters that they were computed from; that state, parameters and Adam moments, is the *good* one. The update of the last step is proven by
+its own loss, computed once more. A step that fails is dropped, the good state comes back (so an update that broke the model is undone), the
+learning rate is halved for the rest of the run, and the layer is named in the log; so it is with the step before an evaluation that is not
+finite. The third failure in a row raises. A checkpoint is the good state written down: that of step c is written in the course of step
+c + 1, once it is proven.
 
-Memory beyond the model: parameter, gradient, two moments and the good copy of three of them, 28 bytes a parameter; logits exist for unmasked
-tokens only, at most 2**25 at a time. Limits: one device; windows are causal and padded on the right, if at all.
+The backward pass starts at the summed loss of a micro-batch, whose gradients are of the order of 1 a token; the float32 gradients of the
+parameters are divided by the tokens of the step at the end. Gradients of the mean would vanish in float16 inside the model.
+
+Memory beyond the model: parameter, gradient, two moments and the good copy of three of them, 28 bytes a parameter, and what the tuner says;
+logits exist for unmasked tokens only, at most 2**25 at a time. Limits: one device; windows are causal and padded on the right, if at all.
 
 The loop casts nothing: load the model in float32 on a CPU, in the dtype it is stored in on a GPU. Trainables are float32 everywhere.
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
@@ -30,17 +35,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from compressor.errors import DataError, ModelError, NumericError, OutputError, RecipeError
 from compressor.recipe import Tune
+from compressor.tune.loss import MASKED, Loss, loss_function
 
 CHECKPOINT = "tune.safetensors"
-STRIKES = 3  # non-finite steps in a row that end the run
-LOGITS = 1 << 25  # logits alive at a time
-MASKED = -100
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # ids [b, t], labels [b, t] -> summed loss, float32
+STRIKES = 3  # non-finite steps, or evaluations, in a row that end the run
 
 
 @dataclass
@@ -74,7 +75,7 @@ def train(
     on_step gets each step's record; that of a dropped step has loss None and a note, and is not in the curve.
 
     DataError for windows that cannot be learnt from, ModelError for parameters that cannot be trained, NumericError after three non-finite
-    steps in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
+    steps or evaluations in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
     """
     batches = Batches(ids, labels, options, seed)
     state, log = _State(parameters, options.weight_decay), TrainLog(batches.steps, notes=batches.notes)
@@ -85,19 +86,28 @@ def train(
         loss = loss_function(model, ids[:1, :8].to(state.device))
         for step in range(log.resumed_from, batches.steps):
             torch.manual_seed(seed * 1_000_003 + step)
+            last = step + 1 == batches.steps
             value, fault = _gradient(model, loss, batches, step, state)
-            if fault is not None:
-                record = _strike(state, log, step + 1, fault)
-            else:
+            record: dict[str, Any] = {}
+            if fault is None:
                 state.keep()
                 if path is not None and step > log.resumed_from and step % options.checkpoint_every == 0:
                     _save(path, fingerprint, state, log, step)
                 lr = options.lr * rate(step, batches.steps, options) * state.multiplier
                 norm = state.update(lr, options.clip)
                 record = {"step": step + 1, "loss": value, "lr": lr, "grad_norm": norm, "tokens": batches.tokens(step)}
+                fault = _unproven(model, loss, batches, step, state) if last else None
+            if fault is not None:
+                record = _strike(state, log, step + 1, "steps", fault)
+            while evaluate is not None and (last or _due(step + 1, options.eval_every)):
+                fault = _evaluate(model, evaluate, state, log, step + 1)
+                if fault is None:
+                    break
+                record = _strike(state, log, step + 1, "evaluations", fault)
+                if not last:  # the last evaluation is owed: it is that of the good state then
+                    break
+            if record["loss"] is not None:
                 log.curve.append(record)
-            if evaluate is not None and _due(step + 1, batches.steps, options.eval_every):
-                log.evals.append({"step": step + 1, "value": _evaluate(model, evaluate)})
             if on_step is not None:
                 on_step(dict(record))
     if path is not None and log.resumed_from < batches.steps:
@@ -156,51 +166,6 @@ class Batches:
             yield self.ids[rows, :used], labels[:, :used]
 
 
-@torch.no_grad()
-def loss_function(model: nn.Module, probe: Tensor) -> Loss:
-    """The summed next-token loss of `model`, logits made for unmasked tokens only and in bounded chunks.
-
-    That needs a model whose logits are its head applied to the hidden states of its body, nothing else; whether they are is tried on `probe`
-    ids [1, t]. Other models (logit scaling or capping) make all logits of a micro-batch.
-    """
-    body = getattr(model, "base_model", model)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-
-    def hidden(ids: Tensor) -> Tensor:
-        return body(input_ids=ids, use_cache=False).last_hidden_state
-
-    def logits(ids: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits
-
-    was = model.training
-    model.eval()
-    plain = False
-    if body is not model and head is not None:
-        direct, own = head(hidden(probe)).float(), logits(probe).float()
-        plain = torch.allclose(direct, own, rtol=0, atol=0, equal_nan=True)
-    model.train(was)
-    features, project = (hidden, head) if plain else (logits, nn.Identity())
-
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        wanted = labels[:, 1:] != MASKED
-        return _summed(project, features(ids)[:, :-1][wanted], labels[:, 1:][wanted])
-
-    return loss
-
-
-def _summed(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of head(hidden [t, d]) with targets [t], in float32; chunks recompute their logits in the backward pass."""
-
-    def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(head(rows).float(), wanted, reduction="sum")
-
-    size = max(1, LOGITS // getattr(head, "out_features", hidden.shape[1]))
-    if len(hidden) <= size:
-        return part(hidden, targets)
-    pairs = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.stack([checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pairs]).sum()
-
-
 class _State:
     """The parameters, their Adam moments, and the good copy of both."""
 
@@ -217,7 +182,8 @@ class _State:
             p.grad = torch.zeros_like(p)
             self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         self.good = {key: t.clone() for key, t in self.tensors().items()}
-        self.multiplier, self.strikes = 1.0, 0
+        self.multiplier = 1.0
+        self.strikes = {"steps": 0, "evaluations": 0}  # failures in a row
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors, flat."""
@@ -228,7 +194,7 @@ class _State:
 
     def keep(self) -> None:
         """The state as it is now is good."""
-        self.strikes = 0
+        self.strikes["steps"] = 0
         for key, t in self.tensors().items():
             self.good[key].copy_(t)
 
@@ -257,20 +223,38 @@ def _gradient(model: nn.Module, loss: Loss, batches: Batches, step: int, state: 
     """Fill the gradients of one step; returns its mean loss and, if a number is not finite, a sentence about where."""
     total = batches.tokens(step)
     state.optimizer.zero_grad(set_to_none=False)
-    mean = torch.zeros((), device=state.device)
+    summed = torch.zeros((), device=state.device)
     for ids, labels in batches.micro(step):
         ids, labels = ids.to(state.device), labels.to(state.device)
-        part = loss(ids, labels) / total
+        part = loss(ids, labels)
         value = part.detach()
         if not bool(torch.isfinite(value)):
             return float(value), f"the loss is {float(value)}, first seen in {first_nonfinite(model, partial(loss, ids, labels))}"
         part.backward()
-        mean += value
+        summed += value
+    for p in state.parameters.values():
+        if p.grad is not None:
+            p.grad /= total
+    mean = float(summed) / total
     if bool(torch.isfinite(state.norm())):
-        return float(mean), None
+        return mean, None
     bad = [name for name, p in state.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     where = f"the gradient of {_layer(bad[0])} ({len(bad)} of {len(state.parameters)} parameters)" if bad else "the norm of all gradients"
-    return float(mean), f"non-finite numbers in {where}"
+    return mean, f"non-finite numbers in {where}"
+
+
+@torch.no_grad()
+def _unproven(model: nn.Module, loss: Loss, batches: Batches, step: int, state: _State) -> str | None:
+    """What is not finite after the update of `step`, a parameter or the loss of the same windows; None if nothing is."""
+    for name, p in state.parameters.items():
+        if not bool(torch.isfinite(p).all()):
+            return f"its update left non-finite numbers in {_layer(name)}"
+    for ids, labels in batches.micro(step):
+        again = partial(loss, ids.to(state.device), labels.to(state.device))
+        value = float(again())
+        if not math.isfinite(value):
+            return f"after its update the loss is {value}, first seen in {first_nonfinite(model, again)}"
+    return None
 
 
 def _layer(name: str) -> str:
@@ -301,29 +285,37 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
     return found[0] if found else "the loss itself: every layer's output is finite"
 
 
-def _strike(state: _State, log: TrainLog, step: int, fault: str) -> dict[str, Any]:
-    """Undo, slow down, remember; NumericError on the third in a row."""
+def _strike(state: _State, log: TrainLog, step: int, kind: str, fault: str) -> dict[str, Any]:
+    """Undo, slow down, remember; NumericError on the third of this kind ("steps" or "evaluations") in a row."""
     state.restore(state.good)
-    state.strikes += 1
+    state.strikes[kind] += 1
     state.multiplier /= 2
     note = f"step {step} was dropped: {fault}; back to the last good state, the learning rate is now {state.multiplier:g} of its schedule"
     log.notes.append(note)
-    if state.strikes >= STRIKES:
-        raise NumericError(f"tuning stopped after {STRIKES} non-finite steps in a row, the last at step {step}: {fault}")
+    if state.strikes[kind] >= STRIKES:
+        raise NumericError(f"tuning stopped after {STRIKES} non-finite {kind} in a row, the last at step {step}: {fault}")
     return {"step": step, "loss": None, "note": note}
 
 
-def _due(done: int, total: int, every: int) -> bool:
-    return done == total or (every > 0 and done % every == 0)
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, evaluate: Callable[[], float]) -> float:
+def _evaluate(model: nn.Module, evaluate: Callable[[], float], state: _State, log: TrainLog, step: int) -> str | None:
+    """Evaluate and log the value; if it is not finite, only a sentence about it."""
     model.eval()
     try:
-        return float(evaluate())
+        value = float(evaluate())
+    except NumericError as error:
+        return f"the evaluation failed ({error})"
     finally:
         model.train()
+    if not math.isfinite(value):
+        return f"the evaluation gave {value}"
+    state.strikes["evaluations"] = 0
+    log.evals.append({"step": step, "value": value})
+    return None
 
 
 @contextmanager
@@ -352,7 +344,7 @@ def _recompute(model: nn.Module) -> None:
 
 def _save(path: Path, fingerprint: str, state: _State, log: TrainLog, step: int) -> None:
     """Write the good state after `step` steps: to a temporary name, to the disk, then renamed."""
-    record = {"fingerprint": fingerprint, "step": step, "multiplier": state.multiplier, "log": asdict(log)}
+    record = {"fingerprint": fingerprint, "step": step, "multiplier": state.multiplier, "strikes": state.strikes, "log": asdict(log)}
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,11 +371,13 @@ def _resume(path: Path, fingerprint: str, state: _State, fresh: TrainLog) -> Tra
         log = TrainLog(**record["log"] | {"resumed_from": int(record["step"])})
         if log.steps != fresh.steps:
             raise ValueError(f"it is of a run of {log.steps} steps, this one has {fresh.steps}")
-        multiplier = float(record["multiplier"])
+        multiplier, failed = float(record["multiplier"]), int(record["strikes"]["evaluations"])
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+            raise ValueError("it holds non-finite numbers")
         state.restore(tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         fresh.notes.append(f"the tuning checkpoint {path} is damaged or does not fit ({error}) and was not used")
         return fresh
-    state.multiplier = multiplier
+    state.multiplier, state.strikes["evaluations"] = multiplier, failed
     state.keep()
     return log

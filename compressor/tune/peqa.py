@@ -8,16 +8,20 @@ the default here is `relative`, s = s0 * (1 + delta), where the rate acts on del
 
 Three things are ours. The forward sees each scale as it will be stored (rounded to the stored dtype, with a straight-through gradient to
 the float32 master), so nothing moves at export: what was trained is what is served. A scale never falls below a tenth of its start, so no
-step can flip the sign of a group or drive it to zero. And no scale exceeds the largest number of its stored dtype.
+step can flip the sign of a group or drive it to zero. And no scale exceeds the largest number of its stored dtype. At either limit only the
+gradient that leads back is kept.
 
-Price: master, gradient and two Adam moments, 16 bytes a scale, and one rounding pass over the scales each forward. Limit: a scale stored in
-bfloat16 moves in steps of 0.4 to 0.8 percent, larger than most useful changes; store float16 or float32 when tuning.
+Price, on top of the stored scale: master, gradient, two Adam moments and the good copy of three of them (see loop), 28 bytes a scale; 4 more
+for the scale in use, which the linear keeps from the forward to the backward pass (with gradient checkpointing those of one block at a
+time); and one rounding pass over the scales each forward, whose temporaries are of one layer. Limit: a scale stored in bfloat16 moves in
+steps of 0.4 to 0.8 percent, larger than most useful changes; store float16 or float32 when tuning.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from compressor.errors import ModelError, NumericError
 from compressor.linear import PackedLinear, packed_linears
@@ -26,16 +30,35 @@ from compressor.recipe import Tune
 FLOOR = 0.1  # of the starting scale
 
 
-class _Snap(torch.autograd.Function):
-    """Round to the nearest number of `dtype`; the gradient passes unchanged."""
+class _Scale(torch.autograd.Function):
+    """Master -> scale to use: mapped, clamped, rounded to the stored dtype. Keeps nothing of its own for the backward pass.
+
+    The rounding passes the gradient unchanged. The clamp passes it inside the limits; outside, only where descending leads back in.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype).to(x.dtype, copy=True)
+    def forward(ctx: Any, master: Tensor, start: Tensor, relative: bool) -> Tensor:
+        ctx.save_for_backward(master, start)
+        ctx.relative = relative
+        scale, floor, top = _mapped(master, start, relative)
+        return scale.clamp(min=floor).clamp_(max=top).to(start.dtype).to(torch.float32, copy=True)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        master, start = ctx.saved_tensors
+        scale, floor, top = _mapped(master, start, ctx.relative)
+        outwards = ((scale < floor) & (grad > 0)) | ((scale > top) & (grad < 0))
+        grad = grad.masked_fill(outwards, 0)
+        return grad.mul_(start) if ctx.relative else grad, None, None
+
+
+def _mapped(master: Tensor, start: Tensor, relative: bool) -> tuple[Tensor, Tensor, float]:
+    """The unlimited scale, its lower limit, both float32 [n, G], and the upper limit."""
+    wide, limits = start.float(), torch.finfo(start.dtype)
+    # Below the smallest normal number a tenth of the start may round to zero: such a scale keeps its start as the floor.
+    floor = torch.maximum(FLOOR * wide, wide.clamp(max=limits.tiny))
+    return (1 + master).mul_(wide) if relative else master, floor, limits.max
 
 
 class ScaleTuning(nn.Module):
@@ -59,13 +82,17 @@ class ScaleTuning(nn.Module):
         return self.leaf, self.get_parameter(self.leaf)
 
     def forward(self) -> Tensor:
-        start = self.start.float()
-        limits = torch.finfo(self.start.dtype)
         leaf, parameter = self.parameter()
-        scale = start * (1 + parameter) if leaf == "delta" else parameter
-        # Below the smallest normal number a tenth of the start may round to zero: such a scale keeps its start as the floor.
-        floor = torch.maximum(FLOOR * start, start.clamp(max=limits.tiny))
-        return _Snap.apply(scale.clamp(min=floor).clamp(max=limits.max), self.start.dtype)
+        return _Scale.apply(parameter, self.start, leaf == "delta")
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Moves devices like any module, but no cast of the model changes the dtype of the start, the master or its gradient."""
+
+        def moved(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return super()._apply(moved, recurse)
 
 
 class Peqa:

@@ -1,8 +1,11 @@
 """The two bit layouts against references written bit by bit from the formulas of the docstring."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.kernels import layout
 
@@ -105,3 +108,38 @@ def test_density_is_exact(bits: int) -> None:
     codes = random_codes(128, 768, bits, 0)
     assert layout.pack_tiles(codes, bits).numel() * 32 == codes.numel() * bits
     assert layout.pack_stream(codes, bits).numel() * 32 == codes.numel() * bits
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+@pytest.mark.parametrize("n", [256, 257, 600])
+def test_rows_do_not_depend_on_the_panel_they_lie_in(n: int, bits: int) -> None:
+    codes = random_codes(n, 300, bits, 1)
+    words, stream = layout.pack_tiles(codes, bits), layout.pack_stream(codes, bits)
+    for tile in range(layout.tiles(n, 300)[0]):
+        rows = slice(64 * tile, min(64 * tile + 64, n))
+        assert torch.equal(words[tile : tile + 1], layout.pack_tiles(codes[rows], bits))
+        assert torch.equal(stream[rows], layout.pack_stream(codes[rows], bits))
+    assert torch.equal(layout.unpack_tiles(words, bits, n, 300), codes)
+    assert torch.equal(layout.unpack_stream(stream, bits, 300), codes)
+
+
+class Largest(TorchDispatchMode):
+    """Size in bytes of the largest tensor any operation gives."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.size = max(self.size, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+def test_nothing_wider_than_a_byte_a_code_is_made_of_the_whole_weight(bits: int) -> None:
+    n, k = 3000, 256
+    codes = random_codes(n, k, bits, 2)
+    with Largest() as largest:
+        layout.unpack_tiles(layout.pack_tiles(codes, bits), bits, n, k)
+        layout.unpack_stream(layout.pack_stream(codes, bits), bits, k)
+    assert largest.size == n * k

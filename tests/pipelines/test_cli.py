@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.linear import linears
 from compressor.pipelines import cli, compress, load, write
 from compressor.recipe import Quant
 
@@ -49,6 +50,25 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         (["run", "cut"], "truncated"),
         (["eval", "tiny", "--data", "empty.txt"], "empty"),
         (["eval", "tiny", "--window", "1"], "window"),
+        (["eval", "tiny", "--window", "2000"], "more than the 256 tokens that the model was made for"),
+        (["run", "tiny", "--seqlen", "300"], "more than the 256 tokens"),
+        (["run", "tiny", "--data", "short.txt", "--quant", "3bit:rtn", "--tune", "peqa"], "too few"),
+        (["run", "tiny", "--data", "~nosuchuser/x.txt"], "no file or folder"),
+        (["run", "x" * 5000], "is no name: it has 5000 characters"),
+        (["run", "tiny", "--data", "y" * 5000], "there is no file or folder"),
+        (["run", "tiny", "--epochs", "inf"], "epochs=inf"),
+        (["run", "tiny", "--seed", "99999999999999999999"], "seed="),
+        (["run", "tiny", "--device", "meta"], "device 'meta' is unknown"),
+        (["run", "tiny", "-o", "/"], "cannot be an output folder"),
+        (["run", "tiny", "-o", "."], "already holds files that are not of a run"),
+        (["run", "tiny", "-o", "short.txt"], "is a file"),
+        (["run", "tiny", "-o", "taken"], "where this run would keep its work, holds files"),
+        (["run", "tiny", "-o", "fake", "--overwrite"], "already holds files that are not of a run"),
+        (["run", "folder.yaml"], "cannot be read"),
+        (["run", "empty.yaml"], "is empty"),
+        (["run", "list.yaml"], "must be a mapping"),
+        (["generate", "tiny", "--temperature", "-1"], "temperature must be 0 or more"),
+        (["generate", "tiny", "--prompt", ""], "the prompt not empty"),
         (["generate", "./nowhere"], "there is no model folder"),
         (["inspect", "cut"], "truncated"),
     ],
@@ -57,6 +77,15 @@ def test_bad_inputs(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     (at / "empty.txt").write_text("")
     (at / "theirs").mkdir()
     (at / "theirs" / "thesis.tex").write_text("mine")
+    (at / "short.txt").write_text("Too short to tune on.\n\nTwice.")
+    (at / "taken.partial").mkdir()
+    (at / "taken.partial" / "precious").write_text("mine")
+    (at / "fake").mkdir()
+    (at / "fake" / "report.json").write_text("{}")
+    (at / "fake" / "thesis.tex").write_text("mine")
+    (at / "folder.yaml").mkdir()
+    (at / "empty.yaml").write_text("")
+    (at / "list.yaml").write_text("[1, 2]")
     for name in ("notlm", "nan", "cut"):
         shutil.copytree(load.TINY, at / name)
     config = json.loads((at / "notlm" / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
@@ -80,7 +109,7 @@ def test_bad_inputs(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load.load("tiny", "cpu")
-    write.round_to_folder(loaded)
+    write.round_to_folder(loaded, set(linears(loaded.model)))
     compress.compress(loaded.model, Quant(packer="rtn", bits=4), torch.float16, None)
     folder = tmp_path_factory.mktemp("w4")
     write.write_folder(loaded, folder)
@@ -99,7 +128,7 @@ def test_eval_prints_the_contract(packed: Path, at: Path, monkeypatch: pytest.Mo
     assert document["ratio"] > 1.5
     assert len(document["data_sha256"]) == 64
     assert document["tokens_per_second"] > 0
-    assert document["folder_bytes"] == write.model_bytes(packed)
+    assert document["folder_bytes"] == load.model_bytes(packed)
 
 
 def test_generate_and_inspect(packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,18 @@
 """Packing block by block: what is found, what shares statistics, what a work folder gives back, other architectures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.errors import ModelError, NumericError, RecipeError
-from compressor.linear import packed_linears
+from compressor.linear import find_blocks, packed_linears
 from compressor.pipelines import compress, load
+from compressor.quant import PACKERS, Packer
 from compressor.recipe import Quant
+from compressor.stats import LayerStats
 
 IDS = torch.randint(1, 2000, (6, 48), generator=torch.Generator().manual_seed(0))
 
@@ -47,6 +50,115 @@ def test_calibration_walks_the_model_as_the_model_itself() -> None:
         expected = model.model(IDS).last_hidden_state
         walked = model.model.norm(torch.cat(calibration.hidden))
     assert torch.allclose(walked, expected, atol=1e-5)
+
+
+def test_recording_stops_before_the_last_block_runs() -> None:
+    model = fresh()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("ran in vain")
+
+    layers = model.model.layers
+    for module in (model.lm_head, model.model.norm, layers[-1].self_attn):
+        module.register_forward_pre_hook(refuse)
+    calibration = compress.Calibration(model, layers, IDS)
+    assert all(calibration.arguments) and len(torch.cat(calibration.hidden)) == len(IDS)
+
+
+def test_a_single_block_is_recorded() -> None:
+    model = fresh()
+    model.model.layers = model.model.layers[:1]
+    calibration = compress.Calibration(model, model.model.layers, IDS)
+    assert len(calibration.hidden) == 1 and list(calibration.arguments[0]) == [len(IDS)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # eager makes masks of the batch's size
+def test_seven_windows_in_batches_of_three_are_as_one_by_one(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configs()["mistral"], attn_implementation=attention).eval()
+    blocks, ids = model.model.layers, torch.cat([IDS, IDS[:1] + 7]) % 96
+    walked = []
+    for size, sizes in ((1, [1] * 7), (3, [3, 3, 1])):
+        monkeypatch.setattr(compress, "BATCH_TOKENS", size * ids.shape[1])
+        calibration = compress.Calibration(model, blocks, ids)
+        assert [len(batch) for batch in calibration.batches] == sizes
+        for index, block in enumerate(blocks):
+            calibration.run(block, index, keep=True)
+        assert [len(hidden) for hidden in calibration.hidden] == sizes
+        walked.append(torch.cat(calibration.hidden))
+    torch.testing.assert_close(walked[1], walked[0], rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_stop_the_block_once_they_are_taken() -> None:
+    model = fresh()
+    block = model.model.layers[1]
+    calibration = compress.Calibration(model, model.model.layers, IDS)
+    ran = dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"), 0)
+
+    def count(leaf: str) -> None:
+        def hook(*_: object) -> None:
+            ran[leaf] += 1
+
+        block.get_submodule(leaf).register_forward_hook(hook)
+
+    for leaf in ran:
+        count(leaf)
+    target = compress.Target("o_proj", (0, 0))
+    stats = compress._collect(block, 1, ["self_attn.o_proj"], Quant(packer="gptq"), calibration, {"self_attn.o_proj": target})
+    assert stats.tokens == IDS.numel()
+    assert ran == {"self_attn.q_proj": len(calibration.batches), "self_attn.o_proj": 0, "mlp.down_proj": 0}
+
+
+def second_moments(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Mean of x xT at the inputs of the named layers, from one pass of the model itself."""
+    stats = {name: LayerStats(model.get_submodule(name).in_features) for name in names}
+    hooks = [model.get_submodule(n).register_forward_pre_hook(lambda _m, args, n=n: stats[n].add(args[0])) for n in names]
+    with torch.no_grad():
+        model(IDS)
+    for hook in hooks:
+        hook.remove()
+    return {name: s.hessian for name, s in stats.items() if s.hessian is not None}
+
+
+def test_every_layer_is_packed_on_what_its_packed_predecessors_put_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Tensor] = []
+
+    def recording(w: Tensor, stats: LayerStats, *rest: Any) -> Any:
+        assert stats.hessian is not None
+        used.append(stats.hessian.clone())
+        return gptq.pack(w, stats, *rest)
+
+    gptq = PACKERS["gptq"]
+    monkeypatch.setitem(PACKERS, "gptq", Packer(recording, gptq.needs))
+    model = fresh()
+    rows, _, _ = compress.compress(model, Quant(packer="gptq", bits=2), torch.float16, IDS)
+    names = [row["name"] for row in rows]
+    packed, dense = second_moments(model, names), second_moments(fresh(), names)
+
+    def apart(a: Tensor, b: Tensor) -> float:
+        return float((a - b).norm() / b.norm())
+
+    assert len(used) == len(names) == 28
+    assert max(apart(hessian, packed[name]) for name, hessian in zip(names, used, strict=True)) < 1e-4
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj"):
+        assert apart(used[names.index(name)], dense[name]) > 0.01
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(8))
+
+
+def test_lists_inside_a_block_are_not_the_blocks() -> None:
+    model = nn.Module()
+    model.short = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    model.layers = nn.ModuleList(Experts() for _ in range(4))
+    assert find_blocks(model)[0] == "layers"
+    model.layers_of_another_kind = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(5))  # beside, not inside
+    assert find_blocks(model)[0] == "layers_of_another_kind"
 
 
 @pytest.mark.parametrize("packer", ["rtn", "gptq"])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import ModelError, UserError
-from compressor.linear import packed_linears
+from compressor.linear import linears, packed_linears
 from compressor.pipelines import compress, load, write
 from compressor.recipe import Quant
 
@@ -22,7 +22,7 @@ def dense(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load.load("tiny", "cpu")
-    write.round_to_folder(loaded)
+    write.round_to_folder(loaded, set(linears(loaded.model)))
     compress.compress(loaded.model, Quant(packer="rtn"), torch.float16, None)
     folder = tmp_path_factory.mktemp("packed")
     write.write_folder(loaded, folder)
@@ -126,17 +126,112 @@ def test_packed_folder_with_a_missing_or_foreign_tensor(packed: Path, tmp_path: 
 
 
 def test_dtypes_of_the_output_folder() -> None:
-    assert load.folder_dtype({"dtype": "bfloat16", "model_type": "llama"}) == torch.float16
-    assert load.folder_dtype({"dtype": "bfloat16", "model_type": "gemma2"}) == torch.bfloat16
-    assert load.folder_dtype({"torch_dtype": "float32", "model_type": "llama"}) == torch.float32
-    assert load.scale_dtype("auto", {"dtype": "bfloat16", "model_type": "gemma2"}) == torch.bfloat16
-    assert load.scale_dtype("float32", {"dtype": "bfloat16", "model_type": "gemma2"}) == torch.float32
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    assert load.folder_dtype(bf16, {"model_type": "llama"}) == fp16
+    assert load.folder_dtype(bf16, {"model_type": "gemma2"}) == bf16
+    assert load.folder_dtype(fp32, {"model_type": "llama"}) == fp32
+    assert load.scale_dtype("auto", bf16) == bf16
+    assert load.scale_dtype("auto", fp32) == load.scale_dtype("auto", fp16) == fp16
+    assert load.scale_dtype("float32", bf16) == fp32
+
+
+def test_the_dtype_is_read_from_the_weights_not_from_the_configuration(dense: Path) -> None:
+    assert load.stored_dtype(dense) == torch.bfloat16
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"dtype": "nonsense"}))
+    assert load.stored_dtype(dense) == torch.bfloat16
+    del config["dtype"]
+    (dense / "config.json").write_text(json.dumps(config))
+    assert load.load(str(dense), "cpu").dtype == torch.float16
+
+
+def test_weights_beyond_float16_keep_their_dtype(dense: Path) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    assert load.load(str(dense), "cpu").dtype == torch.bfloat16
+
+
+def test_fingerprint_sees_every_byte_of_weights_and_tokenizer_and_nothing_else(dense: Path) -> None:
+    first = load.fingerprint(dense)
+    (dense / "notes.txt").write_text("not of the model")
+    (dense / "consolidated.safetensors").write_bytes(b"0" * 1000)
+    assert load.fingerprint(dense) == first
+    assert load.model_bytes(dense) == load.model_bytes(load.TINY)
+    whole = bytearray((dense / "model.safetensors").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (dense / "model.safetensors").write_bytes(whole)
+    second = load.fingerprint(dense)
+    assert second != first
+    (dense / "tokenizer.json").write_text((dense / "tokenizer.json").read_text() + " ")
+    assert load.fingerprint(dense) != second
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{}", "damaged"),
+        ("not json", "damaged"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "no file of this folder"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "missing although the index names it"),
+    ],
+)
+def test_hostile_indexes(dense: Path, index: str, words: str) -> None:
+    (dense / "model.safetensors").unlink()
+    (dense / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=words):
+        load.load(str(dense), "cpu")
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": None}, {"hidden_size": "x"}, {"quantization_config": "x"}, {"num_attention_heads": "many"}, {"architectures": "Foo"}]
+)
+def test_odd_configurations_are_one_sentence(dense: Path, change: dict) -> None:
+    config = json.loads((dense / "config.json").read_text()) | change
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError):
+        load.load(str(dense), "cpu")
+    (dense / "config.json").write_text("[1]")
+    with pytest.raises(ModelError, match="no mapping"):
+        load.load(str(dense), "cpu")
+
+
+def test_layers_left_dense_are_rounded_before_they_are_measured(tmp_path: Path) -> None:
+    loaded = load.load("tiny", "cpu")
+    quant = Quant(packer="rtn", ignore=("down_proj",))
+    write.round_to_folder(loaded, {t.name for t in compress.plan(loaded.model, quant).packed()})
+    compress.compress(loaded.model, quant, torch.float16, None)
+    write.write_folder(loaded, tmp_path)
+    again = load.load(str(tmp_path), "cpu")
+    ids = torch.randint(1, 2000, (1, 32))
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, again.model(ids).logits)
+
+
+def test_a_bias_that_is_missing_from_a_packed_folder_is_an_error(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(**small, vocab_size=2048, tie_word_embeddings=True)).save_pretrained(tmp_path / "dense")
+    for path in load.TINY.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "dense")
+    loaded = load.load(str(tmp_path / "dense"), "cpu")
+    quant = Quant(packer="rtn", group=32)
+    compress.compress(loaded.model, quant, torch.float16, None)
+    write.write_folder(loaded, tmp_path / "packed")
+    load.load(str(tmp_path / "packed"), "cpu")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.bias"]
+    save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"q_proj lacks its bias"):
+        load.load(str(tmp_path / "packed"), "cpu")
 
 
 def test_devices() -> None:
     assert load.pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="unknown"):
-        load.pick_device("abacus")
+    for name in ("abacus", "meta", "mps"):
+        with pytest.raises(UserError, match="unknown"):
+            load.pick_device(name)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="sees no GPU"):
             load.pick_device("cuda")

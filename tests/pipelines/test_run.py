@@ -111,6 +111,25 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(quick: tuple
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_neighbours_of_the_output_are_left_alone(tmp_path: Path, quick: tuple[Path, dict[str, Any]]) -> None:
+    (tmp_path / "y.old").mkdir()
+    (tmp_path / "y.old" / "precious").write_text("mine")
+    shutil.copytree(quick[0], tmp_path / "real")
+    (tmp_path / "y").symlink_to("real")
+    options = ["--quant", "4bit:rtn", "-o", "y", "--seqlen", "64", "--max-tokens", "512", "--device", "cpu"]
+    code, document, stderr = call("run", "tiny", *options, "--overwrite", cwd=tmp_path)
+    assert code == 0, stderr
+    assert document["packed"]["bits_per_weight"] == 4.125
+    assert (tmp_path / "y.old" / "precious").read_text() == "mine"
+    assert (tmp_path / "y").is_symlink()
+    assert json.loads((tmp_path / "real" / "report.json").read_text())["recipe"]["quant"]["bits"] == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["real", "y", "y.old"]
+    (tmp_path / "real" / "model.safetensors").unlink()  # an incomplete folder is not a finished one
+    code, _, stderr = call("run", "tiny", *options, cwd=tmp_path)
+    assert code == 2
+    assert "another run" in stderr
+
+
 def test_the_recipe_in_the_folder_repeats_the_run(quick: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     shutil.copy(quick[0] / "recipe.yaml", tmp_path / "recipe.yaml")
     code, document, stderr = call("run", "recipe.yaml", "-o", "again", cwd=tmp_path)

@@ -1,8 +1,12 @@
 """GPTQ against plain rounding and against its textbook form; damping, dead inputs, fallbacks; refinement never loses."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.packed import Affine, PackedWeight
 from compressor.quant import PACKERS, gptq, grid, rtn
@@ -183,7 +187,7 @@ def test_a_hopeless_hessian_falls_back_to_rounding(value: float) -> None:
 def test_without_tokens_it_falls_back_to_rounding(stats: LayerStats | None) -> None:
     w = weight(8, 64)
     packed, row = pack(w, stats, 32)
-    assert row == {"note": "no calibration tokens reached this layer; rounded to nearest"}
+    assert row == {"packer": "rtn", "note": "no calibration tokens reached this layer; rounded to nearest"}
     assert torch.equal(packed.words, PACKERS["rtn"](w, None, Quant(), 32, torch.float16)[0].words)
 
 
@@ -196,3 +200,30 @@ def test_factor_is_the_inverse_in_the_order_asked_for() -> None:
     assert torch.equal(upper, upper.triu()) and float(upper.diagonal().min()) > 0
     damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(96)
     torch.testing.assert_close(upper @ damped @ upper.T, torch.eye(96), rtol=0, atol=1e-3)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the tensors of `numel` float32 elements, other than views of each other, that live at the same time."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.peak = numel, 0
+        self.seen: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.numel() == self.numel:
+                self.seen.append(weakref.ref(tensor))
+        alive = {tensor.untyped_storage().data_ptr() for tensor in (seen() for seen in self.seen) if tensor is not None}
+        self.peak = max(self.peak, len(alive))
+        return out
+
+
+@pytest.mark.parametrize("off", [0.0, 1.05])  # the latter raises the damp, so the factor is tried twice
+def test_no_more_than_three_square_matrices_live_at_a_time(off: float) -> None:
+    hessian = torch.eye(96)
+    hessian[0, 1] = hessian[1, 0] = off
+    with Alive(96 * 96) as alive:
+        pack(weight(8, 96), given(hessian), 32)
+    assert alive.peak == 4  # with the caller's, which `given` makes inside

@@ -11,8 +11,15 @@ def test_what_fits_is_taken_silently(k: int, asked: int, size: int) -> None:
     assert resolve_group(k, asked, "up_proj") == (size, "")
 
 
-@pytest.mark.parametrize(("k", "asked", "size"), [(352, 128, 32), (11008, 100, 64), (96, 64, 48), (64, 128, 64), (11008, 512, 256)])
-def test_the_largest_fitting_multiple_of_sixteen_is_used_and_said(k: int, asked: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("k", "asked", "size"),
+    [
+        *[(352, 128, 32), (11008, 100, 64), (64, 128, 64), (96, 64, 32), (3 * 640, 512, 128)],
+        *[(576, 128, 64), (960, 128, 64), (960, 100, 64), (960, 50, 32)],  # SmolLM2's widths
+        *[(144, 128, 48), (176, 128, 16), (96, 31, 16), (4096, 24, 16)],  # nothing that the GPU kernels take
+    ],
+)
+def test_a_size_for_the_kernels_is_preferred_and_else_the_largest_multiple_of_sixteen_and_said(k: int, asked: int, size: int) -> None:
     found, note = resolve_group(k, asked, "up_proj")
     assert found == size and k % found == 0 and found % 16 == 0
     assert note == f"group {asked} does not divide {k} in features; {size} used"

@@ -183,3 +183,14 @@ def test_relative_error_is_the_root_of_the_ratio_of_energies() -> None:
     nothing = torch.zeros(8, 32)
     assert relative_error(nothing, rtn(nothing, 2, 32, True), stats) == 0.0
     assert relative_error(nothing, packed, None) == math.inf
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_relative_error_never_holds_the_whole_dense_weight(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, stats = weight(200, 64), inputs(64)
+    packed = rtn(w, 3, 32, symmetric)
+    whole = relative_error(w, packed, stats)
+    monkeypatch.setattr(PackedWeight, "dequantize", lambda *_: pytest.fail("the whole layer at once"))
+    for size in (64 * 7, 64 * 130):  # less than a row of tiles, two of them
+        monkeypatch.setattr(grid, "PANEL", size)
+        assert math.isclose(relative_error(w, packed, stats), whole, rel_tol=1e-5)

@@ -5,46 +5,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from compressor.errors import DataError, ModelError, NumericError, OutputError, RecipeError
+from compressor.errors import DataError, OutputError, RecipeError
 from compressor.tune import loop
-from compressor.tune.loop import CHECKPOINT, Batches, loss_function, rate, train
-from compressor.tune.peqa import Peqa
-
-
-class Killed(Exception):
-    """Stands for a crash."""
-
-
-def run(make, windows, options, folder=None, fingerprint="a", model=None, seed=5, **hooks):
-    """Attach and train a fresh model; returns (log, parameters)."""
-    model = make() if model is None else model
-    parameters = Peqa(options).attach(model)
-    log = train(model, parameters, *windows, options, seed, folder, fingerprint, **hooks)
-    return log, parameters
-
-
-def kill_at(step):
-    def on_step(record):
-        if record["step"] == step:
-            raise Killed
-
-    return on_step
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.fixture
-def poison():
-    """Makes the gradient of a parameter NaN at the given backward passes (counted from 0)."""
-
-    def add(parameter, when):
-        calls = iter(range(1000))
-        parameter.register_hook(lambda grad: torch.full_like(grad, float("nan")) if next(calls) in when else grad)
-
-    return add
-
+from compressor.tune import loss as losses
+from compressor.tune.loop import CHECKPOINT, Batches, rate
+from compressor.tune.loss import loss_function
+from tests.tune.helpers import Killed, kill_at, run, same
 
 # --- schedule and data order ---------------------------------------------------------------------------------------------------------------
 
@@ -98,7 +64,7 @@ def test_windows_without_tokens_are_left_out_and_counted(packed_llama, options, 
 
 @pytest.mark.parametrize("chunk", [1 << 25, 64 * 7])
 def test_loss_is_the_cross_entropy_of_shifted_unmasked_labels(packed_llama, windows, monkeypatch, chunk):
-    monkeypatch.setattr(loop, "LOGITS", chunk)
+    monkeypatch.setattr(losses, "LOGITS", chunk)
     ids, labels = windows
     grads = []
     for ours in (True, False):
@@ -116,7 +82,7 @@ def test_loss_is_the_cross_entropy_of_shifted_unmasked_labels(packed_llama, wind
 
 
 def test_logits_exist_in_bounded_chunks_for_unmasked_tokens_only(packed_llama, windows, monkeypatch):
-    monkeypatch.setattr(loop, "LOGITS", 64 * 7)
+    monkeypatch.setattr(losses, "LOGITS", 64 * 7)
     model = packed_llama()
     loss = loss_function(model, windows[0][:1, :8])
     sizes = []
@@ -150,7 +116,20 @@ def test_accumulation_equals_one_large_batch(packed_llama, options, windows):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
             assert a["tokens"] == b["tokens"]
         for name in parameters:
-            torch.testing.assert_close(others[name], parameters[name], rtol=1e-3, atol=1e-4)
+            assert (others[name] - parameters[name]).norm() < 1e-3 * parameters[name].norm()  # Adam amplifies rounding where a gradient is almost 0
+
+
+def test_gradients_do_not_vanish_in_float16(packed_llama, options, windows, monkeypatch):
+    """A step of very many tokens: the gradient of the mean loss would underflow inside a float16 model."""
+    real = Batches.tokens
+    monkeypatch.setattr(Batches, "tokens", lambda self, step: 8192 * real(self, step))
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        log, parameters = run(packed_llama, windows, options(steps=1, clip=0.0), model=packed_llama().to(dtype))
+        grads.append({name: p.grad for name, p in parameters.items()})
+        assert log.curve[0]["tokens"] > 1e5
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() < 0.01 * grad.norm(), name
 
 
 def test_a_micro_batch_mean_would_differ(packed_llama, windows):
@@ -245,12 +224,19 @@ def test_a_checkpoint_of_another_run_is_not_used(packed_llama, options, windows,
     assert run(packed_llama, windows, options(steps=3), tmp_path, "a")[0].resumed_from == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other shapes"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "other shapes", "not finite"])
 def test_a_damaged_checkpoint_is_noted_and_the_run_starts_afresh(packed_llama, options, windows, tmp_path, damage):
     chosen, path = options(steps=3), tmp_path / CHECKPOINT
     _, expected = run(packed_llama, windows, chosen)
     if damage == "other shapes":
         run(lambda: packed_llama(group=16), windows, chosen, tmp_path)
+    elif damage == "not finite":
+        with pytest.raises(Killed):
+            run(packed_llama, windows, options(steps=3, checkpoint_every=1), tmp_path, on_step=kill_at(2))
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        next(iter(tensors.values())).fill_(float("inf"))
+        loop.save_file(tensors, path, metadata)
     else:
         run(packed_llama, windows, chosen, tmp_path)
         data = path.read_bytes()
@@ -283,103 +269,3 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(packed_llama, option
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot be written"):
         run(packed_llama, windows, options(steps=1), tmp_path / "file")
-
-
-# --- non-finite numbers --------------------------------------------------------------------------------------------------------------------
-
-
-def test_one_bad_window_costs_one_step(packed_llama, options, windows):
-    ids = windows[0].clone()
-    model = packed_llama()
-    chosen = options(batch=2, steps=5, schedule="constant")
-    batches = Batches(ids, windows[1], chosen, 5)
-    ids[batches.windows(2)[0], 0] = 63
-    with torch.no_grad():
-        model.get_input_embeddings().weight[63] = float("nan")
-    records, seen = [], []
-    parameters = Peqa(chosen).attach(model)
-
-    def on_step(record):
-        records.append(record)
-        seen.append({name: p.detach().clone() for name, p in parameters.items()})
-
-    log = train(model, parameters, ids, windows[1], chosen, 5, None, "", on_step=on_step)
-    assert [row["step"] for row in log.curve] == [1, 2, 4, 5] and len(log.notes) == 1
-    assert "step 3 was dropped" in log.notes[0] and "model.embed_tokens" in log.notes[0]
-    assert records[2] == {"step": 3, "loss": None, "note": log.notes[0]}
-    assert [row["lr"] for row in log.curve] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
-    assert same(seen[2], seen[0]), "back to the state of the last finite gradient: before the update of step 2"
-    assert not same(seen[3], seen[2]) and all(torch.isfinite(p).all() for p in parameters.values())
-
-
-def test_an_update_that_breaks_the_model_is_undone_and_the_scale_named(packed_llama, options, windows):
-    model, chosen = packed_llama(), options(steps=6)
-    parameters = Peqa(chosen).attach(model)
-    broken = "model.layers.1.self_attn.v_proj.tuned.delta"
-    good = {}
-
-    def on_step(record):
-        if record["step"] == 2:
-            good.update({name: p.detach().clone() for name, p in parameters.items()})
-        if record["step"] == 3:
-            parameters[broken].data[3, 1] = float("inf") - float("inf")
-        if record["step"] == 4:
-            assert record["loss"] is None and same(good, parameters)
-
-    log = train(model, parameters, *windows, chosen, 5, None, "", on_step=on_step)
-    assert len(log.notes) == 1 and "first seen in model.layers.1.self_attn.v_proj;" in log.notes[0]
-    assert len(log.curve) == 5 and all(torch.isfinite(p).all() for p in parameters.values())
-
-
-def test_three_bad_losses_in_a_row_raise_and_name_the_layer(packed_llama, options, windows):
-    model = packed_llama()
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.input_layernorm").weight[5] = float("inf")
-    parameters = Peqa(options()).attach(model)
-    steps = []
-    with pytest.raises(NumericError, match=r"3 non-finite steps in a row.*model\.layers\.1\.input_layernorm"):
-        train(model, parameters, *windows, options(), 5, None, "", on_step=steps.append)
-    assert len(steps) == 2 and not any(p.any() for p in parameters.values()) and not model.training
-
-
-def test_bad_gradients_name_the_layer(packed_llama, options, windows, poison):
-    model = packed_llama()
-    parameters = Peqa(options()).attach(model)
-    poison(parameters["model.layers.1.mlp.down_proj.tuned.delta"], {0, 1, 3})
-    log = train(model, parameters, *windows, options(schedule="constant"), 5, None, "")
-    assert [row["step"] for row in log.curve] == [3, 5, 6] and len(log.notes) == 3
-    assert all("gradient of model.layers.1.mlp.down_proj (1 of 14 parameters)" in note for note in log.notes)
-    assert [row["lr"] for row in log.curve] == pytest.approx([1e-2 / 4, 1e-2 / 8, 1e-2 / 8])
-    poison(parameters["model.layers.0.mlp.gate_proj.tuned.delta"], {1, 2, 3})
-    with pytest.raises(NumericError, match=r"model\.layers\.0\.mlp\.gate_proj"):
-        train(model, parameters, *windows, options(), 5, None, "")
-
-
-def test_a_resume_after_a_dropped_step_is_exact_too(packed_llama, options, windows, tmp_path):
-    ids, chosen = windows[0].clone(), options(batch=2, steps=8, checkpoint_every=2)
-    for step in (2, 4):  # the checkpoint due at step 4 has to wait for step 6
-        ids[Batches(ids, windows[1], chosen, 5).windows(step)[1], 0] = 63
-
-    def make():
-        model = packed_llama()
-        with torch.no_grad():
-            model.get_input_embeddings().weight[63] = float("nan")
-        return model
-
-    unbroken, expected = run(make, (ids, windows[1]), chosen)
-    with pytest.raises(Killed):
-        run(make, (ids, windows[1]), chosen, tmp_path, on_step=kill_at(7))
-    log, parameters = run(make, (ids, windows[1]), chosen, tmp_path)
-    assert log.resumed_from == 6 and log.notes == unbroken.notes and len(log.notes) == 2
-    assert log.curve == unbroken.curve and same(parameters, expected)
-
-
-def test_parameters_that_cannot_be_trained_are_refused(packed_llama, options, windows):
-    model = packed_llama()
-    parameters = Peqa(options()).attach(model)
-    with pytest.raises(ModelError, match="nothing to train"):
-        train(model, {}, *windows, options(), 0, None, "")
-    name = next(iter(parameters))
-    for bad in (torch.nn.Parameter(torch.ones(2).half()), torch.nn.Parameter(torch.ones(2), requires_grad=False)):
-        with pytest.raises(ModelError, match=name):
-            train(model, parameters | {name: bad}, *windows, options(), 0, None, "")

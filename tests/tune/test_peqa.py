@@ -4,7 +4,8 @@ from torch import nn
 
 from compressor.errors import ModelError, NumericError
 from compressor.linear import packed_linears
-from compressor.tune import TUNERS, load_values, values
+from compressor.tune import TUNERS
+from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 from compressor.tune.peqa import Peqa, ScaleTuning
 
@@ -101,8 +102,33 @@ def test_scale_stays_positive_and_finite(relative):
     scale = tuning()
     tenth = torch.tensor(0.1).half().item()
     assert scale.tolist() == [[tenth, tenth, 0.5, 65504.0, start[0, 4].item(), 0.0]]
-    scale.sum().backward()
-    assert (parameter.grad != 0).tolist()[0][:5] == [False, False, True, False, False], "clamped scales have no gradient, others have"
+    for sign, passed in ((1, [False, False, True, True, False]), (-1, [True, True, True, False, True])):
+        parameter.grad = None
+        (tuning() * sign).sum().backward()
+        assert (parameter.grad * sign > 0).tolist()[0][:5] == passed, "outside its limits a scale gets the gradient that leads back, no other"
+
+
+@pytest.mark.parametrize("relative, lr", [(True, 0.2), (False, 0.2)])
+def test_a_master_below_the_floor_returns(relative, lr):
+    tuning = ScaleTuning(torch.ones(1, 1, dtype=torch.float16), relative)
+    _, parameter = tuning.parameter()
+    with torch.no_grad():
+        parameter.sub_(1.5)
+    for _ in range(30):
+        (grad,) = torch.autograd.grad((tuning() - 0.8).square().sum(), parameter)
+        with torch.no_grad():
+            parameter.sub_(lr * grad)
+    assert tuning().item() == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_nothing_is_kept_for_backward_but_what_exists_anyway(relative):
+    tuning = ScaleTuning(torch.rand(6, 4).add(0.1).half(), relative)
+    _, parameter = tuning.parameter()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        tuning()
+    assert saved and set(saved) <= {parameter.data_ptr(), tuning.start.data_ptr()}
 
 
 @pytest.mark.parametrize("kind, lr", [("relative", 2e-2), ("absolute", 2e-3)])
@@ -119,22 +145,30 @@ def test_both_parametrisations_learn(packed_llama, options, windows, kind, lr, d
         assert model(ids, labels=labels).loss.item() < losses[0] - 0.3
 
 
-def test_values_travel_as_a_flat_dict(packed_llama, options, windows):
-    model, other = packed_llama(), packed_llama()
-    parameters = Peqa(options()).attach(model)
+@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+def test_casting_the_model_leaves_the_tuned_scales(packed_llama, options, windows, kind, cast):
+    model = packed_llama(dtype=torch.bfloat16 if cast == "half" else torch.float16)
+    tuner = Peqa(options(parametrization=kind))
+    parameters = tuner.attach(model)
     move(parameters)
-    saved = values(parameters)
-    expected = model(windows[0]).logits
-    move(parameters, seed=4)
-    assert not torch.equal(model(windows[0]).logits, expected), "values() must be a copy"
-    fresh = Peqa(options()).attach(other)
-    load_values(fresh, saved)
-    assert torch.equal(other(windows[0]).logits, expected)
-    first = next(iter(saved))
-    for broken in ({**saved, first: torch.zeros(1, 1)}, {k: v for k, v in saved.items() if k != first}):
-        with pytest.raises(ModelError, match="do not fit"):
-            load_values(fresh, broken)
-    assert torch.equal(other(windows[0]).logits, expected), "a refused load changed something"
+    for p in parameters.values():
+        p.grad = torch.full_like(p, 1e-9)
+    expected = {name: layer.packed().values.scale for name, layer in packed_linears(model).items()}
+    getattr(model, cast)()
+    assert all(model.get_parameter(name) is p and p.dtype == p.grad.dtype == torch.float32 and p.grad.all() for name, p in parameters.items())
+    tuned = model(windows[0]).logits
+    assert tuned.dtype == model.get_input_embeddings().weight.dtype
+    tuner.detach(model)
+    assert torch.equal(model(windows[0]).logits, tuned), "what was trained is not what is served"
+    for name, layer in packed_linears(model).items():
+        assert layer.scale.dtype == expected[name].dtype and torch.equal(layer.scale, expected[name])
+
+
+def test_a_tuned_model_moves_devices(packed_layer):
+    tuning = ScaleTuning(packed_layer().scale).to("meta")
+    assert tuning.start.device.type == tuning.delta.device.type == "meta"
+    assert tuning.start.dtype == torch.float16 and tuning.delta.dtype == torch.float32
 
 
 def test_bad_models_are_refused_by_name(packed_llama, dense_model, options):
@@ -163,7 +197,7 @@ def test_bad_models_are_refused_by_name(packed_llama, dense_model, options):
 def test_dense_control_trains_and_detaches_exactly(dense_model, options, windows, dtype):
     model = dense_model().to(dtype)
     names = [name for name, _ in model.named_parameters()]
-    tuner = TUNERS["full"](options())
+    tuner = Dense(options())
     parameters = tuner.attach(model)
     assert len(parameters) == 14 and all(p.dtype == torch.float32 for p in parameters.values())
     log = train(model, parameters, windows[0][:4], windows[0][:4], options(steps=8, lr=3e-3), 0, None, "")
@@ -177,4 +211,8 @@ def test_dense_control_trains_and_detaches_exactly(dense_model, options, windows
 
 def test_dense_control_needs_dense_linears(packed_llama, options):
     with pytest.raises(ModelError, match="no dense linear"):
-        TUNERS["full"](options()).attach(packed_llama())
+        Dense(options()).attach(packed_llama())
+
+
+def test_the_control_is_not_offered():
+    assert {"peqa": Peqa} == TUNERS

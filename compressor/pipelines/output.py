@@ -1,0 +1,86 @@
+"""The output folder as a place: whether it is ours, whether it is finished, whether the disk will hold it, and how it gets its name."""
+
+import errno
+import json
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from compressor.errors import ModelError, OutputError
+from compressor.pipelines.load import COMPANIONS, INDEX, weight_files
+
+OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html")  # about the model, not of it: not counted in its size
+WRITTEN = (*OWN_FILES, *COMPANIONS, INDEX, "config.json", "model*.safetensors")
+
+
+def contract(report: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The stable document for scripts, from a report."""
+    keys = ("dense", "packed", "tuned", "seconds", "peak_bytes", "resumed")
+    return {"output": str(output)} | {key: report[key] for key in keys if report.get(key) is not None}
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """report.json of a finished run as a plain dict; empty if the folder has none of ours."""
+    try:
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) and "compressor" in report and "keys" in report else {}
+
+
+def finished(output: Path, key: str) -> dict[str, Any] | None:
+    """The contract document of a whole output folder that the same recipe, model and data have written, or None."""
+    report = read_report(output)
+    if report.get("keys") != key:
+        return None
+    try:
+        weight_files(output)
+    except ModelError:
+        return None
+    return contract(report, output) | {"resumed": True}
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse to touch what is there, unless it is a run's own folder, holds nothing else, and may be overwritten."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise OutputError(f"{output} is a file; choose another folder with -o")
+    foreign = [p.name for p in sorted(output.iterdir()) if p.is_dir() or not any(fnmatch(p.name, pattern) for pattern in WRITTEN)]
+    if foreign or not read_report(output):
+        raise OutputError(
+            f"{output} already holds files that are not of a run ({foreign[0] if foreign else 'no report'}); choose another folder with -o"
+        )
+    if not overwrite:
+        raise OutputError(f"{output} already holds the result of another run; add --overwrite or choose another folder with -o")
+
+
+def check_room(output: Path, need: int) -> None:
+    """Refuse before any work where the disk cannot hold what the run will write, `need` bytes."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < need:
+        room = f"has {free / 1e9:.3f} GB free and the run writes up to {need / 1e9:.3f} GB"
+        raise OutputError(f"the disk of {output} {room}; free some space or choose another folder with -o")
+
+
+def publish(folder: Path, output: Path, work: Path) -> None:
+    """Give the finished folder its name; what lay there (checked before) moves into the work folder, which goes away at the end."""
+    if output.exists():
+        old = work / "old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(output, old)
+    os.rename(folder, output)
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full; safetensors wraps the number in its message."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, SafetensorError) and any(f"os error {n}" in str(error) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
