@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # models of a test are so small that a second thread only waits
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

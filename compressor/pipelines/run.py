@@ -116,7 +116,7 @@ class Run:
         todo = compress.plan(loaded.model, self.recipe.quant)
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
-            "name": self.recipe.model, "source": source_name(self.recipe.model),
+            "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
             "architecture": str(self.config["architectures"][0]), "parameters": sum(p.numel() for p in parameters.values()),
             "packed_parameters": sum(t.shape[0] * t.shape[1] for t in todo.packed()), "dense_bytes": load.model_bytes(self.source),
             "dense_dtype": plain(load.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
