@@ -63,8 +63,8 @@ def text() -> str:
     lines = [
         f"`tiny` at 3 bits, groups of 128, held-out part of Python's language reference ({protocol}); out of domain: standard-library source:", "",
         *table(tiny), "",
-        "Tuning also fits the domain, so the dense model tuned on the same tokens is the control. A second model, a LLaMA for",
-        "children's stories of one million parameters (babyllama), at 3 bits in groups of 32; tuning it dense gains nothing, so what PEQA gains is repair:", "",
+        "Tuning also fits the domain, so the dense model tuned on the same tokens is the control.", "",
+        "A LLaMA for children's stories (babyllama, one million parameters), 3 bits, groups of 32; tuning it dense gains nothing:", "",
         *table(baby), "",
         "Our GPTQ beside GPTQModel 7.4.0 on `tiny`, groups of 128, same calibration windows, mean of three draws, perplexity in domain:", "",
         *peers(read("gptqmodel_peer.csv")), "",
