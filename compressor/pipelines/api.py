@@ -43,7 +43,11 @@ class Model:
         ids = None
         if PACKERS[options.packer].needs:
             ids = texts.calibration(
-                texts.load(calib or "python").train, loaded.tokenizer, loading.context(loaded.config, seqlen, "seqlen"), nsamples, seed
+                texts.load("python" if calib is None else calib).train,
+                loaded.tokenizer,
+                loading.context(loaded.config, seqlen, "seqlen"),
+                nsamples,
+                seed,
             )
         dtype = loading.scale_dtype(options.scale_dtype, loaded.dtype)
         loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids)
@@ -54,7 +58,9 @@ class Model:
         recipe = _recipe("tune", options | {"method": method})
         if not packed_linears(self.model):
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
-        windows = texts.windows(texts.load(data or "python").train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen"))
+        windows = texts.windows(
+            texts.load("python" if data is None else data).train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen")
+        )
         tuner = TUNERS[method](recipe.tune)
         parameters = tuner.attach(self.model)
         try:
@@ -64,7 +70,7 @@ class Model:
 
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
         """Perplexity of the held-out part of `data`, with its protocol."""
-        corpora = {"text": texts.load(data or "python").test}
+        corpora = {"text": texts.load("python" if data is None else data).test}
         return evaluate.measure(self.model, self.tokenizer, corpora, loading.context(self._loaded.config, window), max_tokens, None)["text"]
 
     def save(self, folder: str | Path) -> dict[str, Any]:
@@ -73,7 +79,8 @@ class Model:
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
         path = Path(folder).resolve()
         check_output(path, overwrite=False)
-        with open_work(path.with_name(path.name + ".partial")) as journal:
+        with open_work(path.with_name(path.name + ".saving")) as journal:
+            shutil.rmtree(journal.folder / "folder", ignore_errors=True)
             facts = write.write_folder(self._loaded, journal.folder / "folder")
             publish(journal.folder / "folder", path, journal.folder)
         shutil.rmtree(journal.folder, ignore_errors=True)

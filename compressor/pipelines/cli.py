@@ -42,9 +42,6 @@ def main() -> None:
             raise
         console.print("failed: out of memory; try a smaller --batch or --seqlen, or --gradient-checkpointing", style="red", highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", highlight=False)
-        sys.exit(130)
 
 
 def quiet() -> None:
@@ -102,7 +99,7 @@ def run(
         "tune__gradient_checkpointing": gradient_checkpointing, "data__train_on_prompt": train_on_prompt, "eval__window": window,
         "eval__max_tokens": max_tokens, "seed": seed, "device": device,
     }  # fmt: skip
-    spec = {f"quant__{k}": v for k, v in parse_quant(quant).items()} if quant else {}
+    spec = {f"quant__{k}": v for k, v in parse_quant(quant).items()} if quant is not None else {}
     recipe = recipe.with_(**(spec | {k: v for k, v in flags.items() if v is not None}))
     quiet()
     from compressor.pipelines import render
@@ -113,7 +110,11 @@ def run(
     if dry_run:
         emit(pipeline.dry_run(recipe, output, RichShow(console)))
         return
-    document = pipeline.run(recipe, output, overwrite, RichShow(console), shlex.join(["compressor", *sys.argv[1:]]))
+    try:
+        document = pipeline.run(recipe, output, overwrite, RichShow(console), shlex.join(["compressor", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", highlight=False)
+        raise
     console.print(render.summary(Report.load(Path(document["output"]) / "report.json")))
     console.print(f"the folder is {document['output']} (report.html shows it all)", highlight=False, markup=False)
     emit(document)

@@ -2,6 +2,7 @@
 
 Sizes follow from the shapes and the format. Memory is the sum of what each stage holds at its peak. Time counts floating-point operations
 and divides by the matmul speed measured now, times EFFICIENCY (the share of it that whole stages reached on a 2-core CPU; see docs/log.md).
+Evaluations in the course of tuning are not counted.
 """
 
 import time
@@ -14,11 +15,14 @@ from torch import nn
 
 from compressor import linear
 from compressor.errors import ModelError
-from compressor.pipelines import compress, load
+from compressor.pipelines import compress, evaluate, load
 from compressor.quant import PACKERS
 from compressor.recipe import Recipe
+from compressor.tune.loss import LOGITS
 
-EFFICIENCY = 0.35
+EFFICIENCY = 0.25
+BASE = 380 << 20  # bytes of the interpreter and its libraries
+DECODE = 15e-9  # seconds to decode a weight on one core: what a sample text costs a token on a CPU
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -43,7 +47,7 @@ def shell(folder: Path) -> nn.Module:
         raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
 
 
-def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, dense_bytes: int) -> dict[str, Any]:
+def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path) -> dict[str, Any]:
     """Sizes in bytes, memory in bytes and seconds by stage; `model` may be a shell, `folder` is the dtype of the output folder."""
     todo = compress.plan(model, recipe.quant)
     packed = todo.packed()
@@ -55,30 +59,35 @@ def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
+    beside = load.model_bytes(source) - sum(path.stat().st_size for path in load.weight_files(source))  # tokenizer, config
+    folder_bytes = packed_bytes + rest + beside
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
-        "bits_per_weight": packed_bytes * 8 / weights, "weight_bytes": packed_bytes + rest, "ratio": dense_bytes / (packed_bytes + rest),
-        "peak_bytes": _memory(recipe, model, device, counts, parameters, packed_bytes),
+        "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": load.model_bytes(source) / folder_bytes,
+        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes),
         "seconds": _seconds(recipe, packed, device, counts, parameters),
         "notes": [t.note for t in packed if t.note],
     }  # fmt: skip
 
 
-def _memory(recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, packed_bytes: int) -> dict[str, int]:
+def _memory(
+    recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, weights: int, packed_bytes: int
+) -> dict[str, int]:
+    """Peak bytes by stage; evaluation happens within tuning too."""
     config: Any = model.config
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
     size = 4 if device.type == "cpu" else 2
-    base = 350 << 20  # the interpreter and its libraries
-    out = {"load": base + parameters * size, "evaluate": base + parameters * size + 3 * min(256 << 20, counts.step * vocab * 4)}
-    widest = max(m.in_features for m in linear.linears(model).values())
+    dense, small = BASE + parameters * size, BASE + (parameters - weights) * size + packed_bytes
+    logits = min(evaluate.LOGIT_BYTES, evaluate.BATCH_TOKENS * vocab * size)
+    out = {"load": dense, "evaluate": dense + 2 * logits + 3 * evaluate.CHUNK_BYTES, "compress": dense}
     if PACKERS[recipe.quant.packer].needs:
-        out["compress"] = base + parameters * size + counts.calibration * hidden * size + 4 * widest * widest * 4
-    else:
-        out["compress"] = base + parameters * size
+        widest = max(m.in_features for m in linear.linears(model).values())
+        out["compress"] += counts.calibration * hidden * size + 4 * widest * widest * 4
     if recipe.tune.method != "none":
-        kept = 14 if not recipe.tune.gradient_checkpointing else 2
-        activations = counts.step * hidden * size * kept * layers
-        out["tune"] = base + (parameters * size if device.type == "cpu" else packed_bytes) + activations + 3 * counts.step * vocab * 4
+        kept = hidden if recipe.tune.gradient_checkpointing else 12 * hidden + 4 * inner  # numbers a token and block
+        steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
+        out["tune"] = small + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out
 
 
@@ -86,6 +95,8 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     speed = matmul_speed(device) * EFFICIENCY
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
     out = {"evaluate": (2 if recipe.tune.method == "none" else 3) * 2 * parameters * counts.evaluation / speed}
+    if device.type == "cpu" and weights <= evaluate.SAMPLED_PARAMETERS:
+        out["evaluate"] += (1 if recipe.tune.method == "none" else 2) * evaluate.SAMPLES * evaluate.SAMPLE_TOKENS * weights * DECODE
     grid = 160 * weights / 1e9  # the clipping search: measured, about 1.6 s for 10 M weights on one core
     if PACKERS[recipe.quant.packer].needs:
         hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2
@@ -103,7 +114,7 @@ def matmul_speed(device: torch.device) -> float:
     size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(4):
+    for _ in range(12):
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":

@@ -26,6 +26,8 @@ from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokeni
 LOGIT_BYTES = 256 << 20
 CHUNK_BYTES = 64 << 20
 BATCH_TOKENS = 8192
+SAMPLES, SAMPLE_TOKENS = 3, 40  # sample texts of a run, and their length
+SAMPLED_PARAMETERS = 30_000_000  # packed ones, above which a CPU writes no samples
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
@@ -122,7 +124,7 @@ def measure(
     return out
 
 
-def prompts(corpus: Corpus, tokenizer: Any, count: int = 3, tokens: int = 24) -> list[str]:
+def prompts(corpus: Corpus, tokenizer: Any, count: int = SAMPLES, tokens: int = 24) -> list[str]:
     """Beginnings of documents spread over a corpus, for `generate_samples`: whole prompts of pairs, else the first `tokens` tokens."""
     step = max(1, len(corpus.documents) // count)
     chosen = corpus.documents[::step][:count]

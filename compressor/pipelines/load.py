@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if not any(str(k).endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
         raise ModelError(f"{folder} holds {', '.join(map(str, kinds)) or 'no named architecture'}, not a causal language model")
-    return config
+    return config | {"architectures": kinds}
 
 
 def weight_files(folder: Path) -> list[Path]:

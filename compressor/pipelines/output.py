@@ -46,6 +46,8 @@ def finished(output: Path, key: str) -> dict[str, Any] | None:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Refuse to touch what is there, unless it is a run's own folder, holds nothing else, and may be overwritten."""
+    if output == Path.cwd() or output.is_mount():
+        raise OutputError(f"{output} is the current folder or a mount point and cannot be replaced; name a folder inside it with -o")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():
@@ -73,6 +75,7 @@ def check_room(output: Path, need: int) -> None:
 def publish(folder: Path, output: Path, work: Path) -> None:
     """Give the finished folder its name; what lay there (checked before) moves into the work folder, which goes away at the end."""
     if output.exists():
+        check_output(output, overwrite=True)  # again: the first check may be hours old
         old = work / "old"
         shutil.rmtree(old, ignore_errors=True)
         os.rename(output, old)

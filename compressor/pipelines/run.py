@@ -28,9 +28,6 @@ from compressor.recipe import Recipe
 from compressor.tune import TUNERS
 from compressor.tune.loop import Batches, train
 
-SAMPLE_TOKENS = 40
-SAMPLED_PARAMETERS = 30_000_000  # packed ones, above which a CPU writes no samples
-
 
 def default_output(recipe: Recipe) -> Path:
     """model-w3g128-gptq-peqa in the current folder."""
@@ -59,9 +56,9 @@ class Run:
         check_methods(recipe)
         self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
         self.window = load.context(self.config, recipe.eval.window or self.seqlen)
-        self.domain = data.load(recipe.data.data or "python")
-        self.outside = data.load_text(recipe.data.outside or "python-source")
-        self.calib = data.load(recipe.data.calib).train if recipe.data.calib else self.domain.train
+        self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
+        self.outside = data.load_text("python-source" if recipe.data.outside is None else recipe.data.outside)
+        self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self._fingerprints(load.fingerprint(self.source))
 
     def _fingerprints(self, model: str) -> None:
@@ -79,7 +76,7 @@ class Run:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
         with open_work(self.work) as journal, self._safe_report():
             loaded = self._load()
-            calibration, windows = self._texts(loaded)
+            calibration, windows = self.texts(loaded.tokenizer)
             self._dense(loaded, journal)
             self._compress(loaded, calibration, journal)
             if windows is not None:
@@ -117,7 +114,7 @@ class Run:
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
             "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
-            "architecture": str(self.config["architectures"][0]), "parameters": sum(p.numel() for p in parameters.values()),
+            "architecture": self.config["architectures"][0], "parameters": sum(p.numel() for p in parameters.values()),
             "packed_parameters": sum(t.shape[0] * t.shape[1] for t in todo.packed()), "dense_bytes": load.model_bytes(self.source),
             "dense_dtype": plain(load.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
             "scale_dtype": plain(load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)),
@@ -127,13 +124,13 @@ class Run:
                 self.show.say(target.note)
         return loaded
 
-    def _texts(self, loaded: load.Loaded) -> tuple[torch.Tensor | None, data.Windows | None]:
+    def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
         recipe, ids, windows = self.recipe, None, None
         if PACKERS[recipe.quant.packer].needs:
-            ids = data.calibration(self.calib, loaded.tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
+            ids = data.calibration(self.calib, tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
         if recipe.tune.method != "none":
-            windows = data.windows(self.domain.train, loaded.tokenizer, self.seqlen, recipe.data.train_on_prompt)
+            windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
         return ids, windows
 
     def _dense(self, loaded: load.Loaded, journal: Journal) -> None:
@@ -219,11 +216,11 @@ class Run:
 
             found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
             prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if self._samples() else []
-            return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, SAMPLE_TOKENS), "prompts": prompts}
+            return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
     def _samples(self) -> bool:
         """Whether to write sample texts: not where decoding every weight again for each token would take longer than the measuring."""
-        if self.device.type == "cuda" or self.report.model["packed_parameters"] <= SAMPLED_PARAMETERS:
+        if self.device.type == "cuda" or self.report.model["packed_parameters"] <= evaluate.SAMPLED_PARAMETERS:
             return True
         note = "no samples: decoding token by token on a CPU takes too long for a model of this size; use compressor generate"
         self.report.notes = sorted({*self.report.notes, note})
@@ -276,15 +273,15 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     tokenizer = load.load_tokenizer(job.source)
     cap = recipe.eval.max_tokens or 1 << 62
     read = [evaluate.stream(corpus, tokenizer).numel() for corpus in (job.domain.test, job.outside)]
-    windows = data.windows(job.domain.train, tokenizer, job.seqlen, recipe.data.train_on_prompt)
-    steps = Batches(windows.ids, windows.labels, recipe.tune, recipe.seed).steps if recipe.tune.method != "none" else 0
+    ids, windows = job.texts(tokenizer)
+    steps = 0 if windows is None else Batches(windows.ids, windows.labels, recipe.tune, recipe.seed).steps
     counts = estimate.Counts(
-        calibration=min(recipe.data.nsamples, len(windows)) * job.seqlen, tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
+        calibration=0 if ids is None else ids.numel(), tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
         step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, tokens) for tokens in read),
     )  # fmt: skip
     folder = load.folder_dtype(load.stored_dtype(job.source), job.config)
-    found = estimate.estimate(recipe, estimate.shell(job.source), folder, counts, load.model_bytes(job.source))
-    size = f"{found['weight_bytes'] / 1e6:,.1f} MB, {found['ratio']:.2f} times smaller"
+    found = estimate.estimate(recipe, estimate.shell(job.source), folder, counts, job.source)
+    size = f"{found['folder_bytes'] / 1e6:,.1f} MB, {found['ratio']:.2f} times smaller"
     show.say(f"{recipe.model}: {found['packed_layers']} linears at {found['bits_per_weight']:.3f} bits per weight, {size}")
     minutes = sum(found["seconds"].values()) / 60
     show.say(f"peak memory {max(found['peak_bytes'].values()) / 1e9:.1f} GB, about {minutes:.1f} minutes; nothing was written")
