@@ -12,10 +12,14 @@ meets a contiguous stretch of x:
 
 Density is exact: 2, 3 and 4 bits cost 2, 3 and 4 bits (beyond the padding, which LLM shapes do not need).
 
+That is the order `pair`, which affine weights use. Tables use the order `prmt`, the same with the eight nibbles of every word permuted: nibble
+p + 4h moves to 2(p%2) + h + 4(p//2), so that one byte-permute instruction, which looks up the four nibbles of the low half of a register, meets
+two neighbouring codes of two planes. At 2 and 3 bits a word masked with 0x33333333 is such a word of nibbles, so the same move serves all widths.
+
 Dense stream (compressed-tensors, GPTQ transposed, MLX): code i of a row occupies bits i*bits .. i*bits+bits-1 of the row, least
 significant bit first, in little-endian 32-bit words; the last word is filled with zeros.
 
-All four functions work in panels of 256 rows, so that what they need beside input and output stays small, and in cache.
+All functions work in panels of 256 rows, so that what they need beside input and output stays small, and in cache.
 """
 
 from collections.abc import Iterator
@@ -26,6 +30,8 @@ from torch import Tensor
 ROWS, COLS = 64, 256
 PANEL = 256  # rows at a time, a multiple of ROWS
 BITS = (2, 3, 4)
+ORDERS = ("pair", "prmt")
+_TO_PRMT = tuple(2 * (p % 2) + h + 4 * (p // 2) for h in range(2) for p in range(4))  # nibble p + 4h of `pair` -> nibble of `prmt`
 
 
 def tiles(n: int, k: int) -> tuple[int, int]:
@@ -40,12 +46,26 @@ def _panels(n: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(start // ROWS, -(-stop // ROWS))
 
 
-def pack_tiles(codes: Tensor, bits: int) -> Tensor:
+def reorder(words: Tensor, source: str, target: str) -> Tensor:
+    """The same codes in another order of nibbles; source and target are `pair` or `prmt`."""
+    if source == target:
+        return words
+    out = torch.empty_like(words)
+    for i in range(0, words.shape[0], PANEL // ROWS):
+        part, moved = words[i : i + PANEL // ROWS], 0
+        for pair, prmt in enumerate(_TO_PRMT):
+            a, b = (pair, prmt) if source == "pair" else (prmt, pair)
+            moved = moved | (((part >> (4 * a)) & 15) << (4 * b))
+        out[i : i + PANEL // ROWS] = moved
+    return out
+
+
+def pack_tiles(codes: Tensor, bits: int, order: str = "pair") -> Tensor:
     """codes uint8 [n, k], each < 2**bits -> int32 [n/64, k/256, 64, 8*bits] (n, k rounded up)."""
     n, k = codes.shape
     out = torch.empty(*tiles(n, k), ROWS, 8 * bits, dtype=torch.int32, device=codes.device)
     for rows, down in _panels(n):
-        out[down] = _pack_panel(codes[rows], bits)
+        out[down] = reorder(_pack_panel(codes[rows], bits), "pair", order)
     return out
 
 
@@ -67,11 +87,11 @@ def _pack_panel(codes: Tensor, bits: int) -> Tensor:
     return torch.cat([low, words], dim=-1)
 
 
-def unpack_tiles(words: Tensor, bits: int, n: int, k: int) -> Tensor:
+def unpack_tiles(words: Tensor, bits: int, n: int, k: int, order: str = "pair") -> Tensor:
     """Exact inverse of pack_tiles: int32 words -> codes uint8 [n, k]."""
     out = torch.empty(n, k, dtype=torch.uint8, device=words.device)
     for rows, down in _panels(n):
-        out[rows] = _unpack_panel(words[down], bits)[: rows.stop - rows.start, :k]
+        out[rows] = _unpack_panel(reorder(words[down], order, "pair"), bits)[: rows.stop - rows.start, :k]
     return out
 
 
