@@ -73,7 +73,7 @@ def test_gradients_of_gradients_are_refused() -> None:
     _, packed = layer(bias=False)
     x = torch.randn(5, 160, requires_grad=True)
     (dx,) = torch.autograd.grad(packed(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         dx.sum().backward()
 
 

@@ -1,8 +1,16 @@
 """The only door to the kernels: one differentiable function, which picks the implementation by device and shape.
 
-`linear` saves the packed buffers for the backward pass, and x only if the scales are trained, never a dense weight: the gradient of x runs on
-weights decoded again, the gradient of the scales is a sum over each group of dy^T x. On a GPU the Triton kernels run where they fit the
-layer (see `fits`), else, and on a CPU, the plain torch reference. CPUs compute in float32 (16-bit matmuls there are tens of times slower).
+    cuda                 Triton (affine.py, tables.py), where it knows the group size
+    cpu                  numba (cpu.py), where numba is installed, in float32
+    anything else        plain torch (reference.py)
+
+`path` overrides the choice. What is saved for the backward pass is the packed buffers, and x only if values are trained, never a dense weight: the
+gradient of x runs on weights decoded again, the gradient of the values reduces dy^T x tile by tile. CPUs compute in float32 (16-bit matmuls there are
+tens of times slower without special instructions).
+
+The operators are registered as compressor::linear, compressor::grad_input and compressor::grad_values, with shapes for tracing, so torch.compile
+and CUDA graphs see one opaque call each. Without gradients and outside of tracing the implementation is called directly, which saves tens of
+microseconds.
 """
 
 import importlib.util
@@ -11,61 +19,120 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from compressor.kernels import reference
+from compressor.errors import RecipeError
+from compressor.kernels import cpu, reference
 
+PATHS = ("auto", "triton", "cpu", "reference")
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def uses_triton(x: Tensor, group: int, k: int) -> bool:
-    """Whether the Triton kernels take this call: a GPU tensor (or Triton's interpreter, for tests), and a group size they know."""
-    if not _TRITON or not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return False
-    from compressor.kernels import affine
-
-    return affine.fits(group, k)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int) -> Tensor:
-        need_x, _, need_scale, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if need_scale else None, words, scale if need_x else None, zero)
-        ctx.bits, ctx.group, ctx.k, ctx.dtype, ctx.ops = bits, group, x.shape[1], scale.dtype, _module(x, group)
-        return ctx.ops.forward(x, words, scale, zero, bits, group, n)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, words, scale, zero = ctx.saved_tensors
-        dy = grads[0].contiguous()
-        dx = dscale = None
-        if ctx.needs_input_grad[0]:
-            dx = ctx.ops.grad_input(dy, words, scale, zero, ctx.bits, ctx.group, ctx.k)
-        if ctx.needs_input_grad[2]:
-            dscale = ctx.ops.grad_scale(x, dy, words, zero, ctx.bits, ctx.group).to(ctx.dtype)
-        return dx, None, dscale, None, None, None, None
+def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto") -> Any:
+    """The module whose functions take this call."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
+    if path in ("auto", "triton") and _TRITON and (x.is_cuda or interpreted):
+        module: Any
+        if values_dim == 3:
+            from compressor.kernels import tables as module
+        else:
+            from compressor.kernels import affine as module
+        if module.fits(group, k):
+            return module
+    if path in ("auto", "cpu") and x.device.type == "cpu" and x.dtype == torch.float32 and cpu.fits(group, k) and cpu.available():
+        return cpu
+    if path in ("auto", "reference"):
+        return reference
+    reason = f"unknown, choose one of {PATHS}" if path not in PATHS else f"not able to take {x.dtype} on {x.device} with groups of {group}"
+    raise RecipeError(f"kernel path {path!r} is {reason}")
 
 
-def _module(x: Tensor, group: int) -> Any:
-    if uses_triton(x, group, x.shape[1]):
-        from compressor.kernels import affine
-
-        return affine
-    return reference
+@torch.library.custom_op("compressor::linear", mutates_args=())
+def _linear(x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, n: int, path: str) -> Tensor:
+    return choose(x, values.dim(), group, x.shape[1], path).forward(x, words, values, zero, bits, group, n)
 
 
-def linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, n: int) -> Tensor:
-    """y = x @ weight.T + bias with weight = scale * (code - zero), differentiable in x, scale and bias.
+@_linear.register_fake
+def _(x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, n: int, path: str) -> Tensor:
+    return x.new_empty(x.shape[0], n)
 
-    x [..., k] float; words int32 tile64x256 (see layout); scale [n, k/group]; zero [n, k/group] or None for the symmetric midpoint;
-    bias [n] or None. Returns [..., n] in x's dtype.
+
+@torch.library.custom_op("compressor::grad_input", mutates_args=())
+def _grad_input(dy: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, k: int, path: str) -> Tensor:
+    return choose(dy, values.dim(), group, k, path).grad_input(dy, words, values, zero, bits, group, k)
+
+
+@_grad_input.register_fake
+def _(dy: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, k: int, path: str) -> Tensor:
+    return dy.new_empty(dy.shape[0], k)
+
+
+@torch.library.custom_op("compressor::grad_values", mutates_args=())
+def _grad_values(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: int, group: int, table: bool, path: str) -> Tensor:
+    ops = choose(x, 3 if table else 2, group, x.shape[1], path)
+    return ops.grad_table(x, dy, words, bits, group) if table else ops.grad_scale(x, dy, words, zero, bits, group)
+
+
+@_grad_values.register_fake
+def _(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: int, group: int, table: bool, path: str) -> Tensor:
+    shape = (dy.shape[1], -(-x.shape[1] // group), *([1 << bits] if table else []))
+    return x.new_empty(shape, dtype=reference.wide(x.dtype))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, words, values, zero, ctx.bits, ctx.group, _, ctx.path = inputs
+    need_x, _, need_values, need_zero, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if need_values or need_zero else None, words, values if need_x or need_zero else None, zero)
+    ctx.k, ctx.types, ctx.table = x.shape[1], (values.dtype, None if zero is None else zero.dtype), values.dim() == 3
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, words, values, zero = ctx.saved_tensors
+    need_x, _, need_values, need_zero, *_ = ctx.needs_input_grad
+    dy = dy.contiguous()
+    dx = dvalues = dzero = None
+    if need_x:
+        dx = _grad_input(dy, words, values, zero, ctx.bits, ctx.group, ctx.k, ctx.path)
+    if need_values:
+        dvalues = _grad_values(x, dy, words, zero, ctx.bits, ctx.group, ctx.table, ctx.path).to(ctx.types[0])
+    if need_zero:
+        dzero = reference.grad_zero(x, dy, values, ctx.group).to(ctx.types[1])
+    return dx, None, dvalues, dzero, None, None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+def linear(
+    x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, n: int, path: str = "auto"
+) -> Tensor:
+    """y = x @ weight.T + bias, differentiable in x, values, bias, and in zero if it is float.
+
+    x [..., k] float; words int32 tile64x256 (layout.py); values scale [n, k/group] or table [n, segments, 2**bits]; zero [n, k/group] or None for the
+    symmetric midpoint (and for tables); bias [n] or None; path one of PATHS. Returns [..., n] in x's dtype. See reference.py for the formulas.
     """
     flat = x.reshape(-1, x.shape[-1])
     if not x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
         flat = flat.float()
-    y = _Linear.apply(flat, words, scale, zero, bits, group, n)
+    if torch.compiler.is_compiling() or type(x) is not Tensor or _trains(x, values, zero):
+        y = _linear(flat, words, values, zero, bits, group, n, path)
+    else:
+        y = choose(flat, values.dim(), group, flat.shape[1], path).forward(flat, words, values, zero, bits, group, n)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def describe() -> str:
+    """Which kernels this machine has, in words."""
+    groups = "groups of 32, 64, 128, multiples of 256 or whole rows; plain torch for others"
+    if torch.cuda.is_available():
+        return f"Triton ({groups})" if _TRITON else "plain torch; pip install triton for GPU kernels"
+    if os.environ.get("TRITON_INTERPRET") == "1" and _TRITON:
+        return "Triton's interpreter (TRITON_INTERPRET=1), a debugging aid that is thousands of times slower"
+    if cpu.available():
+        return f"numba, {cpu.instructions()} (groups in multiples of 32 or whole rows; plain torch for others), float32"
+    return "plain torch in float32, 256 rows at a time; pip install numba for kernels that decode tens of times faster"
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

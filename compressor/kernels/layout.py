@@ -52,7 +52,8 @@ def reorder(words: Tensor, source: str, target: str) -> Tensor:
         return words
     out = torch.empty_like(words)
     for i in range(0, words.shape[0], PANEL // ROWS):
-        part, moved = words[i : i + PANEL // ROWS], 0
+        part = words[i : i + PANEL // ROWS]
+        moved = torch.zeros_like(part)
         for pair, prmt in enumerate(_TO_PRMT):
             a, b = (pair, prmt) if source == "pair" else (prmt, pair)
             moved = moved | (((part >> (4 * a)) & 15) << (4 * b))

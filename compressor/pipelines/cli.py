@@ -154,17 +154,18 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a packed or dense model folder, a hub id, or tiny")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="text to continue")] = "The",
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="text to continue; several are decoded together")] = ["The"],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens")] = 64,
     temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
     seed: Annotated[int, typer.Option()] = 42,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="on a GPU: static cache and CUDA graphs; a slow start, then faster tokens")] = False,
 ) -> None:
-    """Continue a prompt; packed folders run packed."""
+    """Continue one or more prompts; packed folders run packed."""
     quiet()
     from compressor.pipelines.tools import generate_text
 
-    emit(generate_text(model, prompt, max_new_tokens, temperature, seed, device))
+    emit(generate_text(model, prompt, max_new_tokens, temperature, seed, device, compiled))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import nn
 
 from compressor import linear
 from compressor.errors import ModelError
+from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
 from compressor.quant import PACKERS
 from compressor.recipe import Recipe
@@ -22,7 +23,7 @@ from compressor.tune.loss import LOGITS
 
 EFFICIENCY = 0.25
 BASE = 380 << 20  # bytes of the interpreter and its libraries
-DECODE = 15e-9  # seconds to decode a weight on one core: what a sample text costs a token on a CPU
+DECODE = {True: 1e-10, False: 15e-9}  # seconds a weight and token of a sample text on a CPU: with the compiled kernels, without
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -95,8 +96,9 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     speed = matmul_speed(device) * EFFICIENCY
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
     out = {"evaluate": (2 if recipe.tune.method == "none" else 3) * 2 * parameters * counts.evaluation / speed}
-    if device.type == "cpu" and weights <= evaluate.SAMPLED_PARAMETERS:
-        out["evaluate"] += (1 if recipe.tune.method == "none" else 2) * evaluate.SAMPLES * evaluate.SAMPLE_TOKENS * weights * DECODE
+    if device.type == "cpu" and evaluate.samples_pay(device, weights):
+        times = (1 if recipe.tune.method == "none" else 2) * evaluate.SAMPLES * evaluate.SAMPLE_TOKENS
+        out["evaluate"] += times * weights * DECODE[cpu.available()]
     grid = 160 * weights / 1e9  # the clipping search: measured, about 1.6 s for 10 M weights on one core
     if PACKERS[recipe.quant.packer].needs:
         hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import DataError, NumericError
+from compressor.kernels import cpu
 from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
 
 LOGIT_BYTES = 256 << 20
 CHUNK_BYTES = 64 << 20
 BATCH_TOKENS = 8192
 SAMPLES, SAMPLE_TOKENS = 3, 40  # sample texts of a run, and their length
-SAMPLED_PARAMETERS = 30_000_000  # packed ones, above which a CPU writes no samples
+SAMPLED_PARAMETERS = 30_000_000  # packed ones, above which a CPU without compiled kernels writes no samples
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
@@ -122,6 +123,11 @@ def measure(
         data |= {"counted": "completions" if corpus.pairs else "all tokens"} | {k: found[k] for k in ("window", "stride", "tokens")}
         out["protocol"][key] = data | {"max_tokens": max_tokens} | lost
     return out
+
+
+def samples_pay(device: torch.device, packed_parameters: int) -> bool:
+    """Whether to write sample texts: not where decoding every weight again for each token would take longer than the measuring."""
+    return device.type == "cuda" or cpu.available() or packed_parameters <= SAMPLED_PARAMETERS
 
 
 def prompts(corpus: Corpus, tokenizer: Any, count: int = SAMPLES, tokens: int = 24) -> list[str]:

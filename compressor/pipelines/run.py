@@ -219,10 +219,9 @@ class Run:
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
     def _samples(self) -> bool:
-        """Whether to write sample texts: not where decoding every weight again for each token would take longer than the measuring."""
-        if self.device.type == "cuda" or self.report.model["packed_parameters"] <= evaluate.SAMPLED_PARAMETERS:
+        if evaluate.samples_pay(self.device, self.report.model["packed_parameters"]):
             return True
-        note = "no samples: decoding token by token on a CPU takes too long for a model of this size; use compressor generate"
+        note = "no samples: without numba, decoding token by token on a CPU takes too long for a model of this size; pip install numba"
         self.report.notes = sorted({*self.report.notes, note})
         return False
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import time
 from typing import Any
 
@@ -49,21 +48,41 @@ def dense_bytes(loaded: load.Loaded) -> int:
         return 2 * (rest + sum(w.shape[0] * w.shape[1] for w in load.packed_weights(loaded.model).values()))
 
 
-def generate_text(model: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> dict[str, Any]:
-    """Greedy (temperature 0) or sampled continuation through transformers' generate."""
-    if not temperature >= 0 or max_new_tokens < 1 or not prompt:
+def generate_text(
+    model: str, prompts: list[str], max_new_tokens: int, temperature: float, seed: int, device: str, compiled: bool = False
+) -> dict[str, Any]:
+    """Greedy (temperature 0) or sampled continuations of one or several prompts, decoded together, through transformers' generate with its KV cache.
+
+    `compiled` lays the cache out once and has transformers compile the decoding step, which on a GPU becomes a replayed CUDA graph.
+    """
+    if not temperature >= 0 or max_new_tokens < 1 or not prompts or not all(prompts):
         raise RecipeError("temperature must be 0 or more, max-new-tokens at least 1, and the prompt not empty")
+    if compiled and load.pick_device(device).type != "cuda":
+        raise RecipeError("--compile pays on a GPU only; leave it out here")
     loaded = load.load(model, device)
-    tokens = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    tokens.pop("token_type_ids", None)
+    tokenizer = loaded.tokenizer
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    rows = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=loaded.device)  # padded on the left
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=loaded.device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    options: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    if compiled:
+        options["cache_implementation"] = "static"
     start = time.perf_counter()
-    out = loaded.model.generate(**tokens, max_new_tokens=max_new_tokens, pad_token_id=loaded.tokenizer.eos_token_id, **sampling)  # type: ignore[operator]
+    out = loaded.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)  # type: ignore[operator]
     seconds = time.perf_counter() - start
-    fresh = out[0, tokens["input_ids"].shape[1] :]
-    text = loaded.tokenizer.decode(fresh, skip_special_tokens=True)
-    return {"model": model, "prompt": prompt, "text": text, "tokens": len(fresh), "tokens_per_second": len(fresh) / seconds}
+    fresh = [_until_end(row, tokenizer.eos_token_id) for row in out[:, width:].tolist()]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in fresh]
+    tokens = sum(map(len, fresh))
+    document = {"model": model, "prompt": prompts[0], "text": texts[0]} if len(prompts) == 1 else {"model": model, "prompts": prompts, "texts": texts}
+    return document | {"tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def _until_end(row: list[int], end: int | None) -> list[int]:
+    """The tokens up to the end of the text and with it; what follows in a batch is padding."""
+    return row[: row.index(end) + 1] if end in row else row
 
 
 def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
@@ -88,14 +107,10 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
 
 def diagnose() -> tuple[dict[str, Any], Table]:
     """Versions, device, kernels, and the extras that are there or not."""
-    extras = {name: importlib.util.find_spec(name) is not None for name in ("triton", "datasets")}
+    extras = {name: importlib.util.find_spec(name) is not None for name in ("triton", "numba", "datasets")}
     gpu = torch.cuda.is_available()
-    if gpu and extras["triton"]:
-        kernels = "Triton (groups of 32, 64, 128, 256 and multiples of 256; plain torch for others)"
-    else:
-        kernels = "plain torch in float32, 256 rows at a time" + ("" if extras["triton"] or not gpu else "; install triton for GPU kernels")
-    document = environment("cuda" if gpu else "cpu") | {"gpu": torch.cuda.get_device_name() if gpu else None, "kernels": kernels, "extras": extras}
-    document["interpreted"] = os.environ.get("TRITON_INTERPRET") == "1" and dispatch.uses_triton(torch.empty(0), 128, 256)
+    document = environment("cuda" if gpu else "cpu")
+    document |= {"gpu": torch.cuda.get_device_name() if gpu else None, "kernels": dispatch.describe(), "extras": extras}
     table = Table("", "", show_header=False)
     for key, value in document.items():
         table.add_row(key, json.dumps(value) if isinstance(value, dict) else str(value))

@@ -84,8 +84,3 @@ def test_sixteen_bits_on_a_cpu_keep_their_dtype() -> None:
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
     exact = x.double() @ dense(codes, scale.bfloat16().double(), zero, 4, 32).T
     assert error(y, exact) <= RELATIVE[torch.bfloat16]
-
-
-def test_cpu_tensors_take_the_reference() -> None:
-    """Also after the kernel tests, which run Triton's interpreter on CPU tensors in this process."""
-    assert not dispatch.uses_triton(torch.zeros(1, 32), 32, 32)

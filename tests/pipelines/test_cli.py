@@ -73,6 +73,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
         (["run", "list.yaml"], "must be a mapping"),
         (["generate", "tiny", "--temperature", "-1"], "temperature must be 0 or more"),
         (["generate", "tiny", "--prompt", ""], "the prompt not empty"),
+        (["generate", "tiny", "--device", "cpu", "--compile"], "on a GPU only"),
         (["generate", "./nowhere"], "there is no model folder"),
         (["inspect", "cut"], "truncated"),
     ],
@@ -141,6 +142,11 @@ def test_generate_and_inspect(packed: Path, monkeypatch: pytest.MonkeyPatch, cap
     document = json.loads(out.strip().splitlines()[-1])
     assert document["text"]
     assert 1 <= document["tokens"] <= 8
+    prompts = ["Return the", "A class is an object that holds names, and"]
+    many = [part for prompt in prompts for part in ("--prompt", prompt)]
+    code, out, err = call(monkeypatch, capsys, "generate", str(packed), *many, "--max-new-tokens", "8")
+    assert code == 0, err
+    assert json.loads(out.strip().splitlines()[-1])["texts"][0] == document["text"], "a row of a batch is written as it is alone"
     code, out, err = call(monkeypatch, capsys, "inspect", str(packed))
     assert code == 0, err
     assert len(json.loads(out.strip().splitlines()[-1])["layers"]) == 28

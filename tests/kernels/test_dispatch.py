@@ -1,0 +1,122 @@
+"""The door: which implementation takes a call, and that torch's tracing, compiling and checking machinery accepts the operators."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.errors import RecipeError
+from compressor.kernels import cpu, dispatch, layout, reference
+from tests.tolerances import RELATIVE, error
+
+N, K, GROUP, BITS = 70, 352, 32, 3
+
+
+def arguments(kind: str = "affine", trained: bool = False) -> tuple[Any, ...]:
+    """x, words, values, zero, bits, group, n, path of compressor::linear."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 1 << BITS, (N, K), dtype=torch.uint8)
+    x = torch.randn(5, K)
+    if kind == "affine":
+        group, values, zero = GROUP, torch.rand(N, K // GROUP) + 0.5, 7 * torch.rand(N, K // GROUP)
+    else:
+        group, values, zero = 192, torch.randn(N, 2, 1 << BITS), None
+    leaves = [x, values] + ([] if zero is None else [zero])
+    for leaf in leaves:
+        leaf.requires_grad_(trained)
+    return x, layout.pack_tiles(codes, BITS, reference.order(values)), values, zero, BITS, group, N, "auto"
+
+
+def test_who_takes_what() -> None:
+    """Also after the tests of the Triton kernels, which run its interpreter on CPU tensors in this process."""
+    x = torch.zeros(1, K)
+    fast = cpu if cpu.available() else reference
+    assert dispatch.choose(x, 2, 32, K) is fast
+    assert dispatch.choose(x, 3, 64, K) is fast
+    assert dispatch.choose(x, 2, 11, K) is reference
+    assert dispatch.choose(x.double(), 2, 32, K) is reference
+    assert dispatch.choose(x, 2, 32, K, "reference") is reference
+
+
+@pytest.mark.parametrize(("path", "group", "words"), [("fast", 32, "unknown"), ("triton", 32, "not able"), ("cpu", 11, "groups of 11")])
+def test_a_path_that_cannot_serve_is_an_error(path: str, group: int, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        dispatch.choose(torch.zeros(1, K), 2, group, K, path)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", ["affine", "table"])
+def test_operators_pass_torchs_own_check(kind: str, trained: bool) -> None:
+    found = torch.library.opcheck(torch.ops.compressor.linear.default, arguments(kind, trained))
+    assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.parametrize("kind", ["affine", "table"])
+def test_backward_operators_pass_torchs_own_check(kind: str) -> None:
+    x, words, values, zero, bits, group, n, path = arguments(kind)
+    dy = torch.randn(5, n)
+    for op, args in (
+        (torch.ops.compressor.grad_input, (dy, words, values, zero, bits, group, K, path)),
+        (torch.ops.compressor.grad_values, (x, dy, words, zero, bits, group, kind == "table", path)),
+    ):
+        found = torch.library.opcheck(op.default, args)
+        assert set(found.values()) == {"SUCCESS"}, found
+
+
+@pytest.mark.parametrize("kind", ["affine", "table"])
+def test_gradients_match_dense_autograd(kind: str) -> None:
+    args = arguments(kind, trained=True)
+    bias, dy = torch.randn(N, requires_grad=True), torch.randn(2, 5, N)
+    x = torch.stack([args[0], -args[0]]).detach().requires_grad_()
+    leaves = [x, args[2], bias] + ([] if args[3] is None else [args[3]])
+    dispatch.linear(x, *args[1:4], bias, *args[4:]).backward(dy)
+    ours = [leaf.grad for leaf in leaves]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    codes = layout.unpack_tiles(args[1], BITS, N, K, reference.order(args[2]))
+    if kind == "affine":
+        weight = (codes.double() - wide[3].repeat_interleave(GROUP, 1)) * wide[1].repeat_interleave(GROUP, 1)
+    else:
+        columns = reference.flat_codes(args[1], BITS, args[5], N, K)
+        weight = wide[1].reshape(N, -1).gather(1, columns)
+    torch.nn.functional.linear(wide[0], weight, wide[2]).backward(dy.double())
+    for leaf, mine in zip(wide, ours, strict=True):
+        assert mine is not None and leaf.grad is not None
+        assert error(mine, leaf.grad) <= RELATIVE[torch.float32]
+
+
+def test_gradcheck_of_the_operator() -> None:
+    torch.manual_seed(0)
+    for values, zero, group in (
+        (torch.rand(4, 2) + 0.5, torch.rand(4, 2), 16),
+        (torch.randn(4, 1, 4), None, 32),
+    ):
+        codes = torch.randint(0, 4, (4, 32), dtype=torch.uint8)
+        words = layout.pack_tiles(codes, 2, reference.order(values))
+        leaves = [torch.randn(3, 32), values] + ([] if zero is None else [zero])
+        doubles = [leaf.double().requires_grad_() for leaf in leaves]
+
+        def call(x: Tensor, v: Tensor, z: Tensor | None = None, words: Tensor = words, group: int = group) -> Tensor:
+            return dispatch.linear(x, words, v, z, None, 2, group, 4)
+
+        assert torch.autograd.gradcheck(call, doubles)
+
+
+def test_no_operator_is_hidden_from_the_compiler() -> None:
+    """torch.compile takes a packed call, forward and backward, in one graph, and gives the same numbers."""
+    x, words, values, zero, bits, group, n, path = arguments("affine", trained=True)
+
+    def call(x: Tensor, values: Tensor) -> Tensor:
+        return torch.relu(dispatch.linear(x, words, values, zero, None, bits, group, n)).square().sum()
+
+    eager = torch.autograd.grad(call(x, values), (x, values))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(x, values), (x, values)), eager, strict=True):
+        assert error(a, b) <= RELATIVE[torch.float32]
+
+
+def test_without_gradients_the_same_numbers() -> None:
+    x, words, values, zero, bits, group, n, path = arguments("table")
+    direct = dispatch.linear(x, words, values, zero, None, bits, group, n)
+    through = torch.ops.compressor.linear(x, words, values, zero, bits, group, n, path)
+    assert torch.equal(direct, through)
