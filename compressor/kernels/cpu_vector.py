@@ -22,6 +22,7 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 LANES = 16
+AHEAD = 8192  # bytes: how far ahead of the packed words in use the cache is asked for more; measured best of 0 to 16384 on Zen 5
 CONVERT, PERMUTE, TABLE = 0, 1, 2
 I32, I64, F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
@@ -73,6 +74,12 @@ class Emit:
     def call(self, name: str, result: Any, *args: Any) -> Any:
         function = get_or_insert_function(self.b.module, ir.FunctionType(result, [a.type for a in args]), name)
         return self.b.call(function, args)
+
+    def prefetch(self, address: Any, offset: int) -> None:
+        """Ask for the cache line at address + offset, which may lie outside of any memory of ours."""
+        pointer = self.b.inttoptr(self.b.add(address, ir.Constant(I64, offset)), ir.IntType(8).as_pointer())
+        function = get_or_insert_function(self.b.module, ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32]), "llvm.prefetch.p0")
+        self.b.call(function, [pointer, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
 
     def number(self, codes: Any, bits: int) -> Any:
         """Indices (with other bits above) -> their codes as floats."""
@@ -170,6 +177,8 @@ def dot(context, words, values, zeros, index, x, stride, sums, BITS, KIND, SPAN,
         bits, kind, span, rows = (a.literal_value for a in signature.args[7:])
         words, values, zeros, index, x, stride, sums = args[:7]
         e = Emit(builder)
+        for line in range(0, 32 * bits, 64):
+            e.prefetch(words, AHEAD + line)
         at = [x]
         for _ in range(rows - 1):
             at.append(builder.add(at[-1], stride))
