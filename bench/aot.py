@@ -2,39 +2,46 @@
 
     python bench/aot.py              every configuration for sm_80, sm_90 and gfx942 -> bench/results/aot.csv
     python bench/aot.py --subset     a few of each kind (CI); prints, writes only with --out
+    python bench/aot.py --only forward --target sm_90
 
 Exit 1 if a kernel fails to compile, spills registers, uses a stack, or needs more shared memory than the chip has. On NVIDIA, `loop_per_weight`
 is the number of instructions a thread issues in the main loop, times threads, per weight decoded there: a kernel that reads weights at full
-bandwidth on an H200 can afford about 4.1 / 3.2 / 2.2 at 4 / 3 / 2 bits.
+bandwidth on an H200 can afford about 4.1 / 3.2 / 2.2 at 4 / 3 / 2 bits. For few rows of x on sm_90 it has a `limit`, and weights may not pass from
+thread to thread (SHFL) nor, at 4 and 2 bits, through shared memory (STS). On sm_90 Hopper's matrix instruction (HGMMA) must be used wherever the
+tile is large enough.
 """
 
 import argparse
 import csv
+import importlib.util
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compressor.kernels import affine, affine_configs
-from compressor.kernels.affine_configs import Tile
+from compressor.kernels import affine, configs
+from compressor.kernels.configs import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
-KERNELS = {"forward": affine.forward_kernel, "grad_input": affine.grad_input_kernel, "grad_scale": affine.grad_scale_kernel}
 NAMES = {2: "bf16", 4: "fp32"}
+FEW = 64  # rows of x up to which decoding is the limit
+LIMITS = {"forward": {4: 2.7, 3: 3.6, 2: 2.7}, "table_forward": {4: 5.5, 3: 4.4, 2: 3.1}}  # instructions per weight
 FIELDS = [
     "kernel", "bits", "zero", "group", "dtype", "target", "bm", "bn", "width",
     "warps", "stages", "fold", "triton",
-    "registers", "spill_bytes", "stack", "shared", "mma", "loop_per_weight", "seconds", "verdict",
+    "registers", "spill_bytes", "stack", "shared", "mma", "sts", "shfl", "loop_per_weight", "limit", "seconds", "verdict",
 ]  # fmt: skip
 
 
@@ -42,7 +49,7 @@ FIELDS = [
 class Case:
     op: str
     target: str
-    most: int  # rows of x up to which the host takes this tile
+    most: int | None  # rows of x up to which the host takes this tile
     tile: Tile
     bits: int
     group: int
@@ -50,43 +57,84 @@ class Case:
     itemsize: int
 
     @property
+    def few(self) -> bool:
+        return self.most is not None and self.most <= FEW
+
+    @property
     def fold(self) -> bool:
-        return affine.folds(self.group, 4096, self.most)
+        return affine.folds(self.group, 4096, self.most or 1 << 30)
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """What every matrix kernel is told: tile and types."""
+        return {
+            "BITS": self.bits, "BM": self.tile.bm, "BN": self.tile.bn, "WIDTH": self.tile.width, "EVEN": True, "SPLIT": self.few,
+            "DOT": tl.bfloat16 if self.itemsize == 2 else tl.float32, "ACC": tl.float32,
+            "PRECISION": "ieee" if self.target == "gfx942" else "tf32x3",
+        }  # fmt: skip
+
+    @property
+    def limit(self) -> float | None:
+        """Most instructions per weight."""
+        bounded = self.few and self.target == "sm_90" and self.itemsize == 2 and (self.group >= 256 if "table" in self.op else not self.fold)
+        return LIMITS.get(self.op, {}).get(self.bits) if bounded else None
+
+
+def _affine(case: Case) -> tuple[Any, dict[str, Any]]:
+    """The kernel and its constants."""
+    name, few = case.op, case.op == "forward" and not case.fold
+    kernel = getattr(affine, "few_kernel" if few else "many_kernel" if name == "forward" else f"{name}_kernel")
+    part = affine.slices(case.tile, case.group, 4096, not few)
+    constants = case.types | part | {"GROUP": case.group, "TYPE": tl.bfloat16, "u_ptr": None, "b_ptr": None}
+    if not case.asymmetric:
+        constants["z_ptr"] = None
+    if not case.types["SPLIT"]:
+        constants |= {"part_ptr": None, "count_ptr": None}
+    return kernel, constants
+
+
+# op -> the kernel and its constants for a case; the names of pointer arguments stand in POINTERS, "x" for the type of the inputs
+KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any]]]] = dict.fromkeys(("forward", "grad_input", "grad_scale", "dequantize"), _affine)
+POINTERS = {
+    "x_ptr": "x", "dy_ptr": "x", "y_ptr": "x", "dx_ptr": "x", "s_ptr": "x", "w_ptr": "i32", "z_ptr": "u8",
+    "sums_ptr": "fp32", "mask_ptr": "i32", "u_ptr": "x", "b_ptr": "x", "part_ptr": "fp32", "count_ptr": "i32",
+}  # fmt: skip
+RESULTS = {"grad_scale": "fp32", "grad_table": "fp32"}  # what out_ptr is, if not the type of the inputs
+if importlib.util.find_spec("compressor.kernels.tables"):
+    from compressor.kernels import tables
+
+    KERNELS |= getattr(tables, "AOT", {})
+    POINTERS |= getattr(tables, "AOT_POINTERS", {})
 
 
 def cases(subset: bool) -> list[Case]:
     out = []
-    for target, op, itemsize in itertools.product(TARGETS, KERNELS, NAMES):
-        rows = affine_configs.rows(op, target, itemsize)
-        for (most, tile), bits, group, asymmetric in itertools.product(rows, (2, 3, 4), (32, 128, 256), (False, True)):
-            plain = group == 128 and asymmetric and (itemsize == 2 or bits == 3)
-            if plain or (target == "sm_90" and itemsize == 2 and (group == 128 or (group, bits) == (32, 4))):
+    for target, op, itemsize, bits in itertools.product(TARGETS, KERNELS, NAMES, (2, 3, 4)):
+        rows = configs.rows(op, configs.Chip("", target), itemsize, bits)
+        table, hopper = "table" in op, target == "sm_90" and itemsize == 2
+        for (most, tile), group, asymmetric in itertools.product(rows, (128, 1024) if table else (32, 128, 256), (False, True)):
+            plain = group == (1024 if table else 128) and asymmetric != table and (itemsize == 2 or bits == 3)
+            more = not asymmetric if table else group in (128, 256) or (group, bits) == (32, 4)
+            if plain or (hopper and more):
                 out.append(Case(op, target, most, tile, bits, group, asymmetric, itemsize))
     if subset:
         keep = {"sm_80": (4,), "sm_90": (2, 3, 4), "gfx942": (4,)}
-        out = [c for c in out if c.group == 128 and c.asymmetric and c.bits in keep[c.target] and c.itemsize == 2]
-        last = {(c.op, c.target): c.tile for c in out}
-        out = [c for c in out if c.tile == last[c.op, c.target] or (c.op, c.target, c.tile.bm) == ("forward", "sm_90", 16)]
+        out = [c for c in out if c.group == (1024 if "table" in c.op else 128) and c.bits in keep[c.target] and c.itemsize == 2]
+        out = [c for c in out if c.asymmetric or "table" in c.op]
+        out = [c for c in out if c.most is None or ("forward" in c.op and c.target == "sm_90" and c.tile.bm == 16)]
     return out
 
 
 def compile_case(case: Case) -> Any:
     """The compiled kernel, specialised as a launch on a 4096-wide layer would be: aligned pointers, N, K and strides divisible by 16."""
-    kernel, name = KERNELS[case.op], NAMES[case.itemsize]
-    constants: dict[str, Any] = {
-        "GROUP": case.group, "BITS": case.bits, "BM": case.tile.bm, "BN": case.tile.bn, "FOLD": case.fold, "EVEN": True,
-        **affine.slices(case.tile, case.group, 4096, case.fold or case.op != "forward"),
-        "DOT": triton.language.bfloat16 if case.itemsize == 2 else triton.language.float32, "ACC": triton.language.float32,
-        "PRECISION": "ieee" if case.target == "gfx942" else "tf32x3",
-    }  # fmt: skip
-    if not case.asymmetric:
-        constants["z_ptr"] = None
-    types = {"x_ptr": name, "dy_ptr": name, "y_ptr": name, "dx_ptr": name, "s_ptr": name, "w_ptr": "i32", "z_ptr": "u8", "out_ptr": "fp32"}
+    kernel, constants = KERNELS[case.op](case)
+    types = {name: NAMES[case.itemsize] if kind == "x" else kind for name, kind in POINTERS.items()}
+    types["out_ptr"] = RESULTS.get(case.op, NAMES[case.itemsize])
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature, aligned = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         signature[arg] = "constexpr" if arg in constants else f"*{types[arg]}" if arg in types else "i32"
-        if arg not in constants and (arg in types or arg in ("N", "K", "stride_x", "stride_dy")):
+        if arg not in constants and (arg in types or arg in ("N", "K", "R") or arg.startswith("stride")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
@@ -98,7 +146,7 @@ def measure(case: Case) -> dict[str, Any]:
     start = time.time()
     row: dict[str, Any] = {
         "kernel": case.op, "bits": case.bits, "zero": "u8" if case.asymmetric else "none", "group": case.group, "dtype": NAMES[case.itemsize],
-        "target": case.target, **case.tile._asdict(), "fold": int(case.fold), "triton": triton.__version__,
+        "target": case.target, **case.tile._asdict(), "fold": int(case.fold), "limit": case.limit or "", "triton": triton.__version__,
     }  # fmt: skip
     try:
         compiled = compile_case(case)
@@ -107,8 +155,23 @@ def measure(case: Case) -> dict[str, Any]:
         message = str(error).strip().splitlines() or [""]
         return row | {"verdict": f"failed: {type(error).__name__}: {message[-1][:150]}"}
     faults = [name for name in ("spill_bytes", "stack") if row[name] > 0]
-    faults += ["shared"] if row["shared"] > affine_configs.SHARED[case.target] else []
+    faults += ["shared"] if row["shared"] > configs.setting("shared", configs.Chip("", case.target)) else []
+    faults += _slow(case, row) if case.target == "sm_90" else []
     return row | {"seconds": round(time.time() - start, 1), "verdict": "over: " + " ".join(faults) if faults else "ok"}
+
+
+def _slow(case: Case, row: dict[str, Any]) -> list[str]:
+    """What is known to make it slow."""
+    faults = []
+    if case.limit:
+        faults += ["loop_per_weight"] if row["loop_per_weight"] > case.limit else []
+        faults += ["shfl"] if row["shfl"] else []
+        faults += ["sts"] if row["sts"] > 2 and case.bits != 3 else []
+    left = case.tile.bm if "grad_input" in case.op else case.tile.bn  # rows of the left side of the dot
+    large = case.itemsize == 2 and "dequantize" not in case.op and left >= 16 * case.tile.warps and case.tile.bm >= 16
+    if large and "hgmma" not in row["mma"].split():
+        faults.append("hgmma")
+    return faults
 
 
 def _amd(compiled: Any) -> dict[str, Any]:
@@ -132,12 +195,14 @@ def _nvidia(compiled: Any, case: Case) -> dict[str, Any]:
         arch = re.search(r"\.target\s+(\w+)", compiled.asm["ptx"])
         assert arch
         log = _output(get_ptxas(TARGETS[case.target].arch).path, "-v", f"--gpu-name={arch[1]}", ptx, "-o", Path(folder, "out"))
-    decoded = case.tile.bn * (256 if case.op == "forward" else case.tile.width) if case.op != "grad_scale" else 0
+    decoded = case.tile.bn * 256 if "forward" in case.op else case.tile.bn * case.tile.width if "grad_input" in case.op else 0
     loop = main_loop(sass)
+    count = lambda op: sum(re.search(rf"\b{op}\b", line) is not None for line in loop)
     return {
         "registers": _number(r"REG:(\d+)", usage), "spill_bytes": _number(r"(\d+) bytes spill stores", log),
         "stack": _number(r"STACK:(\d+)", usage), "shared": compiled.metadata.shared,
         "mma": " ".join(f"{op.lower()} {n}" for op in ("HGMMA", "HMMA") if (n := len(re.findall(rf"\b{op}\b", sass)))),
+        "sts": count("STS"), "shfl": count("SHFL"),
         "loop_per_weight": round(len(loop) * 32 * case.tile.warps / decoded, 2) if decoded else "",
     }  # fmt: skip
 
@@ -171,11 +236,15 @@ def _output(*command: object) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="compile the kernels ahead of time and report their resources")
     parser.add_argument("--subset", action="store_true", help="a few configurations of each kind")
+    parser.add_argument("--only", choices=list(KERNELS), help="one operation; prints, writes only with --out")
+    parser.add_argument("--target", choices=list(TARGETS), help="one chip; likewise")
     parser.add_argument("--out", type=Path, help="CSV to write (default bench/results/aot.csv for the full run)")
     args = parser.parse_args()
-    out = args.out or (None if args.subset else Path(__file__).parent / "results" / "aot.csv")
+    part = args.subset or args.only or args.target
+    out = args.out or (None if part else Path(__file__).parent / "results" / "aot.csv")
     rows = []
-    for case in cases(args.subset):
+    wanted = [c for c in cases(args.subset) if args.only in (None, c.op) and args.target in (None, c.target)]
+    for case in wanted:
         rows.append(measure(case))
         print(" ".join(str(rows[-1].get(name, "")) for name in FIELDS), flush=True)
     if out:

@@ -1,9 +1,11 @@
-"""Host side of the Triton kernels for affine weights: the same three functions as reference.py, by tiles on the GPU.
+"""Host side of the Triton kernels for affine weights: the same functions as reference.py, by tiles on the GPU.
 
-This file checks strides, picks tiles (affine_configs.py), cuts reductions where the grid alone would not fill the device, and launches; the kernels
-lie one operation a file beside it. Under Triton's interpreter the same code runs on CPU tensors, in fp32 where a GPU would use 16 bits (fp64 stays).
+This file checks strides, picks tiles (configs.py), cuts reductions where the grid alone would not fill the device, and launches; the kernels lie one
+operation a file beside it. From `panel_from` rows on, products run on dense panels (panels.py). Under Triton's interpreter the same code runs on CPU
+tensors, in fp32 where a GPU would use 16 bits (fp64 stays).
 
-Limits: groups as in `fits`; fp64 on a GPU goes to the reference. Nothing here uses atomics: equal inputs give equal bits.
+Limits: groups as in `fits`; fp64 on a GPU goes to the reference. Atomics only count arrivals, no value is summed with them: equal inputs give equal
+bits.
 """
 
 import contextlib
@@ -15,13 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressor.kernels import affine_configs, layout, reference
-from compressor.kernels.affine_configs import Tile
-from compressor.kernels.affine_forward import forward_kernel, sum_parts_kernel
+from compressor.kernels import affine_biased, configs, layout, panels, reference, workspace
+from compressor.kernels.affine_dequantize import dequantize_kernel
+from compressor.kernels.affine_forward import few_kernel, many_kernel, sums_kernel
 from compressor.kernels.affine_grad_input import grad_input_kernel
 from compressor.kernels.affine_grad_scale import grad_scale_kernel
+from compressor.kernels.configs import Tile
 
 FOLD_ABOVE = 64  # rows of x above which scales are multiplied into the weights instead of into the accumulator
+FUSES_LOW = True  # forward takes `low`
+Low = tuple[Tensor, Tensor]  # u [m, r], b [n, r]
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -42,49 +47,90 @@ def slices(tile: Tile, group: int, k: int, fold: bool = True) -> dict[str, int]:
     return {"WIDTH": tile.width, "COUNT": tile.width // group} if fold else {"WIDTH": group, "COUNT": 1}
 
 
-def forward(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int) -> Tensor:
-    """y = x @ weight.T; x [m, k] -> y [m, n] in x's dtype."""
+def forward(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int, *, sums: Tensor | None = None, low: Low | None = None
+) -> Tensor:
+    """y = x @ weight.T (+ u @ b.T); x [m, k] -> y [m, n] in x's dtype.
+
+    sums: what `group_sums(x, group)` gives, if the caller has it already (layers that read the same x share it); low: (u [m, r], b [n, r]).
+    """
     m, k = x.shape
     if _foreign(x):
-        return reference.forward(x, words, scale, zero, bits, group, n)
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+        y = reference.forward(x, words, scale, zero, bits, group, n)
+        return y if low is None else y + low[0].to(y.dtype) @ low[1].to(y.dtype).T
     if m == 0:
-        return y
-    x, scale, zero = _rows(x), scale.contiguous(), _dense(zero)
-    tile = affine_configs.tile("forward", _chip(x.device), m, x.element_size())
+        return torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m >= configs.setting("panel_from", _chip(x.device)):
+        write = functools.partial(_write, words, scale.contiguous(), _dense(zero), bits, group, k)
+        y = panels.forward(x, n, write, configs.setting("panel", _chip(x.device)))
+        return y if low is None else y.addmm_(low[0].to(y.dtype), low[1].to(y.dtype).T)
+    return _forward(_rows(x), words, scale.contiguous(), _dense(zero), bits, group, n, sums, _padded(low, x.dtype))
+
+
+def _forward(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int, sums: Tensor | None, low: Low | tuple[None, None]
+) -> Tensor:
+    (m, k), where = x.shape, _chip(x.device)
+    tile, fold = configs.tile("forward", where, m, x.element_size(), bits), folds(group, k, m)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     down, blocks = layout.tiles(n, k)
-    fold = folds(group, k, m)
-
-    def launch(out: Tensor, parts: int) -> None:
-        forward_kernel[(triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm), parts)](
-            x, words, scale, zero, out, m, n, k, k // group, x.stride(0), down, blocks, triton.cdiv(blocks, parts),
-            GROUP=group, BITS=bits, FOLD=fold, EVEN=k % layout.COLS == 0, **slices(tile, group, k, fold), **_types(x), **_options(tile),
+    grid = (triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm))
+    parts, part, count = _parts(y, grid, blocks)
+    sizes = (m, n, k, k // group, 0 if low[1] is None else low[1].shape[1], x.stride(0), down, blocks, triton.cdiv(blocks, parts))
+    same = {"BITS": bits, "EVEN": k % layout.COLS == 0, "SPLIT": parts > 1, **_types(x), **_options(tile)}
+    part_of = slices(tile, group, k, fold)
+    if fold:
+        with _on(x.device):
+            many_kernel[(*grid, parts)](x, words, scale, zero, *low, y, part, count, *sizes, GROUP=group, **part_of, **same)
+        return y
+    sums = group_sums(x, group) if sums is None else sums.contiguous()
+    mask = workspace.constant(affine_biased.mask(x.dtype, bits), x.device)
+    with _on(x.device):
+        few_kernel[(*grid, parts)](
+            x, words, scale, zero, sums, mask, *low, y, part, count, *sizes,
+            GROUP=0 if group == k else group, WIDTH=part_of["WIDTH"], **same,
         )  # fmt: skip
-
-    _in_parts(launch, y, triton.cdiv(n, tile.bn) * triton.cdiv(m, tile.bm), blocks)
     return y
+
+
+def group_sums(x: Tensor, group: int) -> Tensor:
+    """Sums of x over the columns of each group, float32 (float64) [m, k/group]."""
+    m, k = x.shape
+    if _foreign(x):
+        return reference.group_sums(x, group)
+    x = _rows(x)
+    out = torch.empty(m, k // group, dtype=reference.wide(x.dtype), device=x.device)
+    if m:
+        width = min(1024, triton.next_power_of_2(group))
+        count = min(1024 // width, triton.next_power_of_2(k // group))
+        with _on(x.device):
+            grid = (m, triton.cdiv(k // group, count))
+            sums_kernel[grid](x, out, k // group, x.stride(0), GROUP=group, COUNT=count, WIDTH=width, ACC=_TYPES[out.dtype], enable_fp_fusion=True)
+    return out
 
 
 def grad_input(dy: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, k: int) -> Tensor:
     """dx = dy @ weight; dy [m, n] -> dx [m, k] in dy's dtype."""
-    m, n = dy.shape
+    (m, n), where = dy.shape, _chip(dy.device)
     if _foreign(dy):
         return reference.grad_input(dy, words, scale, zero, bits, group, k)
-    dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     if m == 0:
-        return dx
-    dy, scale, zero = _rows(dy), scale.contiguous(), _dense(zero)
-    tile = affine_configs.tile("grad_input", _chip(dy.device), m, dy.element_size())
+        return torch.empty(m, k, dtype=dy.dtype, device=dy.device)
+    scale, zero = scale.contiguous(), _dense(zero)
+    if m >= configs.setting("panel_from", where):
+        return panels.grad_input(dy, k, functools.partial(_write, words, scale, zero, bits, group, k), configs.setting("panel", where))
+    dy = _rows(dy)
+    tile = configs.tile("grad_input", where, m, dy.element_size(), bits)
+    dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     down, blocks = layout.tiles(n, k)
-    steps, across = triton.cdiv(n, tile.bn), triton.cdiv(k, tile.width)
-
-    def launch(out: Tensor, parts: int) -> None:
-        grad_input_kernel[(across, triton.cdiv(m, tile.bm), parts)](
-            dy, words, scale, zero, out, m, n, k, k // group, dy.stride(0), down, blocks, triton.cdiv(steps, parts),
-            GROUP=group, BITS=bits, **slices(tile, group, k), **_types(dy), **_options(tile),
+    steps = triton.cdiv(n, tile.bn)
+    grid = (triton.cdiv(k, tile.width), triton.cdiv(m, tile.bm))
+    parts, part, count = _parts(dx, grid, steps)
+    with _on(dy.device):
+        grad_input_kernel[(*grid, parts)](
+            dy, words, scale, zero, dx, part, count, m, n, k, k // group, dy.stride(0), down, blocks, triton.cdiv(steps, parts),
+            GROUP=group, BITS=bits, SPLIT=parts > 1, **slices(tile, group, k), **_types(dy), **_options(tile),
         )  # fmt: skip
-
-    _in_parts(launch, dx, across * triton.cdiv(m, tile.bm), steps)
     return dx
 
 
@@ -93,11 +139,11 @@ def grad_scale(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: 
     (m, k), n = x.shape, dy.shape[1]
     if _foreign(x):
         return reference.grad_scale(x, dy, words, zero, bits, group)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    acc = reference.wide(x.dtype)
     if m == 0:
         return torch.zeros(n, k // group, dtype=acc, device=x.device)
     x, dy, zero = _rows(x), _rows(dy.to(x.dtype)), _dense(zero)
-    tile = affine_configs.tile("grad_scale", _chip(x.device), m, x.element_size())
+    tile = configs.tile("grad_scale", _chip(x.device), m, x.element_size(), bits)
     down, blocks = layout.tiles(n, k)
     across, part = triton.cdiv(k, tile.width), slices(tile, group, k)
     columns = k // group if part["COUNT"] > 1 else across  # sums of groups, or of parts of groups
@@ -110,28 +156,56 @@ def grad_scale(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: 
     return out if columns == k // group else out.view(n, k // group, -1).sum(-1)
 
 
-def _in_parts(launch: Any, out: Tensor, programs: int, steps: int) -> None:
-    """launch(out, 1), or, where the grid is small, into fp32 parts that are then summed in order."""
-    parts = affine_configs.split(programs, steps)
+def dequantize(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [n, k] in `dtype`, each weight formed in float32 and rounded once."""
+    out = torch.empty(n, k, dtype=dtype, device=words.device)
+    if _foreign(out):
+        return reference.dequantize(words, scale, zero, bits, group, n, k, dtype)
+    _write(words, scale.contiguous(), _dense(zero), bits, group, k, slice(0, n), slice(0, k), out)
+    return out
+
+
+def _write(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, k: int, rows: slice, columns: slice, out: Tensor) -> None:
+    """Write these rows (from a multiple of 64) and columns (from a multiple of 256) of the dense weight into out."""
+    words = words[rows.start // layout.ROWS : triton.cdiv(rows.stop, layout.ROWS)]
+    n, zero = rows.stop - rows.start, None if zero is None else zero[rows]
+    tile = configs.tile("dequantize", _chip(out.device), n, out.element_size(), bits)
+    code = out.dtype if out.element_size() == 2 else torch.bfloat16  # integers up to 15, exact
+    grid = (triton.cdiv(n, tile.bn), triton.cdiv(columns.stop - columns.start, tile.width))
     with _on(out.device):
-        if parts == 1:
-            launch(out, 1)
-            return
-        acc = torch.float64 if out.dtype == torch.float64 else torch.float32
-        buffer = torch.empty(parts, *out.shape, dtype=acc, device=out.device)
-        launch(buffer, parts)
-        sum_parts_kernel[(triton.cdiv(out.numel(), 1024),)](buffer, out, out.numel(), PARTS=parts, BLOCK=1024, enable_fp_fusion=True)
+        dequantize_kernel[grid](
+            words, scale[rows], zero, out, n, columns.stop, k // group, *words.shape[:2], columns.start // layout.COLS, out.stride(0),
+            GROUP=group, BITS=bits, BN=tile.bn, **slices(tile, group, k), TYPE=_TYPES[code], DOT=_types(out)["DOT"],
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _parts(out: Tensor, grid: tuple[int, int], steps: int) -> tuple[int, Tensor | None, Tensor | None]:
+    """In how many parts to cut the reduction, memory for them, and counters of arrivals (see affine_finish.py)."""
+    parts = configs.split(_chip(out.device), grid[0] * grid[1], steps)
+    if parts == 1:
+        return 1, None, None
+    part = torch.empty(parts, *out.shape, dtype=reference.wide(out.dtype), device=out.device)
+    return parts, part, workspace.counters(out.device, grid[0] * grid[1])
+
+
+def _padded(low: Low | None, dtype: torch.dtype) -> Low | tuple[None, None]:
+    """u and b in x's dtype, their columns filled with zeros to a multiple of 16."""
+    if low is None or low[0].shape[1] == 0:
+        return None, None
+    u, b = (torch.nn.functional.pad(t.to(dtype), (0, -t.shape[1] % 16)).contiguous() for t in low)
+    return u, b
 
 
 def _types(x: Tensor) -> dict[str, Any]:
     """Types of dot operands and accumulator, and how fp32 dots are taken (three tf32 products agree with fp32 to about 1e-6)."""
-    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
+    wide = _TYPES[reference.wide(x.dtype)]
     if not x.is_cuda:  # the interpreter: 16-bit arithmetic there is wrong (bf16) or slow
         return {"DOT": wide, "ACC": wide, "PRECISION": "ieee"}
     return {"DOT": _TYPES[x.dtype], "ACC": wide, "PRECISION": "ieee" if torch.version.hip else "tf32x3"}
 
 
-def _options(tile: Tile) -> dict[str, int]:
+def _options(tile: Tile) -> dict[str, Any]:
     return {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
@@ -153,7 +227,7 @@ def _on(device: torch.device) -> Any:
 
 
 @functools.lru_cache
-def _chip(device: torch.device) -> str:
+def _chip(device: torch.device) -> configs.Chip:
     if device.type != "cuda":
-        return "sm_90"
-    return affine_configs.chip(torch.cuda.get_device_capability(device)[0], torch.version.hip is not None)
+        return configs.Chip("", "sm_90")
+    return configs.chip(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0], torch.version.hip is not None)

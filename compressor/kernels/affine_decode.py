@@ -90,17 +90,22 @@ def load_groups(ptr, n, first, N, G, COUNT: tl.constexpr):
 def steps_of(
     low, high, start, z_ptr, n, first, N, G, WIDTH: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr, DOT: tl.constexpr
 ):
-    """code - zero of columns start .. start+WIDTH-1, exactly, as DOT [R, WIDTH]; the COUNT groups there begin with group `first`.
+    """code - zero of columns start .. start+WIDTH-1, [R, WIDTH]; the COUNT groups there begin with group `first`.
 
-    bits(192 + q) = 0x4340 + q in bf16 and bits(1536 + q) = 0x6600 + q in fp16 for small q of either sign, so zeros are subtracted from both
-    halves by one integer subtraction, and the constant by one 16-bit float subtraction.
+    Exactly, as DOT, with integer zeros: bits(192 + q) = 0x4340 + q in bf16 and bits(1536 + q) = 0x6600 + q in fp16 for small q of either sign, so
+    zeros are subtracted from both halves by one integer subtraction, and the constant by one 16-bit float subtraction. With float zeros in fp32
+    (fp64).
     """
+    REAL: tl.constexpr = z_ptr is not None and z_ptr.dtype.element_ty.is_floating()
     BASE: tl.constexpr = 0x43404340 if TYPE == tl.bfloat16 else 0x66006600 if TYPE == tl.float16 else 0x01000100
     LESS: tl.constexpr = 192 if TYPE == tl.bfloat16 else 1536 if TYPE == tl.float16 else 256
     pairs = pairs_of(low, high, start, WIDTH, BITS)
     if z_ptr is None:
         pairs = pairs | BASE
         middle = tl.full((1, 1), LESS + (1 << (BITS - 1)), DOT)
+    elif REAL:
+        pairs = pairs | BASE
+        middle = tl.full((1, 1), LESS, DOT)
     else:
         base = BASE - load_groups(z_ptr, n, first, N, G, COUNT).to(tl.int32) * 0x00010001
         grouped = tl.reshape(pairs, (pairs.shape[0], COUNT, WIDTH // 2 // COUNT)) + base[:, :, None]
@@ -110,7 +115,12 @@ def steps_of(
         even, odd = pairs.to(tl.int16).to(TYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(TYPE, bitcast=True)
     else:
         even, odd = (pairs & 0xFFFF).to(TYPE), (pairs >> 16).to(TYPE)
-    return tl.reshape(tl.join(even, odd), (pairs.shape[0], WIDTH)).to(DOT) - middle
+    codes = tl.reshape(tl.join(even, odd), (pairs.shape[0], WIDTH)).to(DOT) - middle
+    if REAL:
+        WIDE: tl.constexpr = tl.float64 if DOT == tl.float64 else tl.float32
+        zeros = load_groups(z_ptr, n, first, N, G, COUNT).to(WIDE)[:, :, None]
+        codes = tl.reshape(tl.reshape(codes.to(WIDE), (codes.shape[0], COUNT, WIDTH // COUNT)) - zeros, (codes.shape[0], WIDTH))
+    return codes
 
 
 @triton.jit
@@ -122,7 +132,7 @@ def weights_of(
     steps = steps_of(low, high, start, z_ptr, n, first, N, G, WIDTH, COUNT, BITS, TYPE, DOT)
     steps = tl.reshape(steps, (steps.shape[0], COUNT, WIDTH // COUNT))
     scale = load_groups(s_ptr, n, first, N, G, COUNT)[:, :, None]
-    if DOT == tl.float64 or scale.dtype == DOT:
+    if DOT == tl.float64 or (scale.dtype == DOT and steps.dtype == DOT):
         w = steps * scale.to(DOT)
     else:
         w = (steps.to(tl.float32) * scale.to(tl.float32)).to(DOT)

@@ -12,19 +12,20 @@ import triton
 import triton.language as tl
 
 from compressor.kernels.affine_decode import load_words, weights_of
+from compressor.kernels.affine_finish import store_sum
 
 
 @triton.jit
 def grad_input_kernel(
-    dy_ptr, w_ptr, s_ptr, z_ptr, dx_ptr,
+    dy_ptr, w_ptr, s_ptr, z_ptr, dx_ptr, part_ptr, count_ptr,
     M, N, K, G, stride_dy, tiles_n, blocks, steps,
-    GROUP: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx[part, m, k] = sum over the part's n of dy[m, n] scale[n, g(k)] (code[n, k] - zero[n, g(k)])
+    """dx[m, k] = sum over n: dy[m, n] scale[n, g(k)] (code[n, k] - zero[n, g(k)])
 
-    dy [M, N], rows stride_dy apart; words [tiles_n, blocks, 64, 8 BITS]; s, z [N, G], z None for the midpoint; dx [parts, M, K].
+    dy [M, N], rows stride_dy apart; words [tiles_n, blocks, 64, 8 BITS]; s, z [N, G], z None for the midpoint; dx [M, K].
     A program takes WIDTH columns, which hold COUNT groups; a part is `steps` steps of BN rows.
     """
     TYPE: tl.constexpr = dy_ptr.dtype.element_ty
@@ -41,5 +42,5 @@ def grad_input_kernel(
         dy = tl.load(dy_rows + n[None, :], mask=(m[:, None] < M) & (n[None, :] < N), other=0.0).to(DOT)  # [BM, BN]
         acc = tl.dot(dy, w, acc, input_precision=PRECISION, out_dtype=ACC)
     k = start + tl.arange(0, WIDTH)
-    at = (part.to(tl.int64) * M + m.to(tl.int64))[:, None] * K + k[None, :]
-    tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=(m[:, None] < M) & (k[None, :] < K))
+    at, inside = m.to(tl.int64)[:, None] * K + k[None, :], (m[:, None] < M) & (k[None, :] < K)
+    store_sum(acc, dx_ptr, part_ptr, count_ptr, at, inside, M * K, SPLIT)

@@ -46,13 +46,24 @@ def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto") -
     raise RecipeError(f"kernel path {path!r} is {reason}")
 
 
-@torch.library.custom_op("compressor::linear", mutates_args=())
-def _linear(x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, n: int, path: str) -> Tensor:
-    return choose(x, values.dim(), group, x.shape[1], path).forward(x, words, values, zero, bits, group, n)
+def _forward(
+    x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, u: Tensor | None, b: Tensor | None, bits: int, group: int, n: int, path: str
+) -> Tensor:
+    ops = choose(x, values.dim(), group, x.shape[1], path)
+    if u is None or b is None:
+        return ops.forward(x, words, values, zero, bits, group, n)
+    if getattr(ops, "FUSES_LOW", False):
+        return ops.forward(x, words, values, zero, bits, group, n, low=(u, b))
+    return ops.forward(x, words, values, zero, bits, group, n).addmm_(u.to(x.dtype), b.to(x.dtype).T)
+
+
+_linear = torch.library.custom_op("compressor::linear", _forward, mutates_args=())
 
 
 @_linear.register_fake
-def _(x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, n: int, path: str) -> Tensor:
+def _(
+    x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, u: Tensor | None, b: Tensor | None, bits: int, group: int, n: int, path: str
+) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
@@ -79,44 +90,51 @@ def _(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: int, grou
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, words, values, zero, ctx.bits, ctx.group, _, ctx.path = inputs
-    need_x, _, need_values, need_zero, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(x if need_values or need_zero else None, words, values if need_x or need_zero else None, zero)
-    ctx.k, ctx.types, ctx.table = x.shape[1], (values.dtype, None if zero is None else zero.dtype), values.dim() == 3
+    x, words, values, zero, u, b, ctx.bits, ctx.group, _, ctx.path = inputs
+    need_x, _, need_values, need_zero, need_u, need_b, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if need_values or need_zero else None, words, values if need_x or need_zero else None, zero, u if need_b else None, b if need_u else None
+    )
+    ctx.k, ctx.types, ctx.table = x.shape[1], [None if t is None else t.dtype for t in (values, zero, u, b)], values.dim() == 3
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, words, values, zero = ctx.saved_tensors
-    need_x, _, need_values, need_zero, *_ = ctx.needs_input_grad
+    x, words, values, zero, u, b = ctx.saved_tensors
+    need_x, _, need_values, need_zero, need_u, need_b, *_ = ctx.needs_input_grad
     dy = dy.contiguous()
-    dx = dvalues = dzero = None
+    dx = dvalues = dzero = du = db = None
     if need_x:
         dx = _grad_input(dy, words, values, zero, ctx.bits, ctx.group, ctx.k, ctx.path)
     if need_values:
         dvalues = _grad_values(x, dy, words, zero, ctx.bits, ctx.group, ctx.table, ctx.path).to(ctx.types[0])
     if need_zero:
         dzero = reference.grad_zero(x, dy, values, ctx.group).to(ctx.types[1])
-    return dx, None, dvalues, dzero, None, None, None, None
+    if need_u:
+        du = (dy @ b.to(dy.dtype)).to(ctx.types[2])
+    if need_b:
+        db = (dy.T @ u.to(dy.dtype)).to(ctx.types[3])
+    return dx, None, dvalues, dzero, du, db, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
 
 
 def linear(
-    x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, n: int, path: str = "auto"
-) -> Tensor:
-    """y = x @ weight.T + bias, differentiable in x, values, bias, and in zero if it is float.
+    x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group: int, n: int,
+    low: tuple[Tensor, Tensor] | None = None, path: str = "auto",
+) -> Tensor:  # fmt: skip
+    """y = x @ weight.T + u @ b.T + bias, differentiable in x, values, u, b, bias, and in zero if it is float.
 
-    x [..., k] float; words int32 tile64x256 (layout.py); values scale [n, k/group] or table [n, segments, 2**bits]; zero [n, k/group] or None for the
-    symmetric midpoint (and for tables); bias [n] or None; path one of PATHS. Returns [..., n] in x's dtype. See reference.py for the formulas.
+    x [..., k] float; words int32 tile64x256 (layout.py); values scale [n, k/group] or table [n, segments, 2**bits]; zero [n, k/group] or None for
+    the symmetric midpoint (and for tables); bias [n] or None; low = (u [..., r], b [n, r]), the second half of a LoRA path, whose first is
+    u = x @ a.T; path one of PATHS. Returns [..., n] in x's dtype. See reference.py for the formulas.
     """
+    narrow = not x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    u, b = (None, None) if low is None else (low[0].reshape(-1, low[0].shape[-1]), low[1])
     flat = x.reshape(-1, x.shape[-1])
-    if not x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
-        flat = flat.float()
-    if torch.compiler.is_compiling() or type(x) is not Tensor or _trains(x, values, zero):
-        y = _linear(flat, words, values, zero, bits, group, n, path)
-    else:
-        y = choose(flat, values.dim(), group, flat.shape[1], path).forward(flat, words, values, zero, bits, group, n)
+    args = (flat.float() if narrow else flat, words, values, zero, u, b, bits, group, n, path)
+    tracing = torch.compiler.is_compiling() or type(x) is not Tensor
+    y = _linear(*args) if tracing or _trains(x, values, zero, u, b) else _forward(*args)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(x.dtype).view(*x.shape[:-1], n)

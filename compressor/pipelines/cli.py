@@ -180,6 +180,23 @@ def inspect(model: Annotated[str, typer.Argument(help="a packed or dense model f
 
 
 @app.command()
+def tune_kernels(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON file to write; default: the user's cache folder, where the kernels look")
+    ] = None,
+    op: Annotated[list[str], typer.Option(help="operations to tune; default: all")] = [],  # noqa: B006
+    bits: Annotated[list[int], typer.Option(help="widths to tune; default: 2, 3 and 4")] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cuda or cuda:N")] = "cuda",
+) -> None:
+    """Time the kernels' tile sizes on this GPU and write the table that they read from then on."""
+    quiet()
+    from compressor.pipelines import tune_kernels as tuning
+    from compressor.pipelines.show import RichShow
+
+    emit(tuning.tune(out, list(op) or list(tuning.OPS), list(bits) or [4, 3, 2], device, RichShow(console)))
+
+
+@app.command()
 def doctor() -> None:
     """Versions, device, and which kernels this machine will use."""
     from compressor.pipelines.tools import diagnose

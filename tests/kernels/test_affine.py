@@ -1,14 +1,16 @@
-"""The Triton kernels against a dense float64 weight: outputs, both gradients, odd shapes, every width and group size."""
+"""The Triton kernels against a dense float64 weight: outputs, gradients, panels, odd shapes, every width and group size, every kind of zeros."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import dispatch, layout, reference
+from compressor.kernels import configs, dispatch, layout, reference, workspace
 from tests.tolerances import RELATIVE, ROUNDED, error
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -27,6 +29,7 @@ SHAPES = [
     (4, 65, 768, 768),
 ]
 OPS = ("forward", "grad_input", "grad_scale")
+ALL = (*OPS, "dequantize")
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Layer:
             return ops.forward(self.x, *packed, n)
         if op == "grad_input":
             return ops.grad_input(self.dy, *packed, k)
+        if op == "dequantize":
+            return ops.dequantize(*packed, n, k, self.x.dtype)
         return ops.grad_scale(self.x, self.dy, self.words, self.zero, self.bits, self.group)
 
     def expect(self, op: str) -> Tensor:
@@ -57,6 +62,8 @@ class Layer:
             return x @ self.dense.T
         if op == "grad_input":
             return dy @ self.dense
+        if op == "dequantize":
+            return self.dense
         return ((dy.T @ x) * self.steps).view(self.dense.shape[0], -1, self.group).sum(-1)
 
 
@@ -75,12 +82,15 @@ def make(device: str) -> Make:
         dtype: torch.dtype = torch.float32,
         scale_dtype: torch.dtype | None = None,
         codes: Tensor | None = None,
+        zeros: torch.dtype = torch.uint8,
     ) -> Layer:
         torch.manual_seed(m + n + k + group + bits)
         if codes is None:
             codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
         scale = (torch.rand(n, k // group) + 0.5).to(scale_dtype or dtype)
         zero = torch.randint(0, 1 << bits, (n, k // group), dtype=torch.uint8) if asymmetric else None
+        if zero is not None and zeros.is_floating_point:
+            zero = (zero + torch.rand(zero.shape) - 0.5).to(zeros)
         middle = 1 << (bits - 1) if zero is None else zero.double().repeat_interleave(group, 1)
         steps = codes.double() - middle
         dense = steps * scale.double().repeat_interleave(group, 1)
@@ -102,8 +112,67 @@ def test_matches_dense(affine: ModuleType, make: Make, device: str, shape: tuple
     """Symmetric weights with the main dtype, asymmetric ones with fp16, which takes the tiles and the decoding of 16-bit inputs everywhere."""
     assert affine.fits(shape[3], shape[2])
     layer = make(*shape, bits, kind == "asymmetric", torch.float16 if kind == "asymmetric" else main_dtype(device))
-    for op in OPS:
+    for op in ALL:
         assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[layer.x.dtype], op
+
+
+@pytest.mark.parametrize(("m", "bits"), [(4, 3), (4, 4), (66, 2)])
+def test_float_zeros(affine: ModuleType, make: Make, m: int, bits: int) -> None:
+    """Trained zeros are no integers; in fp32, so that rounding hides nothing, and with 16-bit inputs."""
+    for dtype, zeros, group in ((torch.float32, torch.float32, 128), (torch.float16, torch.bfloat16, 32)):
+        layer = make(m, 100, 256, group, bits, True, dtype, zeros=zeros)
+        for op in ALL:
+            assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[dtype], (op, dtype)
+
+
+@pytest.mark.parametrize("group", [32, 128, 256, 768, 1536])
+def test_group_sums(affine: ModuleType, make: Make, group: int) -> None:
+    """Sums by group, and a forward that is handed them instead of taking them itself."""
+    layer = make(3, 64, 1536, group, 4, True)
+    sums = affine.group_sums(layer.x, group)
+    assert error(sums, layer.x.double().unflatten(1, (-1, group)).sum(-1)) <= RELATIVE[torch.float32]
+    packed = (layer.words, layer.scale, layer.zero, 4, group, 64)
+    assert torch.equal(affine.forward(layer.x, *packed, sums=sums), affine.forward(layer.x, *packed))
+
+
+@pytest.mark.parametrize(("m", "r"), [(3, 16), (17, 8), (70, 40)])  # cut in parts; two tiles; scales in the weights
+def test_low_rank(affine: ModuleType, make: Make, m: int, r: int) -> None:
+    layer = make(m, 100, 1024, 128, 3, True)
+    u, b = (torch.randn(rows, r, device=layer.x.device) for rows in (m, 100))
+    y = affine.forward(layer.x, layer.words, layer.scale, layer.zero, 3, 128, 100, low=(u, b))
+    assert error(y, layer.expect("forward") + u.double() @ b.double().T) <= RELATIVE[torch.float32]
+
+
+@pytest.fixture
+def panels(affine: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
+    """A file of the user's own that sends every call to small panels."""
+    (tmp_path / "mine.json").write_text(json.dumps({"panel_from": 1, "panel": 256}))
+    arch = affine._chip(torch.empty(0, device=device).device).arch
+    monkeypatch.setattr(affine, "_chip", lambda _: configs.Chip("mine", arch))
+    configs.use(tmp_path)
+    yield
+    configs.use(None)
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+@pytest.mark.parametrize("shape", [(3, 300, 600, 600), (2, 320, 512, 64)], ids=str)
+def test_panels(affine: ModuleType, panels: None, make: Make, device: str, shape: tuple[int, int, int, int], bits: int) -> None:
+    """Ends of panels in rows and columns, with and without a low-rank path, which is added afterwards here."""
+    layer = make(*shape, bits, True, main_dtype(device))
+    for op in ("forward", "grad_input"):
+        assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[layer.x.dtype], op
+    u, b = (torch.randn(rows, 4, device=device).to(layer.x.dtype) for rows in shape[:2])
+    y = affine.forward(layer.x, layer.words, layer.scale, layer.zero, bits, shape[3], shape[1], low=(u, b))
+    assert error(y, layer.expect("forward") + u.double() @ b.double().T) <= ROUNDED[layer.x.dtype]
+
+
+@pytest.mark.parametrize("bits", layout.BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_dequantize_has_the_bits_of_the_reference(affine: ModuleType, make: Make, dtype: torch.dtype, bits: int) -> None:
+    for zeros in (torch.uint8, torch.float32):
+        layer = make(1, 100, 352, 32, bits, True, dtype, zeros=zeros)
+        packed = (layer.words, layer.scale, layer.zero, bits, 32, 100, 352, dtype)
+        assert torch.equal(affine.dequantize(*packed), reference.dequantize(*packed))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -172,16 +241,9 @@ def test_strided_inputs(affine: ModuleType, make: Make) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_repeats_bit_for_bit(affine: ModuleType, make: Make, op: str) -> None:
     layer = make(3, 256, 1024, 128, 4, True, torch.float16)
-    assert affine.affine_configs.split(4, 4) > 1, "this shape is meant to be cut in parts"
+    assert configs.split(affine._chip(layer.x.device), 4, 4) > 1, "this shape is meant to be cut in parts"
     assert torch.equal(layer.run(affine, op), layer.run(affine, op))
-
-
-def test_splitting_leaves_no_part_out(affine: ModuleType) -> None:
-    for programs in (1, 3, 64, 200, 10_000):
-        for steps in (1, 2, 7, 16, 43, 1000):
-            parts = affine.affine_configs.split(programs, steps)
-            assert 1 <= parts <= affine.affine_configs.MAX_SPLIT
-            assert parts == 1 or (programs * parts <= affine.affine_configs.WAVE and parts * 2 <= steps)
+    assert not any(counters.any() for counters in workspace._counters.values()), "the last program to arrive puts its counter back"
 
 
 def test_fits(affine: ModuleType) -> None:
@@ -219,4 +281,4 @@ def test_through_dispatch(affine: ModuleType, make: Make, device: str, bits: int
     assert error(x.grad.view(6, 352), layer.expect("grad_input")) <= tolerance
     assert error(scale.grad, layer.expect("grad_scale")) <= tolerance
     assert error(bias.grad, layer.dy.double().sum(0)) <= tolerance
-    assert not dispatch.uses_triton(layer.x, 11, 352)
+    assert dispatch.choose(layer.x, 2, 11, 352) is not affine

@@ -13,8 +13,8 @@ from tests.tolerances import RELATIVE, error
 N, K, GROUP, BITS = 70, 352, 32, 3
 
 
-def arguments(kind: str = "affine", trained: bool = False) -> tuple[Any, ...]:
-    """x, words, values, zero, bits, group, n, path of compressor::linear."""
+def arguments(kind: str = "affine", trained: bool = False, low: bool = False) -> tuple[Any, ...]:
+    """x, words, values, zero, u, b, bits, group, n, path of compressor::linear."""
     torch.manual_seed(0)
     codes = torch.randint(0, 1 << BITS, (N, K), dtype=torch.uint8)
     x = torch.randn(5, K)
@@ -22,10 +22,11 @@ def arguments(kind: str = "affine", trained: bool = False) -> tuple[Any, ...]:
         group, values, zero = GROUP, torch.rand(N, K // GROUP) + 0.5, 7 * torch.rand(N, K // GROUP)
     else:
         group, values, zero = 192, torch.randn(N, 2, 1 << BITS), None
-    leaves = [x, values] + ([] if zero is None else [zero])
-    for leaf in leaves:
-        leaf.requires_grad_(trained)
-    return x, layout.pack_tiles(codes, BITS, reference.order(values)), values, zero, BITS, group, N, "auto"
+    u, b = (torch.randn(5, 4), torch.randn(N, 4)) if low else (None, None)
+    for leaf in (x, values, zero, u, b):
+        if leaf is not None:
+            leaf.requires_grad_(trained)
+    return x, layout.pack_tiles(codes, BITS, reference.order(values)), values, zero, u, b, BITS, group, N, "auto"
 
 
 def test_who_takes_what() -> None:
@@ -45,16 +46,16 @@ def test_a_path_that_cannot_serve_is_an_error(path: str, group: int, words: str)
         dispatch.choose(torch.zeros(1, K), 2, group, K, path)
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("trained", "low"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", ["affine", "table"])
-def test_operators_pass_torchs_own_check(kind: str, trained: bool) -> None:
-    found = torch.library.opcheck(torch.ops.compressor.linear.default, arguments(kind, trained))
+def test_operators_pass_torchs_own_check(kind: str, trained: bool, low: bool) -> None:
+    found = torch.library.opcheck(torch.ops.compressor.linear.default, arguments(kind, trained, low))
     assert set(found.values()) == {"SUCCESS"}, found
 
 
 @pytest.mark.parametrize("kind", ["affine", "table"])
 def test_backward_operators_pass_torchs_own_check(kind: str) -> None:
-    x, words, values, zero, bits, group, n, path = arguments(kind)
+    x, words, values, zero, _, _, bits, group, n, path = arguments(kind)
     dy = torch.randn(5, n)
     for op, args in (
         (torch.ops.compressor.grad_input, (dy, words, values, zero, bits, group, K, path)),
@@ -66,20 +67,19 @@ def test_backward_operators_pass_torchs_own_check(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["affine", "table"])
 def test_gradients_match_dense_autograd(kind: str) -> None:
-    args = arguments(kind, trained=True)
+    one, words, values, zero, u, b, bits, group, n, path = arguments(kind, trained=True, low=True)
     bias, dy = torch.randn(N, requires_grad=True), torch.randn(2, 5, N)
-    x = torch.stack([args[0], -args[0]]).detach().requires_grad_()
-    leaves = [x, args[2], bias] + ([] if args[3] is None else [args[3]])
-    dispatch.linear(x, *args[1:4], bias, *args[4:]).backward(dy)
+    x, u = (torch.stack([t, -t]).detach().requires_grad_() for t in (one, u))
+    leaves = [x, values, bias, u, b] + ([] if zero is None else [zero])
+    dispatch.linear(x, words, values, zero, bias, bits, group, n, (u, b), path).backward(dy)
     ours = [leaf.grad for leaf in leaves]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    codes = layout.unpack_tiles(args[1], BITS, N, K, reference.order(args[2]))
+    codes = layout.unpack_tiles(words, bits, N, K, reference.order(values))
     if kind == "affine":
-        weight = (codes.double() - wide[3].repeat_interleave(GROUP, 1)) * wide[1].repeat_interleave(GROUP, 1)
+        weight = (codes.double() - wide[5].repeat_interleave(GROUP, 1)) * wide[1].repeat_interleave(GROUP, 1)
     else:
-        columns = reference.flat_codes(args[1], BITS, args[5], N, K)
-        weight = wide[1].reshape(N, -1).gather(1, columns)
-    torch.nn.functional.linear(wide[0], weight, wide[2]).backward(dy.double())
+        weight = wide[1].reshape(N, -1).gather(1, reference.flat_codes(words, bits, group, N, K))
+    (torch.nn.functional.linear(wide[0], weight, wide[2]) + wide[3] @ wide[4].T).backward(dy.double())
     for leaf, mine in zip(wide, ours, strict=True):
         assert mine is not None and leaf.grad is not None
         assert error(mine, leaf.grad) <= RELATIVE[torch.float32]
@@ -104,7 +104,7 @@ def test_gradcheck_of_the_operator() -> None:
 
 def test_no_operator_is_hidden_from_the_compiler() -> None:
     """torch.compile takes a packed call, forward and backward, in one graph, and gives the same numbers."""
-    x, words, values, zero, bits, group, n, path = arguments("affine", trained=True)
+    x, words, values, zero, _, _, bits, group, n, _ = arguments("affine", trained=True)
 
     def call(x: Tensor, values: Tensor) -> Tensor:
         return torch.relu(dispatch.linear(x, words, values, zero, None, bits, group, n)).square().sum()
@@ -116,7 +116,7 @@ def test_no_operator_is_hidden_from_the_compiler() -> None:
 
 
 def test_without_gradients_the_same_numbers() -> None:
-    x, words, values, zero, bits, group, n, path = arguments("table")
-    direct = dispatch.linear(x, words, values, zero, None, bits, group, n)
-    through = torch.ops.compressor.linear(x, words, values, zero, bits, group, n, path)
+    x, words, values, zero, u, b, bits, group, n, path = arguments("table", low=True)
+    direct = dispatch.linear(x, words, values, zero, None, bits, group, n, (u, b))
+    through = torch.ops.compressor.linear(x, words, values, zero, u, b, bits, group, n, path)
     assert torch.equal(direct, through)
