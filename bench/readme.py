@@ -51,12 +51,48 @@ def peers(rows: list[dict[str, str]]) -> list[str]:
     return out
 
 
+COLUMNS = {
+    "4 bits": ("ours affine", "4", ""), "3 bits": ("ours affine", "3", ""), "2 bits": ("ours affine", "2", ""), "4-bit table": ("ours table", "4", "1"),
+    "torch int4pack": ("torch int4pack", "4", ""), "bitsandbytes nf4": ("bitsandbytes nf4", "4", ""), "GPTQModel 4 bits": ("gptqmodel auto", "4", ""),
+}  # fmt: skip
+
+
+def speeds(rows: list[dict[str, str]], n: str, k: str) -> list[str]:
+    """Packed linears on a CPU as ratios to dense float32 in the same run."""
+    out = ["| | threads | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for op, m, what in (("forward", "1", "1 row"), ("forward", "16", "16 rows"), ("forward", "128", "128 rows"), ("step", "512", "training step, 512 rows")):
+        for threads in ("1", "2"):
+            cells = []
+            for arm, bits, segments in COLUMNS.values():
+                same = {"op": op, "m": m, "threads": threads, "n": n, "k": k, "arm": arm, "bits": bits, "segments": segments}
+                found = [float(r["ratio"]) for r in rows if all(r[name] == value for name, value in same.items())]
+                cells.append(f"{min(found):.2f}" if found else "–")
+            out.append(f"| {what} | {threads} | " + " | ".join(cells) + " |")
+    return out
+
+
+def decoding(rows: list[dict[str, str]]) -> list[str]:
+    """Tokens a second of the 1.1B shape, ours beside llama.cpp's nearest type of the same width, each as tokens/s and ratio to dense."""
+    one = [r for r in rows if r["model"] == "llama-1.1b-random"]
+    out = ["| threads | bits | dense float32 | ours | llama.cpp | |", "|---|---|---|---|---|---|"]
+    for threads in ("1", "2"):
+        for bits in ("4", "3", "2"):
+            arms = {r["arm"].split()[0]: r for r in one if r["threads"] == threads and r["beside"] == bits and "F16" not in r["arm"]}
+            dense, ours, theirs = (arms.get(arm) for arm in ("dense", "ours", "llama.cpp"))
+            if not dense or not ours:
+                continue
+            cells = [f"{float(r['tokens_per_s']):.1f} ({float(r['ratio']):.2f}×)" if r else "–" for r in (ours, theirs)]
+            kind = theirs["arm"].split()[-1] if theirs else ""
+            out.append(f"| {threads} | {bits} | {float(dense['tokens_per_s']):.1f} | {cells[0]} | {cells[1]} | {kind} |")
+    return out
+
+
 def text() -> str:
     """The section between the marks."""
     rows = read("quality.csv")
     tiny = [r for r in rows if r["model"] == "tiny" and r["bits"] in ("", "3") and r["group"] in ("", "128") and r["symmetric"] == "True"]
     baby = [r for r in rows if r["model"] == "babyllama" and r["bits"] in ("", "3") and r["symmetric"] == "True"]
-    served = read("servers.csv")
+    served, kernels = read("servers.csv"), read("cpu_kernels.csv")
     worst = {kind: max(float(r["max_abs_logit_error"]) for r in served if r["symmetric"] == str(kind)) for kind in (True, False)}
     versions = f"transformers {served[0]['transformers']} with compressed-tensors {served[0]['compressed_tensors']}"
     protocol = f"windows of {tiny[0]['window']} tokens that do not overlap, {tiny[0]['tokens']} tokens"
@@ -69,7 +105,13 @@ def text() -> str:
         "Our GPTQ beside GPTQModel 7.4.0 on `tiny`, groups of 128, same calibration windows, mean of three draws, perplexity in domain:", "",
         *peers(read("gptqmodel_peer.csv")), "",
         f"Largest difference of logits between our packed forward and {versions}, float32, 2 to 4 bits, `tiny` and babyllama: {worst[True]:.1e} for",
-        f"symmetric folders, {worst[False]:.1e} for asymmetric ones, whose weights transformers forms in the dtype of the scale.", "",
+        f"symmetric folders (the weights are equal, the sums run in another order), {worst[False]:.1e} for asymmetric ones, whose weights transformers forms",
+        "in the dtype of the scale.", "",
+        f"Speed on a CPU ({kernels[0]['cpu']}, {kernels[0]['engine']}), a linear of 4096 × 4096, times faster than dense float32 `F.linear` in the same run; int4pack,",
+        "bitsandbytes and GPTQModel compute in bf16, their training step has no trained values:", "",
+        *speeds(kernels, "4096", "4096"), "",
+        "Tokens a second of a LLaMA of TinyLlama-1.1B's shape with random weights, one sequence; our output head stays float32, llama.cpp quantises it:", "",
+        *decoding(read("cpu_decode.csv")), "",
         "More models, widths and the scripts that made these numbers: [bench/](bench), [docs/log.md](docs/log.md).",
     ]  # fmt: skip
     return "\n".join(lines)

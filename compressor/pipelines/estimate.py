@@ -23,6 +23,7 @@ from compressor.tune.loss import LOGITS
 
 EFFICIENCY = 0.25
 BASE = 380 << 20  # bytes of the interpreter and its libraries
+COMPILER = 200 << 20  # bytes of numba, LLVM and the kernels they make, on a CPU
 DECODE = {True: 1e-10, False: 15e-9}  # seconds a weight and token of a sample text on a CPU: with the compiled kernels, without
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
@@ -79,9 +80,10 @@ def _memory(
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     size = 4 if device.type == "cpu" else 2
-    dense, small = BASE + parameters * size, BASE + (parameters - weights) * size + packed_bytes
+    compiled = COMPILER if device.type == "cpu" and cpu.available() else 0
+    dense, small = BASE + parameters * size, BASE + compiled + (parameters - weights) * size + packed_bytes
     logits = min(evaluate.LOGIT_BYTES, evaluate.BATCH_TOKENS * vocab * size)
-    out = {"load": dense, "evaluate": dense + 2 * logits + 3 * evaluate.CHUNK_BYTES, "compress": dense}
+    out = {"load": dense, "evaluate": max(dense, small) + 2 * logits + 3 * evaluate.CHUNK_BYTES, "compress": dense}
     if PACKERS[recipe.quant.packer].needs:
         widest = max(m.in_features for m in linear.linears(model).values())
         out["compress"] += counts.calibration * hidden * size + 4 * widest * widest * 4

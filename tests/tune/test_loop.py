@@ -116,7 +116,7 @@ def test_accumulation_equals_one_large_batch(packed_llama, options, windows):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
             assert a["tokens"] == b["tokens"]
         for name in parameters:
-            assert (others[name] - parameters[name]).norm() < 1e-3 * parameters[name].norm()  # Adam amplifies rounding where a gradient is almost 0
+            assert (others[name] - parameters[name]).norm() < 3e-3 * parameters[name].norm()  # Adam amplifies rounding where a gradient is almost 0
 
 
 def test_gradients_do_not_vanish_in_float16(packed_llama, options, windows, monkeypatch):
