@@ -8,12 +8,11 @@ Exit 1 if a kernel fails to compile, spills registers, uses a stack, or needs mo
 is the number of instructions a thread issues in the main loop, times threads, per weight decoded there: a kernel that reads weights at full
 bandwidth on an H200 can afford about 4.1 / 3.2 / 2.2 at 4 / 3 / 2 bits. For few rows of x on sm_90 it has a `limit`, and weights may not pass from
 thread to thread (SHFL) nor, at 4 and 2 bits, through shared memory (STS). On sm_90 Hopper's matrix instruction (HGMMA) must be used wherever the
-tile is large enough.
+tile is large enough. Kernels that add a low-rank term (`low`) are compiled once more with it, without a limit: other registers make another loop.
 """
 
 import argparse
 import csv
-import importlib.util
 import itertools
 import re
 import subprocess
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compressor.kernels import affine, configs
+from compressor.kernels import affine, configs, tables
 from compressor.kernels.configs import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -40,7 +39,7 @@ FEW = 64  # rows of x up to which decoding is the limit
 LIMITS = {"forward": {4: 2.7, 3: 3.6, 2: 2.7}, "table_forward": {4: 5.5, 3: 4.4, 2: 3.1}}  # instructions per weight
 FIELDS = [
     "kernel", "bits", "zero", "group", "dtype", "target", "bm", "bn", "width",
-    "warps", "stages", "fold", "triton",
+    "warps", "stages", "fold", "low", "triton",
     "registers", "spill_bytes", "stack", "shared", "mma", "sts", "shfl", "loop_per_weight", "limit", "seconds", "verdict",
 ]  # fmt: skip
 
@@ -55,6 +54,7 @@ class Case:
     group: int
     asymmetric: bool
     itemsize: int
+    low: bool = False  # with a low-rank term
 
     @property
     def few(self) -> bool:
@@ -76,7 +76,7 @@ class Case:
     @property
     def limit(self) -> float | None:
         """Most instructions per weight."""
-        bounded = self.few and self.target == "sm_90" and self.itemsize == 2 and (self.group >= 256 if "table" in self.op else not self.fold)
+        bounded = self.few and not self.low and self.target == "sm_90" and self.itemsize == 2 and ("table" in self.op or not self.fold)
         return LIMITS.get(self.op, {}).get(self.bits) if bounded else None
 
 
@@ -85,26 +85,30 @@ def _affine(case: Case) -> tuple[Any, dict[str, Any]]:
     name, few = case.op, case.op == "forward" and not case.fold
     kernel = getattr(affine, "few_kernel" if few else "many_kernel" if name == "forward" else f"{name}_kernel")
     part = affine.slices(case.tile, case.group, 4096, not few)
-    constants = case.types | part | {"GROUP": case.group, "TYPE": tl.bfloat16, "u_ptr": None, "b_ptr": None}
-    if not case.asymmetric:
-        constants["z_ptr"] = None
-    if not case.types["SPLIT"]:
-        constants |= {"part_ptr": None, "count_ptr": None}
-    return kernel, constants
+    constants = case.types | part | {"GROUP": case.group, "TYPE": tl.bfloat16}
+    return kernel, constants if case.asymmetric else constants | {"z_ptr": None}
+
+
+def _table(case: Case) -> tuple[Any, dict[str, Any]]:
+    """The same for weights with tables."""
+    constants = case.types | {"ASM": "gcn" if case.target == "gfx942" else "ptx", "TYPE": case.types["DOT"]}
+    if case.op == "table_forward":
+        return tables.table_forward_kernel, constants | tables.spans(case.tile, case.group, 4096, 4 if case.few else 16)
+    if case.op == "table_grad_input":
+        return tables.table_grad_input_kernel, constants | tables.steps_of(case.tile, case.group, 4096)
+    return getattr(tables, f"{case.op}_kernel"), constants | tables.columns(case.tile, case.group, 4096)
 
 
 # op -> the kernel and its constants for a case; the names of pointer arguments stand in POINTERS, "x" for the type of the inputs
-KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any]]]] = dict.fromkeys(("forward", "grad_input", "grad_scale", "dequantize"), _affine)
+KERNELS: dict[str, Callable[[Case], tuple[Any, dict[str, Any]]]] = {
+    **dict.fromkeys(("forward", "grad_input", "grad_scale", "dequantize"), _affine),
+    **dict.fromkeys(("table_forward", "table_grad_input", "grad_table", "table_dequantize"), _table),
+}
 POINTERS = {
-    "x_ptr": "x", "dy_ptr": "x", "y_ptr": "x", "dx_ptr": "x", "s_ptr": "x", "w_ptr": "i32", "z_ptr": "u8",
+    "x_ptr": "x", "dy_ptr": "x", "y_ptr": "x", "dx_ptr": "x", "s_ptr": "x", "w_ptr": "i32", "z_ptr": "u8", "t_ptr": "i32",
     "sums_ptr": "fp32", "mask_ptr": "i32", "u_ptr": "x", "b_ptr": "x", "part_ptr": "fp32", "count_ptr": "i32",
 }  # fmt: skip
 RESULTS = {"grad_scale": "fp32", "grad_table": "fp32"}  # what out_ptr is, if not the type of the inputs
-if importlib.util.find_spec("compressor.kernels.tables"):
-    from compressor.kernels import tables
-
-    KERNELS |= getattr(tables, "AOT", {})
-    POINTERS |= getattr(tables, "AOT_POINTERS", {})
 
 
 def cases(subset: bool) -> list[Case]:
@@ -115,8 +119,11 @@ def cases(subset: bool) -> list[Case]:
         for (most, tile), group, asymmetric in itertools.product(rows, (128, 1024) if table else (32, 128, 256), (False, True)):
             plain = group == (1024 if table else 128) and asymmetric != table and (itemsize == 2 or bits == 3)
             more = not asymmetric if table else group in (128, 256) or (group, bits) == (32, 4)
+            case = Case(op, target, most, tile, bits, group, asymmetric, itemsize)
             if plain or (hopper and more):
-                out.append(Case(op, target, most, tile, bits, group, asymmetric, itemsize))
+                out.append(case)
+            if plain and hopper and bits == 4 and "forward" in op and (case.few or not table):
+                out.append(replace(case, low=True))
     if subset:
         keep = {"sm_80": (4,), "sm_90": (2, 3, 4), "gfx942": (4,)}
         out = [c for c in out if c.group == (1024 if "table" in c.op else 128) and c.bits in keep[c.target] and c.itemsize == 2]
@@ -130,6 +137,10 @@ def compile_case(case: Case) -> Any:
     kernel, constants = KERNELS[case.op](case)
     types = {name: NAMES[case.itemsize] if kind == "x" else kind for name, kind in POINTERS.items()}
     types["out_ptr"] = RESULTS.get(case.op, NAMES[case.itemsize])
+    if not case.types["SPLIT"]:
+        constants = constants | {"part_ptr": None, "count_ptr": None}
+    if not case.low:
+        constants = constants | {"u_ptr": None, "b_ptr": None}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
     signature, aligned = {}, {}
     for i, arg in enumerate(kernel.arg_names):
@@ -146,7 +157,8 @@ def measure(case: Case) -> dict[str, Any]:
     start = time.time()
     row: dict[str, Any] = {
         "kernel": case.op, "bits": case.bits, "zero": "u8" if case.asymmetric else "none", "group": case.group, "dtype": NAMES[case.itemsize],
-        "target": case.target, **case.tile._asdict(), "fold": int(case.fold), "limit": case.limit or "", "triton": triton.__version__,
+        "target": case.target, **case.tile._asdict(), "fold": int(case.fold), "low": int(case.low),
+        "limit": case.limit or "", "triton": triton.__version__,
     }  # fmt: skip
     try:
         compiled = compile_case(case)

@@ -30,6 +30,8 @@ class PackedLinear(nn.Module):
         self.tuned: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ModelError(f"a packed linear of {self.in_features} inputs was given {x.shape[-1]}")
         scale = self.scale if self.tuned is None else self.tuned()
         return dispatch.linear(x, self.words, scale, self.zero, self.bias, self.bits, self.group, self.out_features)
 

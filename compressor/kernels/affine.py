@@ -8,26 +8,22 @@ Limits: groups as in `fits`; fp64 on a GPU goes to the reference. Atomics only c
 bits.
 """
 
-import contextlib
 import functools
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from compressor.kernels import affine_biased, configs, layout, panels, reference, workspace
+from compressor.kernels import affine_biased, configs, launch, layout, panels, reference, workspace
 from compressor.kernels.affine_dequantize import dequantize_kernel
 from compressor.kernels.affine_forward import few_kernel, many_kernel, sums_kernel
 from compressor.kernels.affine_grad_input import grad_input_kernel
 from compressor.kernels.affine_grad_scale import grad_scale_kernel
 from compressor.kernels.configs import Tile
+from compressor.kernels.launch import Low
 
 FOLD_ABOVE = 64  # rows of x above which scales are multiplied into the weights instead of into the accumulator
 FUSES_LOW = True  # forward takes `low`
-Low = tuple[Tensor, Tensor]  # u [m, r], b [n, r]
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def fits(group: int, k: int) -> bool:
@@ -55,37 +51,35 @@ def forward(
     sums: what `group_sums(x, group)` gives, if the caller has it already (layers that read the same x share it); low: (u [m, r], b [n, r]).
     """
     m, k = x.shape
-    if _foreign(x):
-        y = reference.forward(x, words, scale, zero, bits, group, n)
-        return y if low is None else y + low[0].to(y.dtype) @ low[1].to(y.dtype).T
+    if launch.foreign(x):
+        return launch.add_low(reference.forward(x, words, scale, zero, bits, group, n), low)
     if m == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m >= configs.setting("panel_from", _chip(x.device)):
-        write = functools.partial(_write, words, scale.contiguous(), _dense(zero), bits, group, k)
-        y = panels.forward(x, n, write, configs.setting("panel", _chip(x.device)))
-        return y if low is None else y.addmm_(low[0].to(y.dtype), low[1].to(y.dtype).T)
-    return _forward(_rows(x), words, scale.contiguous(), _dense(zero), bits, group, n, sums, _padded(low, x.dtype))
+    if m >= configs.setting("panel_from", launch.chip(x.device)):
+        write = functools.partial(_write, words, scale.contiguous(), launch.dense(zero), bits, group, k)
+        return launch.add_low(panels.forward(x, n, write, configs.setting("panel", launch.chip(x.device))), low)
+    return _forward(launch.rows(x), words, scale.contiguous(), launch.dense(zero), bits, group, n, sums, launch.padded(low, x.dtype))
 
 
 def _forward(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int, sums: Tensor | None, low: Low | tuple[None, None]
 ) -> Tensor:
-    (m, k), where = x.shape, _chip(x.device)
+    (m, k), where = x.shape, launch.chip(x.device)
     tile, fold = configs.tile("forward", where, m, x.element_size(), bits), folds(group, k, m)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     down, blocks = layout.tiles(n, k)
     grid = (triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm))
-    parts, part, count = _parts(y, grid, blocks)
-    sizes = (m, n, k, k // group, 0 if low[1] is None else low[1].shape[1], x.stride(0), down, blocks, triton.cdiv(blocks, parts))
-    same = {"BITS": bits, "EVEN": k % layout.COLS == 0, "SPLIT": parts > 1, **_types(x), **_options(tile)}
+    parts, part, count = launch.parts(y, grid, blocks)
+    sizes = (m, n, k, k // group, launch.rank(low[1]), x.stride(0), down, blocks, triton.cdiv(blocks, parts))
+    same = {"BITS": bits, "EVEN": k % layout.COLS == 0, "SPLIT": parts > 1, **launch.types(x), **launch.options(tile)}
     part_of = slices(tile, group, k, fold)
     if fold:
-        with _on(x.device):
+        with launch.on(x.device):
             many_kernel[(*grid, parts)](x, words, scale, zero, *low, y, part, count, *sizes, GROUP=group, **part_of, **same)
         return y
     sums = group_sums(x, group) if sums is None else sums.contiguous()
     mask = workspace.constant(affine_biased.mask(x.dtype, bits), x.device)
-    with _on(x.device):
+    with launch.on(x.device):
         few_kernel[(*grid, parts)](
             x, words, scale, zero, sums, mask, *low, y, part, count, *sizes,
             GROUP=0 if group == k else group, WIDTH=part_of["WIDTH"], **same,
@@ -96,40 +90,42 @@ def _forward(
 def group_sums(x: Tensor, group: int) -> Tensor:
     """Sums of x over the columns of each group, float32 (float64) [m, k/group]."""
     m, k = x.shape
-    if _foreign(x):
+    if launch.foreign(x):
         return reference.group_sums(x, group)
-    x = _rows(x)
+    x = launch.rows(x)
     out = torch.empty(m, k // group, dtype=reference.wide(x.dtype), device=x.device)
     if m:
         width = min(1024, triton.next_power_of_2(group))
         count = min(1024 // width, triton.next_power_of_2(k // group))
-        with _on(x.device):
+        with launch.on(x.device):
             grid = (m, triton.cdiv(k // group, count))
-            sums_kernel[grid](x, out, k // group, x.stride(0), GROUP=group, COUNT=count, WIDTH=width, ACC=_TYPES[out.dtype], enable_fp_fusion=True)
+            sums_kernel[grid](
+                x, out, k // group, x.stride(0), GROUP=group, COUNT=count, WIDTH=width, ACC=launch.TYPES[out.dtype], enable_fp_fusion=True
+            )
     return out
 
 
 def grad_input(dy: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, k: int) -> Tensor:
     """dx = dy @ weight; dy [m, n] -> dx [m, k] in dy's dtype."""
-    (m, n), where = dy.shape, _chip(dy.device)
-    if _foreign(dy):
+    (m, n), where = dy.shape, launch.chip(dy.device)
+    if launch.foreign(dy):
         return reference.grad_input(dy, words, scale, zero, bits, group, k)
     if m == 0:
         return torch.empty(m, k, dtype=dy.dtype, device=dy.device)
-    scale, zero = scale.contiguous(), _dense(zero)
+    scale, zero = scale.contiguous(), launch.dense(zero)
     if m >= configs.setting("panel_from", where):
         return panels.grad_input(dy, k, functools.partial(_write, words, scale, zero, bits, group, k), configs.setting("panel", where))
-    dy = _rows(dy)
+    dy = launch.rows(dy)
     tile = configs.tile("grad_input", where, m, dy.element_size(), bits)
     dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     down, blocks = layout.tiles(n, k)
     steps = triton.cdiv(n, tile.bn)
     grid = (triton.cdiv(k, tile.width), triton.cdiv(m, tile.bm))
-    parts, part, count = _parts(dx, grid, steps)
-    with _on(dy.device):
+    parts, part, count = launch.parts(dx, grid, steps)
+    with launch.on(dy.device):
         grad_input_kernel[(*grid, parts)](
             dy, words, scale, zero, dx, part, count, m, n, k, k // group, dy.stride(0), down, blocks, triton.cdiv(steps, parts),
-            GROUP=group, BITS=bits, SPLIT=parts > 1, **slices(tile, group, k), **_types(dy), **_options(tile),
+            GROUP=group, BITS=bits, SPLIT=parts > 1, **slices(tile, group, k), **launch.types(dy), **launch.options(tile),
         )  # fmt: skip
     return dx
 
@@ -137,21 +133,21 @@ def grad_input(dy: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bi
 def grad_scale(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: int, group: int) -> Tensor:
     """dscale[i, g] = sum over the group's columns j of (dy.T @ x)[i, j] * (code - zero)[i, j]; float32 (float64) [n, k/group]."""
     (m, k), n = x.shape, dy.shape[1]
-    if _foreign(x):
+    if launch.foreign(x):
         return reference.grad_scale(x, dy, words, zero, bits, group)
     acc = reference.wide(x.dtype)
     if m == 0:
         return torch.zeros(n, k // group, dtype=acc, device=x.device)
-    x, dy, zero = _rows(x), _rows(dy.to(x.dtype)), _dense(zero)
-    tile = configs.tile("grad_scale", _chip(x.device), m, x.element_size(), bits)
+    x, dy, zero = launch.rows(x), launch.rows(dy.to(x.dtype)), launch.dense(zero)
+    tile = configs.tile("grad_scale", launch.chip(x.device), m, x.element_size(), bits)
     down, blocks = layout.tiles(n, k)
     across, part = triton.cdiv(k, tile.width), slices(tile, group, k)
     columns = k // group if part["COUNT"] > 1 else across  # sums of groups, or of parts of groups
     out = torch.empty(n, columns, dtype=acc, device=x.device)
-    with _on(x.device):
+    with launch.on(x.device):
         grad_scale_kernel[(triton.cdiv(n, tile.bn), across)](
             x, dy, words, zero, out, m, n, k, k // group, x.stride(0), dy.stride(0), down, blocks, columns,
-            GROUP=group, BITS=bits, **part, **_types(x), **_options(tile),
+            GROUP=group, BITS=bits, **part, **launch.types(x), **launch.options(tile),
         )  # fmt: skip
     return out if columns == k // group else out.view(n, k // group, -1).sum(-1)
 
@@ -159,9 +155,9 @@ def grad_scale(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: 
 def dequantize(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [n, k] in `dtype`, each weight formed in float32 and rounded once."""
     out = torch.empty(n, k, dtype=dtype, device=words.device)
-    if _foreign(out):
+    if launch.foreign(out):
         return reference.dequantize(words, scale, zero, bits, group, n, k, dtype)
-    _write(words, scale.contiguous(), _dense(zero), bits, group, k, slice(0, n), slice(0, k), out)
+    _write(words, scale.contiguous(), launch.dense(zero), bits, group, k, slice(0, n), slice(0, k), out)
     return out
 
 
@@ -169,65 +165,12 @@ def _write(words: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: 
     """Write these rows (from a multiple of 64) and columns (from a multiple of 256) of the dense weight into out."""
     words = words[rows.start // layout.ROWS : triton.cdiv(rows.stop, layout.ROWS)]
     n, zero = rows.stop - rows.start, None if zero is None else zero[rows]
-    tile = configs.tile("dequantize", _chip(out.device), n, out.element_size(), bits)
+    tile = configs.tile("dequantize", launch.chip(out.device), n, out.element_size(), bits)
     code = out.dtype if out.element_size() == 2 else torch.bfloat16  # integers up to 15, exact
     grid = (triton.cdiv(n, tile.bn), triton.cdiv(columns.stop - columns.start, tile.width))
-    with _on(out.device):
+    with launch.on(out.device):
         dequantize_kernel[grid](
             words, scale[rows], zero, out, n, columns.stop, k // group, *words.shape[:2], columns.start // layout.COLS, out.stride(0),
-            GROUP=group, BITS=bits, BN=tile.bn, **slices(tile, group, k), TYPE=_TYPES[code], DOT=_types(out)["DOT"],
+            GROUP=group, BITS=bits, BN=tile.bn, **slices(tile, group, k), TYPE=launch.TYPES[code], DOT=launch.types(out)["DOT"],
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def _parts(out: Tensor, grid: tuple[int, int], steps: int) -> tuple[int, Tensor | None, Tensor | None]:
-    """In how many parts to cut the reduction, memory for them, and counters of arrivals (see affine_finish.py)."""
-    parts = configs.split(_chip(out.device), grid[0] * grid[1], steps)
-    if parts == 1:
-        return 1, None, None
-    part = torch.empty(parts, *out.shape, dtype=reference.wide(out.dtype), device=out.device)
-    return parts, part, workspace.counters(out.device, grid[0] * grid[1])
-
-
-def _padded(low: Low | None, dtype: torch.dtype) -> Low | tuple[None, None]:
-    """u and b in x's dtype, their columns filled with zeros to a multiple of 16."""
-    if low is None or low[0].shape[1] == 0:
-        return None, None
-    u, b = (torch.nn.functional.pad(t.to(dtype), (0, -t.shape[1] % 16)).contiguous() for t in low)
-    return u, b
-
-
-def _types(x: Tensor) -> dict[str, Any]:
-    """Types of dot operands and accumulator, and how fp32 dots are taken (three tf32 products agree with fp32 to about 1e-6)."""
-    wide = _TYPES[reference.wide(x.dtype)]
-    if not x.is_cuda:  # the interpreter: 16-bit arithmetic there is wrong (bf16) or slow
-        return {"DOT": wide, "ACC": wide, "PRECISION": "ieee"}
-    return {"DOT": _TYPES[x.dtype], "ACC": wide, "PRECISION": "ieee" if torch.version.hip else "tf32x3"}
-
-
-def _options(tile: Tile) -> dict[str, Any]:
-    return {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-
-
-def _foreign(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.float64
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous; rows may lie apart."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.lru_cache
-def _chip(device: torch.device) -> configs.Chip:
-    if device.type != "cuda":
-        return configs.Chip("", "sm_90")
-    return configs.chip(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0], torch.version.hip is not None)

@@ -24,6 +24,8 @@ from compressor.errors import UserError
 
 SHIPPED = Path(__file__).parent / "tuned"
 SETTINGS = ("shared", "wave", "max_split", "panel_from", "panel")
+WIDTHS = (64, 128, 256)  # slices of a block that can be decoded
+TABLE_ROWS = 128  # prepared tables are padded to a multiple of this, and no tile reads more rows at once
 _folder: Path | None = None
 
 
@@ -136,10 +138,26 @@ def _rows(path: Path, key: str, value: Any) -> tuple[tuple[int | None, Tile], ..
     most = [row[0] for row in value]
     if most[-1] is not None or any(type(m) is not int for m in most[:-1]) or most[:-1] != sorted(set(most[:-1])):
         raise UserError(f'{path}: "{key}" must have growing largest m, and null in the last row')
-    for _, *sides, stages in value:
-        if any(type(side) is not int or side < 1 or side & (side - 1) for side in sides) or sides[2] > 256 or type(stages) is not int or stages < 1:
-            raise UserError(f'{path}: "{key}" has the tile {[*sides, stages]}, but sides and warps must be powers of two, width at most 256')
+    for _, *fields in value:
+        if wrong := _wrong(key.split()[0], fields):
+            raise UserError(f'{path}: "{key}" has the tile {fields}, but {wrong}')
     return tuple((m, Tile(*fields)) for m, *fields in value)
+
+
+def _wrong(op: str, fields: list[Any]) -> str:
+    """What the kernels do not take in a tile; with it they would not compile, or read tables beyond their end. The rest costs only time."""
+    *sides, stages = fields
+    if any(type(side) is not int or side < 1 or side & (side - 1) for side in sides) or type(stages) is not int or stages < 1:
+        return "sides and warps must be powers of two, and stages a positive whole number"
+    bm, bn, width, _ = sides
+    least = 16 if op in ("grad_scale", "grad_table") else 8  # they sum over bm
+    if bm < least or bn < 16:
+        return f"bm must be at least {least} and bn at least 16"
+    if width not in WIDTHS or (op == "grad_table" and width == 256):
+        return f"width must be {' or '.join(str(w) for w in WIDTHS if op != 'grad_table' or w < 256)}"
+    if "table" in op and bn > TABLE_ROWS:
+        return f"bn must be at most {TABLE_ROWS}, to which the rows of tables are padded"
+    return ""
 
 
 def save(path: Path, table: Table) -> None:

@@ -4,7 +4,7 @@ Every kernel is a C function of one argument, the address of an array of int64 (
 Threads share the work by taking tiles of 64 rows off a counter in that array; each takes a piece of the scratch buffer the same way. Tiles
 are visited block by block over their 64 rows, in the order of memory; the sums of the rows wait in the first-level cache.
 
-Price: each kernel is compiled at its first use for its bits, kind and span (about half a second; kept on disk for later processes).
+Price: each kernel is compiled at its first use for its bits, kind and span (one to two seconds; kept on disk for later processes).
 Limits: float32 sums. Source: ours.
 """
 
@@ -39,7 +39,7 @@ from compressor.kernels.cpu_vector import (
     total,
 )
 
-NEXT, SLOT, STAMP = 0, 1, 19  # in the array: counters of the next tile and the next piece of scratch; the kernel's source
+NEXT, SLOT = 0, 1  # in the array: counters of the next tile and the next piece of scratch
 FLOAT, BFLOAT, HALF, BYTE, MIDDLE = range(5)  # how a number is stored; MIDDLE: not at all, it is 2**(bits-1)
 
 _inline = numba.njit(inline="always")
@@ -98,19 +98,24 @@ def _prepare(tile, rows, width, values, value_type, zeros, zero_type, out_values
                 store_float(out_zeros + 4 * i, -load_float(out_values + 4 * i) * load_float(out_zeros + 4 * i))
 
 
-def _compile(kernel):
+@functools.cache
+def _made_from() -> str:
+    """Stands for the sources and the instruction sets."""
+    sources = Path(cpu_vector.__file__).read_bytes() + Path(__file__).read_bytes()
+    return f"{zlib.crc32(sources + ','.join(sorted(cpu_vector.features())).encode()):08x}"
+
+
+def _compile(kernel, *parameters):
+    """A C function. Its name is unique, as numba's cache on disk watches only the file that a function stands in, and is safe against two
+    processes at once only if they write the same function."""
+    stem = kernel.__qualname__.partition(".")[0]
+    kernel.__name__ = kernel.__qualname__ = "_".join([stem, *map(str, parameters), _made_from()])
     signature = types.void(types.CPointer(types.int64))
     options = {"nopython": True, "error_model": "numpy", "boundscheck": False}
     try:
         return numba.cfunc(signature, cache=True, **options)(kernel)
     except RuntimeError:  # no folder for the cache
         return numba.cfunc(signature, **options)(kernel)
-
-
-@functools.cache
-def _source() -> int:
-    """A sum of the sources. Kernels hold it, because the cache on disk only watches the file that a kernel stands in."""
-    return zlib.crc32(Path(cpu_vector.__file__).read_bytes() + Path(__file__).read_bytes())
 
 
 @functools.cache
@@ -122,11 +127,9 @@ def affine_kind() -> int:
 @functools.cache
 def gemv(BITS, KIND, SPAN, ROWS):
     """y [m, n] = x [m, k] @ weight.T for m <= ROWS."""
-    source = _source()
 
     def kernel(pointer):
-        a = numba.carray(pointer, (20,))
-        a[STAMP] = source
+        a = numba.carray(pointer, (19,))
         tiles, n, k, across, width, m = a[2], a[3], a[4], a[5], a[6], a[7]
         words, values, value_type, zeros, zero_type, index, x, y, scratch, size = a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17]
         here = a.ctypes.data
@@ -165,17 +168,15 @@ def gemv(BITS, KIND, SPAN, ROWS):
                 for r in range(rows):
                     store_float(y + 4 * (i * n + 64 * tile + r), total(sums + 64 * (ROWS * r + i)))
 
-    return _compile(kernel)
+    return _compile(kernel, BITS, KIND, SPAN, ROWS)
 
 
 @functools.cache
 def panel(BITS, KIND, SPAN):
     """Rows of the weight, from the tile a[18] on, decoded to out [rows, 256 * across] in float32."""
-    source = _source()
 
     def kernel(pointer):
-        a = numba.carray(pointer, (20,))
-        a[STAMP] = source
+        a = numba.carray(pointer, (19,))
         tiles, n, across, width = a[2], a[3], a[5], a[6]
         words, values, value_type, zeros, zero_type, index, out, scratch, size, first = (
             a[8],
@@ -210,17 +211,15 @@ def panel(BITS, KIND, SPAN):
                         out + 1024 * ((t * 64 + r) * across + block), BITS, KIND, SPAN,
                     )  # fmt: skip
 
-    return _compile(kernel)
+    return _compile(kernel, BITS, KIND, SPAN)
 
 
 @functools.cache
 def reduce_scale(BITS, SPAN):
     """out [n, width] = sums of grad * (code - zero) over groups, for the rows from the tile a[18] on, whose gradient is x [rows, 256 * across]."""
-    source = _source()
 
     def kernel(pointer):
-        a = numba.carray(pointer, (20,))
-        a[STAMP] = source
+        a = numba.carray(pointer, (19,))
         tiles, n, across, width = a[2], a[3], a[5], a[6]
         words, zeros, zero_type, index, grad, out, scratch, size, first = a[8], a[11], a[12], a[13], a[14], a[15], a[16], a[17], a[18]
         here = a.ctypes.data
@@ -243,17 +242,15 @@ def reduce_scale(BITS, SPAN):
                         grad + 1024 * ((t * 64 + r) * across + block), out + 4 * width * (tile * 64 + r), BITS, SPAN,
                     )  # fmt: skip
 
-    return _compile(kernel)
+    return _compile(kernel, BITS, SPAN)
 
 
 @functools.cache
 def reduce_table(BITS, SPAN):
     """out [n, width, 2**BITS] = sums of grad over the columns of each code, for the rows from the tile a[18] on."""
-    source = _source()
 
     def kernel(pointer):
-        a = numba.carray(pointer, (20,))
-        a[STAMP] = source
+        a = numba.carray(pointer, (19,))
         tiles, n, across, width = a[2], a[3], a[5], a[6]
         words, index, grad, out, scratch, size, first = a[8], a[13], a[14], a[15], a[16], a[17], a[18]
         here = a.ctypes.data
@@ -274,4 +271,4 @@ def reduce_table(BITS, SPAN):
                 for i in range(entries):
                     store_float(out + 4 * ((tile * 64 + r) * entries + i), total(sums + 64 * i))
 
-    return _compile(kernel)
+    return _compile(kernel, BITS, SPAN)

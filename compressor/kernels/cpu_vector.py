@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numba
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core.cgutils import get_or_insert_function
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 LANES = 16
@@ -30,12 +31,14 @@ HALF_INTS, HALF_FLOATS = ir.VectorType(I32, 8), ir.VectorType(F32, 8)
 
 
 def features() -> set[str]:
-    """Instruction sets that numba compiles for: those of this CPU, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise."""
+    """Instruction sets that numba compiles for: those of this CPU, unless its settings say otherwise."""
     if numba.config.CPU_FEATURES is not None:
-        return {f[1:] for f in numba.config.CPU_FEATURES.split(",") if f.startswith("+")}
-    if numba.config.CPU_NAME not in (None, "host"):
-        return {"avx2"} if numba.config.CPU_NAME == "haswell" else set()
-    return {name for name, there in binding.get_host_cpu_features().items() if there}
+        text = numba.config.CPU_FEATURES
+    elif numba.config.CPU_NAME not in (None, "host"):
+        text = ""
+    else:
+        text = get_host_cpu_features()
+    return {name[1:] for name in text.split(",") if name.startswith("+")}
 
 
 class Emit:
@@ -304,14 +307,16 @@ def _from_bfloat(builder: Any, value: Any, ints: Any, floats: Any) -> Any:
 
 
 def _from_half(builder: Any, value: Any, ints: Any, floats: Any) -> Any:
-    """By integers, as not every CPU converts: shift the fraction into place, mend the exponent by a multiplication."""
+    """By integers, as not every CPU converts, and some are told to take subnormal floats for zero."""
     same = lambda number: ir.Constant(ints, number if ints == I32 else [number] * LANES)
     wide = builder.zext(value, ints)
-    bits = builder.shl(builder.and_(wide, same(0x7FFF)), same(13))
-    power = ir.Constant(floats, 2.0**112 if ints == I32 else [2.0**112] * LANES)
-    number = builder.bitcast(builder.fmul(builder.bitcast(bits, floats), power), ints)
-    special = builder.icmp_signed("==", builder.and_(wide, same(0x7C00)), same(0x7C00))
-    number = builder.select(special, builder.or_(bits, same(0x7F800000)), number)
+    fraction = builder.shl(builder.and_(wide, same(0x7FFF)), same(13))
+    exponent = builder.and_(wide, same(0x7C00))
+    normal = builder.add(fraction, same(112 << 23))
+    unit = ir.Constant(floats, 2.0**-24 if ints == I32 else [2.0**-24] * LANES)
+    subnormal = builder.bitcast(builder.fmul(builder.sitofp(builder.and_(wide, same(0x3FF)), floats), unit), ints)
+    number = builder.select(builder.icmp_signed("==", exponent, same(0)), subnormal, normal)
+    number = builder.select(builder.icmp_signed("==", exponent, same(0x7C00)), builder.or_(fraction, same(0x7F800000)), number)
     return builder.bitcast(builder.or_(number, builder.shl(builder.and_(wide, same(0x8000)), same(16))), floats)
 
 

@@ -13,15 +13,17 @@ and CUDA graphs see one opaque call each. Without gradients and outside of traci
 microseconds.
 """
 
+import contextlib
 import importlib.util
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from compressor.errors import RecipeError
-from compressor.kernels import cpu, reference
+from compressor.errors import ModelError, RecipeError
+from compressor.kernels import cpu, layout, reference
 
 PATHS = ("auto", "triton", "cpu", "reference")
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -42,19 +44,45 @@ def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto") -
         return cpu
     if path in ("auto", "reference"):
         return reference
-    reason = f"unknown, choose one of {PATHS}" if path not in PATHS else f"not able to take {x.dtype} on {x.device} with groups of {group}"
-    raise RecipeError(f"kernel path {path!r} is {reason}")
+    if path not in PATHS:
+        raise RecipeError(f"kernel path {path!r} is unknown, choose one of {', '.join(PATHS)}")
+    missing = f": {cpu.why_not()}" if path == "cpu" and cpu.why_not() else ""
+    raise RecipeError(f"kernel path {path!r} is not able to take {x.dtype} on {x.device} with groups of {group}{missing}")
+
+
+def check(x: Tensor, words: Tensor, values: Tensor | None, zero: Tensor | None, bits: int, group: int, n: int, k: int, table: bool) -> None:
+    """Kernels compute addresses from these numbers, so they must fit the tensors. Raises ModelError."""
+    groups = -(-k // group)
+    shapes = {
+        "words": (words, (*layout.tiles(n, k), layout.ROWS, 8 * bits)), "zero": (zero, (n, groups)),
+        "values": (values, (n, groups, 1 << bits) if table else (n, groups)),
+    }  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ModelError(f"{name} of shape {tuple(tensor.shape)} do not fit a weight of {n} x {k} in groups of {group}: {shape} do")
+        if tensor is not None and tensor.device != x.device:
+            raise ModelError(f"{name} are on {tensor.device} and x is on {x.device}: move one of them")
+    if words.dtype != torch.int32 or not x.is_floating_point() or (not table and k % group):
+        raise ModelError(f"words must be int32 ({words.dtype}), x floating point ({x.dtype}), and groups of {group} must divide {k} columns")
 
 
 def _forward(
     x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, u: Tensor | None, b: Tensor | None, bits: int, group: int, n: int, path: str
 ) -> Tensor:
+    check(x, words, values, zero, bits, group, n, x.shape[1], values.dim() == 3)
     ops = choose(x, values.dim(), group, x.shape[1], path)
-    if u is None or b is None:
-        return ops.forward(x, words, values, zero, bits, group, n)
-    if getattr(ops, "FUSES_LOW", False):
-        return ops.forward(x, words, values, zero, bits, group, n, low=(u, b))
-    return ops.forward(x, words, values, zero, bits, group, n).addmm_(u.to(x.dtype), b.to(x.dtype).T)
+    with _as_given(x):
+        if u is None or b is None:
+            return ops.forward(x, words, values, zero, bits, group, n)
+        if getattr(ops, "FUSES_LOW", False):
+            return ops.forward(x, words, values, zero, bits, group, n, low=(u, b))
+        return ops.forward(x, words, values, zero, bits, group, n).addmm_(u.to(x.dtype), b.to(x.dtype).T)
+
+
+def _as_given(x: Tensor) -> Any:
+    """Autocast would round the float32 products inside."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 _linear = torch.library.custom_op("compressor::linear", _forward, mutates_args=())
@@ -69,7 +97,9 @@ def _(
 
 @torch.library.custom_op("compressor::grad_input", mutates_args=())
 def _grad_input(dy: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, k: int, path: str) -> Tensor:
-    return choose(dy, values.dim(), group, k, path).grad_input(dy, words, values, zero, bits, group, k)
+    check(dy, words, values, zero, bits, group, dy.shape[1], k, values.dim() == 3)
+    with _as_given(dy):
+        return choose(dy, values.dim(), group, k, path).grad_input(dy, words, values, zero, bits, group, k)
 
 
 @_grad_input.register_fake
@@ -79,8 +109,10 @@ def _(dy: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int,
 
 @torch.library.custom_op("compressor::grad_values", mutates_args=())
 def _grad_values(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: int, group: int, table: bool, path: str) -> Tensor:
+    check(x, words, None, zero, bits, group, dy.shape[1], x.shape[1], table)
     ops = choose(x, 3 if table else 2, group, x.shape[1], path)
-    return ops.grad_table(x, dy, words, bits, group) if table else ops.grad_scale(x, dy, words, zero, bits, group)
+    with _as_given(x):
+        return ops.grad_table(x, dy, words, bits, group) if table else ops.grad_scale(x, dy, words, zero, bits, group)
 
 
 @_grad_values.register_fake
@@ -133,8 +165,9 @@ def linear(
     u, b = (None, None) if low is None else (low[0].reshape(-1, low[0].shape[-1]), low[1])
     flat = x.reshape(-1, x.shape[-1])
     args = (flat.float() if narrow else flat, words, values, zero, u, b, bits, group, n, path)
-    tracing = torch.compiler.is_compiling() or type(x) is not Tensor
-    y = _linear(*args) if tracing or _trains(x, values, zero, u, b) else _forward(*args)
+    if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, values, zero, u, b)):
+        raise NotImplementedError("packed linears have no forward-mode derivative, which torch would take for zero; use the backward mode")
+    y = _linear(*args) if _watched(x) or _trains(x, values, zero, u, b) else _forward(*args)
     if bias is not None:
         y = y + bias.to(y.dtype)
     return y.to(x.dtype).view(*x.shape[:-1], n)
@@ -148,8 +181,19 @@ def describe() -> str:
     if os.environ.get("TRITON_INTERPRET") == "1" and _TRITON:
         return "Triton's interpreter (TRITON_INTERPRET=1), a debugging aid that is thousands of times slower"
     if cpu.available():
-        return f"numba, {cpu.instructions()} (groups in multiples of 32 or whole rows; plain torch for others), float32"
-    return "plain torch in float32, 256 rows at a time; pip install numba for kernels that decode tens of times faster"
+        return f"numba, {cpu.instructions()}, {cpu.pool()} (groups in multiples of 32 or whole rows; plain torch for others), float32"
+    return f"plain torch in float32, 256 rows at a time; {cpu.why_not()}: with it decoding is tens of times faster"
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether something follows the operators that run: a compiler, a tracer, a mode, a transform, a subclass of Tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _trains(*tensors: Tensor | None) -> bool:

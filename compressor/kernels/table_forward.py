@@ -11,21 +11,21 @@ Price: with few programs the reduction is cut in parts, see affine_finish.py. Li
 import triton
 import triton.language as tl
 
-from compressor.kernels.affine_finish import store_sum
+from compressor.kernels.affine_finish import add_low_rank, store_sum
 from compressor.kernels.table_decode import load_nibbles, weights_of
 
 
 @triton.jit
 def table_forward_kernel(
-    x_ptr, w_ptr, t_ptr, y_ptr, part_ptr, count_ptr,
-    M, N, K, stride_x, tiles_n, blocks, rows, steps,
+    x_ptr, w_ptr, t_ptr, u_ptr, b_ptr, y_ptr, part_ptr, count_ptr,
+    M, N, K, R, stride_x, tiles_n, blocks, rows, steps,
     GROUP: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDTH: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum over k of x[m, k] table[n, k // GROUP, code[n, k]]
+    """y[m, n] = sum over k of x[m, k] table[n, k // GROUP, code[n, k]] (+ sum over r: u[m, r] b[n, r])
 
-    x [M, K], rows stride_x apart; words [tiles_n, blocks, 64, 8 BITS]; t: prepared tables of `rows` rows; y [M, N].
+    x [M, K], rows stride_x apart; words [tiles_n, blocks, 64, 8 BITS]; t: prepared tables of `rows` rows; u [M, R], b [N, R] or None; y [M, N].
     A dot takes WIDTH columns; SPAN columns (a multiple of WIDTH, up to 256) share a table; SPAN 0: all columns of a part do. A part is `steps`
     blocks; EVEN: K is a multiple of 256.
     """
@@ -50,5 +50,7 @@ def table_forward_kernel(
                 x = tl.load(x_rows + k[:, None], mask=k[:, None] < K, other=0.0).to(DOT)
             w = weights_of(left, right, i * WIDTH, t_ptr, n, segment, rows, WIDTH, BITS, TYPE, ASM).to(DOT)
             acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
+    if u_ptr is not None:
+        acc = add_low_rank(acc, u_ptr, b_ptr, m, n, M, N, R, part, DOT, PRECISION)
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     store_sum(acc, y_ptr, part_ptr, count_ptr, at, (m[None, :] < M) & (n[:, None] < N), M * N, SPLIT)

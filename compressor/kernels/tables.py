@@ -6,29 +6,29 @@ from `panel_from` rows on products run on dense panels (panels.py). Under Triton
 would use 16 bits (fp64 stays).
 
 Limits: segments as in `fits`; fp64 on a GPU goes to the reference. No atomics on values: equal inputs give equal bits. A segment that is a multiple
-of 256 is fastest, of 128 costs a fifth more instructions, of 64 two fifths.
+of 256 is fastest, of 128 costs a fifth more instructions, of 64 two fifths: odd multiples of 64 take up to 5.69 and 3.35 instructions a weight at 4
+and 2 bits, more than the 5.5 and 3.1 that bench/aot.py allows (it checks segments of 1024 and 128).
 """
 
-import contextlib
-import functools
 import math
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from compressor.kernels import configs, layout, panels, reference, workspace
-from compressor.kernels.configs import Chip, Tile
+from compressor.kernels import configs, launch, layout, panels, reference
+from compressor.kernels.configs import Tile
+from compressor.kernels.launch import Low
 from compressor.kernels.table_dequantize import table_dequantize_kernel
 from compressor.kernels.table_forward import table_forward_kernel
 from compressor.kernels.table_grad import grad_table_kernel
 from compressor.kernels.table_grad_input import table_grad_input_kernel
 from compressor.kernels.table_prepare import table_prepare_kernel
 
+FUSES_LOW = True  # forward takes `low`
+FUSED_LOW = 64  # rows of x up to which the kernel adds it: the tile for more rows has no registers left (sm_90: 255, and a stack)
 _WHOLE = 1 << 30  # the segment of a row with one table: longer than any row
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def fits(group: int, k: int) -> bool:
@@ -37,63 +37,68 @@ def fits(group: int, k: int) -> bool:
 
 
 def prepare(table: Tensor, dtype: torch.dtype, bits: int) -> Tensor:
-    """table [n, S, 2**bits] -> its bytes as `dtype` in words, int32 [S, halves, 2, 2**bits/4, rows]; rows is n up to a multiple of 128."""
+    """table [n, S, 2**bits] -> its bytes as `dtype` in words, int32 [S, halves, 2, 2**bits/4, rows]; rows is n up to a multiple of TABLE_ROWS."""
     n, segments, size = table.shape
     if not table.is_cuda:
         table = table.to(dtype)  # the interpreter truncates where this rounds
-    rows = triton.cdiv(n, 128) * 128
+    rows = triton.cdiv(n, configs.TABLE_ROWS) * configs.TABLE_ROWS
     out = torch.empty(segments, dtype.itemsize // 2, 2, size // 4, rows, dtype=torch.int32, device=table.device)
-    with _on(table.device):
+    with launch.on(table.device):
         table_prepare_kernel[(rows // 64, segments)](
-            table.contiguous(), out, n, segments, rows, BITS=bits, TYPE=_TYPES[dtype], BLOCK=64, num_warps=4, enable_fp_fusion=True
+            table.contiguous(), out, n, segments, rows, BITS=bits, TYPE=launch.TYPES[dtype], BLOCK=64, num_warps=4, enable_fp_fusion=True
         )
     return out
 
 
-def forward(x: Tensor, words: Tensor, table: Tensor, zero: None, bits: int, group: int, n: int, *, prepared: Tensor | None = None) -> Tensor:
-    """y = x @ weight.T; x [m, k] -> y [m, n] in x's dtype; prepared: what `prepare(table, x.dtype, bits)` gives, if the caller has it already."""
+def forward(
+    x: Tensor, words: Tensor, table: Tensor, zero: None, bits: int, group: int, n: int, *, prepared: Tensor | None = None, low: Low | None = None
+) -> Tensor:
+    """y = x @ weight.T (+ u @ b.T, by the kernel up to FUSED_LOW rows); x [m, k] -> y [m, n] in x's dtype.
+
+    prepared: what `prepare(table, x.dtype, bits)` gives, if the caller has it already; low: (u [m, r], b [n, r]).
+    """
     m, k = x.shape
-    if _foreign(x):
-        return reference.forward(x, words, table, zero, bits, group, n)
+    if launch.foreign(x):
+        return launch.add_low(reference.forward(x, words, table, zero, bits, group, n), low)
     if m == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
     prepared = prepare(table, x.dtype, bits) if prepared is None else prepared
-    if m >= configs.setting("panel_from", _chip(x.device)):
-        return panels.forward(x, n, _writer(words, prepared, bits, group), configs.setting("panel", _chip(x.device)))
-    x, tile = _rows(x), _tile("table_forward", x, m, bits)
+    if m >= configs.setting("panel_from", launch.chip(x.device)):
+        return launch.add_low(panels.forward(x, n, _writer(words, prepared, bits, group), configs.setting("panel", launch.chip(x.device))), low)
+    x, tile = launch.rows(x), _tile("table_forward", x, m, bits)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     down, blocks = layout.tiles(n, k)
     grid = (triton.cdiv(n, tile.bn), triton.cdiv(m, tile.bm))
-    parts, part, count = _parts(y, grid, blocks)
-    steps = triton.cdiv(blocks, parts)
-    with _on(x.device):
+    parts, part, count = launch.parts(y, grid, blocks)
+    steps, (u, b) = triton.cdiv(blocks, parts), launch.padded(low if m <= FUSED_LOW else None, x.dtype)
+    with launch.on(x.device):
         table_forward_kernel[(*grid, parts)](
-            x, words, prepared, y, part, count, m, n, k, x.stride(0), down, blocks, prepared.shape[-1], steps,
-            EVEN=k % layout.COLS == 0, SPLIT=parts > 1, BITS=bits, **spans(tile, group, k, steps), **_types(x), **_options(tile),
+            x, words, prepared, u, b, y, part, count, m, n, k, launch.rank(b), x.stride(0), down, blocks, prepared.shape[-1], steps,
+            EVEN=k % layout.COLS == 0, SPLIT=parts > 1, BITS=bits, **spans(tile, group, k, steps), **_types(x), **launch.options(tile),
         )  # fmt: skip
-    return y
+    return y if m <= FUSED_LOW else launch.add_low(y, low)
 
 
 def grad_input(dy: Tensor, words: Tensor, table: Tensor, zero: None, bits: int, group: int, k: int, *, prepared: Tensor | None = None) -> Tensor:
     """dx = dy @ weight; dy [m, n] -> dx [m, k] in dy's dtype; prepared: as in `forward`, for dy.dtype."""
     m, n = dy.shape
-    if _foreign(dy):
+    if launch.foreign(dy):
         return reference.grad_input(dy, words, table, zero, bits, group, k)
     if m == 0:
         return torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     prepared = prepare(table, dy.dtype, bits) if prepared is None else prepared
-    if m >= configs.setting("panel_from", _chip(dy.device)):
-        return panels.grad_input(dy, k, _writer(words, prepared, bits, group), configs.setting("panel", _chip(dy.device)))
-    dy, tile = _rows(dy), _tile("table_grad_input", dy, m, bits)
+    if m >= configs.setting("panel_from", launch.chip(dy.device)):
+        return panels.grad_input(dy, k, _writer(words, prepared, bits, group), configs.setting("panel", launch.chip(dy.device)))
+    dy, tile = launch.rows(dy), _tile("table_grad_input", dy, m, bits)
     dx = torch.empty(m, k, dtype=dy.dtype, device=dy.device)
     slices, (down, blocks) = steps_of(tile, group, k), layout.tiles(n, k)
     steps = triton.cdiv(n, slices["BN"])
     grid = (triton.cdiv(k, slices["WIDTH"]), triton.cdiv(m, tile.bm))
-    parts, part, count = _parts(dx, grid, steps)
-    with _on(dy.device):
+    parts, part, count = launch.parts(dx, grid, steps)
+    with launch.on(dy.device):
         table_grad_input_kernel[(*grid, parts)](
             dy, words, prepared, dx, part, count, m, n, k, dy.stride(0), down, blocks, prepared.shape[-1], triton.cdiv(steps, parts),
-            SPLIT=parts > 1, BITS=bits, **_types(dy), **(_options(tile) | slices),
+            SPLIT=parts > 1, BITS=bits, **_types(dy), **(launch.options(tile) | slices),
         )  # fmt: skip
     return dx
 
@@ -101,21 +106,21 @@ def grad_input(dy: Tensor, words: Tensor, table: Tensor, zero: None, bits: int, 
 def grad_table(x: Tensor, dy: Tensor, words: Tensor, bits: int, group: int) -> Tensor:
     """dtable[i, s, c] = sum over the segment's columns j with code[i, j] = c of (dy.T @ x)[i, j]; float32 (float64) [n, S, 2**bits]."""
     (m, k), n = x.shape, dy.shape[1]
-    if _foreign(x):
+    if launch.foreign(x):
         return reference.grad_table(x, dy, words, bits, group)
-    acc, segments = torch.float64 if x.dtype == torch.float64 else torch.float32, triton.cdiv(k, group)
+    acc, segments = reference.wide(x.dtype), triton.cdiv(k, group)
     if m == 0:
         return torch.zeros(n, segments, 1 << bits, dtype=acc, device=x.device)
-    x, dy = _rows(x), _rows(dy.to(x.dtype))
+    x, dy = launch.rows(x), launch.rows(dy.to(x.dtype))
     tile = _tile("grad_table", x, m, bits)
     width = columns(tile, group, k)["WIDTH"]
     down, blocks = layout.tiles(n, k)
     across = triton.cdiv(k, width) if segments == 1 else segments * (group // width)  # tiles beyond k give zeros
     out = torch.empty(n, across, 1 << bits, dtype=acc, device=x.device)
-    with _on(x.device):
+    with launch.on(x.device):
         grad_table_kernel[(triton.cdiv(n, tile.bn), across)](
             x, dy, words, out, m, n, k, x.stride(0), dy.stride(0), down, blocks, across,
-            EVEN=m % tile.bm == 0, BITS=bits, WIDTH=width, **_types(x), **_options(tile),
+            EVEN=m % tile.bm == 0, BITS=bits, WIDTH=width, **_types(x), **launch.options(tile),
         )  # fmt: skip
     return out if across == segments else out.view(n, segments, -1, 1 << bits).sum(2)
 
@@ -129,10 +134,10 @@ def dequantize(
         prepared = prepare(table, out.dtype, bits)
     tile, (down, blocks) = _tile("table_dequantize", out, rows.stop - rows.start, bits), words.shape[:2]
     slices = columns(tile, group, _WHOLE if prepared.shape[0] > 1 else 0)
-    with _on(out.device):
+    with launch.on(out.device):
         table_dequantize_kernel[(triton.cdiv(rows.stop - rows.start, tile.bn), triton.cdiv(cols.stop - cols.start, slices["WIDTH"]))](
             words, prepared, out, rows.stop, cols.stop, down, blocks, prepared.shape[-1], rows.start, cols.start // layout.COLS, out.stride(0),
-            **slices, BITS=bits, BN=tile.bn, TYPE=_TYPES[out.dtype], ASM=_assembly(out.device), num_warps=tile.warps, num_stages=tile.stages,
+            **slices, BITS=bits, BN=tile.bn, TYPE=launch.TYPES[out.dtype], ASM=_assembly(out.device), num_warps=tile.warps, num_stages=tile.stages,
             enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -143,7 +148,7 @@ def _writer(words: Tensor, prepared: Tensor, bits: int, group: int) -> panels.Wr
 
 def _tile(op: str, x: Tensor, m: int, bits: int) -> Tile:
     """The interpreter takes the wide tiles of 16-bit inputs always: it is paid by the operation, not by the element."""
-    return configs.tile(op, _chip(x.device), m, x.element_size() if x.is_cuda else 2, bits)
+    return configs.tile(op, launch.chip(x.device), m, x.element_size() if x.is_cuda else 2, bits)
 
 
 def columns(tile: Tile, group: int, k: int) -> dict[str, int]:
@@ -153,9 +158,9 @@ def columns(tile: Tile, group: int, k: int) -> dict[str, int]:
 
 
 def steps_of(tile: Tile, group: int, k: int) -> dict[str, int]:
-    """For the gradient of x: columns of a tile, and its rows, twice as many where it is narrow, up to 128."""
+    """For the gradient of x: columns of a tile, and its rows, more where it is narrow, up to TABLE_ROWS."""
     slices = columns(tile, group, k)
-    return slices | {"BN": max(tile.bn, min(128, tile.bn * tile.width // slices["WIDTH"]))}
+    return slices | {"BN": max(tile.bn, min(configs.TABLE_ROWS, tile.bn * tile.width // slices["WIDTH"]))}
 
 
 def spans(tile: Tile, group: int, k: int, steps: int) -> dict[str, int]:
@@ -173,66 +178,10 @@ def spans(tile: Tile, group: int, k: int, steps: int) -> dict[str, int]:
     return {"GROUP": group, "SPAN": span, "WIDTH": min(tile.width, span or layout.COLS)}
 
 
-def _compiled(case: Any) -> tuple[Any, dict[str, Any]]:
-    """For bench/aot.py: the kernel of a case and its constants, as the functions above launch it on a layer of 4096 columns."""
-    constants = {**case.types, "ASM": "gcn" if case.target == "gfx942" else "ptx", "TYPE": case.types["DOT"]}
-    if case.op == "table_forward":
-        return table_forward_kernel, constants | spans(case.tile, case.group, 4096, 4 if case.few else 16) | _uncut(constants)
-    if case.op == "table_grad_input":
-        return table_grad_input_kernel, constants | steps_of(case.tile, case.group, 4096) | _uncut(constants)
-    return (grad_table_kernel if case.op == "grad_table" else table_dequantize_kernel), constants | columns(case.tile, case.group, 4096)
-
-
-def _uncut(constants: dict[str, Any]) -> dict[str, Any]:
-    return {} if constants["SPLIT"] else {"part_ptr": None, "count_ptr": None}
-
-
-# what bench/aot.py compiles: operation -> the kernel and its constants for a case; and the kinds of pointers that no other kernel has
-AOT = dict.fromkeys(("table_forward", "table_grad_input", "grad_table", "table_dequantize"), _compiled)
-AOT_POINTERS = {"t_ptr": "i32"}
-
-
-def _parts(out: Tensor, grid: tuple[int, int], steps: int) -> tuple[int, Tensor | None, Tensor | None]:
-    """In how many parts to cut the reduction, and, if more than one, their room and counters (see affine_finish.py)."""
-    tiles = grid[0] * grid[1]
-    parts = configs.split(_chip(out.device), tiles, steps)
-    if parts == 1:
-        return 1, None, None
-    return parts, torch.empty(parts, *out.shape, dtype=reference.wide(out.dtype), device=out.device), workspace.counters(out.device, tiles)
-
-
 def _types(x: Tensor) -> dict[str, Any]:
-    """Types of dot operands and accumulator, how fp32 dots are taken (three tf32 products agree with fp32 to about 1e-6), whose assembly."""
-    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    if not x.is_cuda:  # the interpreter: 16-bit arithmetic there is wrong (bf16) or slow
-        return {"DOT": wide, "ACC": wide, "PRECISION": "ieee", "ASM": ""}
-    return {"DOT": _TYPES[x.dtype], "ACC": wide, "PRECISION": "ieee" if torch.version.hip else "tf32x3", "ASM": _assembly(x.device)}
+    return launch.types(x) | {"ASM": _assembly(x.device)}
 
 
 def _assembly(device: torch.device) -> str:
+    """Whose assembly the kernels may hold."""
     return "" if device.type != "cuda" else "gcn" if torch.version.hip else "ptx"
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-
-
-def _foreign(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.float64
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous; rows may lie apart."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.lru_cache
-def _chip(device: torch.device) -> Chip:
-    if device.type != "cuda":
-        return Chip("", "sm_90")
-    properties = torch.cuda.get_device_properties(device)
-    return configs.chip(properties.name, properties.major, torch.version.hip is not None)

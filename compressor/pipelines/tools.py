@@ -73,16 +73,19 @@ def generate_text(
     start = time.perf_counter()
     out = loaded.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)  # type: ignore[operator]
     seconds = time.perf_counter() - start
-    fresh = [_until_end(row, tokenizer.eos_token_id) for row in out[:, width:].tolist()]
+    stop: Any = loaded.model.generation_config
+    ends = {stop.eos_token_id} if isinstance(stop.eos_token_id, int) else set(stop.eos_token_id or ())
+    fresh = [_until_end(row, ends) for row in out[:, width:].tolist()]
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in fresh]
     tokens = sum(map(len, fresh))
     document = {"model": model, "prompt": prompts[0], "text": texts[0]} if len(prompts) == 1 else {"model": model, "prompts": prompts, "texts": texts}
     return document | {"tokens": tokens, "tokens_per_second": tokens / seconds}
 
 
-def _until_end(row: list[int], end: int | None) -> list[int]:
+def _until_end(row: list[int], ends: set[int]) -> list[int]:
     """The tokens up to the end of the text and with it; what follows in a batch is padding."""
-    return row[: row.index(end) + 1] if end in row else row
+    stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+    return row[:stop]
 
 
 def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:

@@ -19,6 +19,7 @@ import torch
 from compressor.errors import RecipeError
 from compressor.kernels import configs, layout, workspace
 from compressor.kernels.configs import Chip, Table, Tile
+from compressor.pipelines import load
 from compressor.pipelines.show import Show
 
 N = K = 4096
@@ -38,14 +39,18 @@ def tune(out: Path | None, ops: list[str], bits: list[int], device: str, show: S
         raise RecipeError(f"{unknown_bits[0]} bits are not packed; choose among {layout.BITS}")
     if not torch.cuda.is_available():
         raise RecipeError("tune-kernels times kernels on a GPU, and this machine has none that torch can use; the shipped tables stay in force")
-    where = torch.device(device if device.startswith("cuda") else "cuda")
+    where = load.pick_device(device)
+    if where.type != "cuda":
+        raise RecipeError(f"tune-kernels times kernels on a GPU, not on {device!r}")
     torch.cuda.set_device(where)
     name, major = torch.cuda.get_device_name(where), torch.cuda.get_device_capability(where)[0]
     chip = configs.chip(name, major, torch.version.hip is not None)
     path = out or configs.cache() / f"{chip.gpu}.json"
     with tempfile.TemporaryDirectory() as folder:
-        table, report = search(chip, ops, bits, _timer(chip, Path(folder)), show)
-        configs.use(None)
+        try:
+            table, report = search(chip, ops, bits, _timer(chip, Path(folder)), show)
+        finally:
+            configs.use(None)
     if not table.tiles:
         raise RecipeError(f"no candidate ran on {name}; the shipped tables stay in force")
     configs.save(path, merged(path, table))
@@ -69,12 +74,15 @@ def search(chip: Chip, ops: list[str], bits: list[int], time: Timer, show: Show)
     with show.task("tune kernels", len(work)) as advance:
         for op, b, m in work:
             before = time(op, b, m, None)
-            times = {t: seconds for t in _sensible(configs.candidates(op, chip, 2), m) if (seconds := time(op, b, m, t)) is not None}
+            if before is None:
+                raise RecipeError(f"{op} at {b} bits does not run with the tiles in force, so timing others is pointless; run the tests of kernels")
+            tried = _sensible(configs.candidates(op, chip, 2), m)
+            times = {t: seconds for t in tried if (seconds := time(op, b, m, t)) is not None}
             if times:
                 best = min(times, key=lambda t: times[t])
                 tiles.setdefault(f"{op} 16 {b}", []).append((None if m == _buckets(op)[-1] else m, best))
-                gain = None if before is None else round(before / times[best], 3)
-                report.append({"op": op, "bits": b, "rows": m, "tile": list(best), "microseconds": round(times[best] * 1e6, 2), "gain": gain})
+                found = {"tile": list(best), "microseconds": round(times[best] * 1e6, 2), "gain": round(before / times[best], 3)}
+                report.append({"op": op, "bits": b, "rows": m} | found | {"tried": len(tried), "failed": len(tried) - len(times)})
             advance(1, f"{op} {b} bits, {m} rows")
     complete = {key: tuple(rows) for key, rows in tiles.items() if rows[-1][0] is None}
     return Table(_switch(ops, bits, time), complete), report

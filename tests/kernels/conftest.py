@@ -6,8 +6,10 @@ afterwards puts everything back: no other test sees the variable or the interpre
 """
 
 import importlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +23,8 @@ def device() -> str:
 
 
 @pytest.fixture(scope="module")
-def affine(device: str) -> Iterator[ModuleType]:
-    """compressor.kernels.affine, ready to be called with tensors on `device`."""
+def kernels(device: str) -> Iterator[None]:
+    """Imports of the kernel modules give them ready to be called with tensors on `device`."""
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
         _forget_kernels(patch)
@@ -31,14 +33,44 @@ def affine(device: str) -> Iterator[ModuleType]:
             _interpret_library(patch)
         else:
             patch.delenv("TRITON_INTERPRET", raising=False)
-        yield importlib.import_module("compressor.kernels.affine")
+        yield
         _forget_kernels(patch)
+
+
+@pytest.fixture(scope="module")
+def affine(kernels: None) -> ModuleType:
+    return importlib.import_module("compressor.kernels.affine")
+
+
+@pytest.fixture(scope="module")
+def tables(kernels: None) -> ModuleType:
+    return importlib.import_module("compressor.kernels.tables")
+
+
+@pytest.fixture
+def tuned(kernels: None, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Called with the content of a file of the user's own, which is then in force until the test ends."""
+    from compressor.kernels import configs, launch
+
+    mine = configs.Chip("mine", launch.chip(torch.empty(0, device=device).device).arch)
+
+    def write(content: dict[str, Any]) -> None:
+        (tmp_path / "mine.json").write_text(json.dumps(content))
+        monkeypatch.setattr(launch, "chip", lambda _: mine)
+        configs.use(tmp_path)
+
+    yield write
+    configs.use(None)
+
+
+# tiles unlike the shipped ones: fewer threads than rows, narrow slices, few rows of the weight, many of x; (bm, bn, width, warps, stages)
+ODD_TILES = [(16, 128, 256, 4, 2), (16, 128, 64, 2, 1), (64, 16, 128, 8, 3), (64, 128, 128, 8, 2)]
 
 
 def _forget_kernels(patch: pytest.MonkeyPatch) -> None:
     import compressor.kernels as package
 
-    for name in [n for n in sys.modules if n.startswith("compressor.kernels.affine")]:
+    for name in [n for n in sys.modules if n.startswith(("compressor.kernels.affine", "compressor.kernels.table"))]:
         patch.delitem(sys.modules, name)
         patch.delattr(package, name.rpartition(".")[2], raising=False)
 

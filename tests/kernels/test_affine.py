@@ -1,9 +1,7 @@
 """The Triton kernels against a dense float64 weight: outputs, gradients, panels, odd shapes, every width and group size, every kind of zeros."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import configs, dispatch, layout, reference, workspace
+from tests.kernels.conftest import ODD_TILES
 from tests.tolerances import RELATIVE, ROUNDED, error
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -68,6 +67,7 @@ class Layer:
 
 
 Make = Callable[..., Layer]
+Tuned = Callable[[dict], None]
 
 
 @pytest.fixture
@@ -143,21 +143,20 @@ def test_low_rank(affine: ModuleType, make: Make, m: int, r: int) -> None:
     assert error(y, layer.expect("forward") + u.double() @ b.double().T) <= RELATIVE[torch.float32]
 
 
-@pytest.fixture
-def panels(affine: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
-    """A file of the user's own that sends every call to small panels."""
-    (tmp_path / "mine.json").write_text(json.dumps({"panel_from": 1, "panel": 256}))
-    arch = affine._chip(torch.empty(0, device=device).device).arch
-    monkeypatch.setattr(affine, "_chip", lambda _: configs.Chip("mine", arch))
-    configs.use(tmp_path)
-    yield
-    configs.use(None)
+@pytest.mark.parametrize("tile", ODD_TILES, ids=str)
+def test_tiles_of_a_user(affine: ModuleType, make: Make, tuned: Tuned, tile: tuple[int, ...]) -> None:
+    tuned({"tiles": {f"{op} {width}": [[None, *tile]] for op in ALL for width in (16, 32)}})
+    for m, n, k, group in ((9, 140, 300, 300), (70, 70, 256, 32), (3, 64, 512, 128)):
+        layer = make(m, n, k, group, 3, True, torch.float16)
+        for op in ALL:
+            assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[torch.float16], (op, group)
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
 @pytest.mark.parametrize("shape", [(3, 300, 600, 600), (2, 320, 512, 64)], ids=str)
-def test_panels(affine: ModuleType, panels: None, make: Make, device: str, shape: tuple[int, int, int, int], bits: int) -> None:
+def test_panels(affine: ModuleType, tuned: Tuned, make: Make, device: str, shape: tuple[int, int, int, int], bits: int) -> None:
     """Ends of panels in rows and columns, with and without a low-rank path, which is added afterwards here."""
+    tuned({"panel_from": 1, "panel": 256})
     layer = make(*shape, bits, True, main_dtype(device))
     for op in ("forward", "grad_input"):
         assert error(layer.run(affine, op), layer.expect(op)) <= ROUNDED[layer.x.dtype], op
@@ -241,7 +240,7 @@ def test_strided_inputs(affine: ModuleType, make: Make) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_repeats_bit_for_bit(affine: ModuleType, make: Make, op: str) -> None:
     layer = make(3, 256, 1024, 128, 4, True, torch.float16)
-    assert configs.split(affine._chip(layer.x.device), 4, 4) > 1, "this shape is meant to be cut in parts"
+    assert configs.split(affine.launch.chip(layer.x.device), 4, 4) > 1, "this shape is meant to be cut in parts"
     assert torch.equal(layer.run(affine, op), layer.run(affine, op))
     assert not any(counters.any() for counters in workspace._counters.values()), "the last program to arrive puts its counter back"
 

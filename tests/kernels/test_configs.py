@@ -11,7 +11,7 @@ from compressor.kernels import configs
 from compressor.kernels.configs import Chip, Table, Tile
 
 CHIPS = [Chip("", arch) for arch in ("sm_80", "sm_90", "gfx942")]
-OPS = ("forward", "grad_input", "grad_scale", "dequantize")
+OPS = ("forward", "grad_input", "grad_scale", "dequantize", "table_forward", "table_grad_input", "grad_table", "table_dequantize")
 ROW = [None, 16, 64, 256, 4, 3]
 
 
@@ -73,6 +73,11 @@ def test_chips() -> None:
         ({"tiles": {"forward 16": [[8, *ROW[1:]], [8, *ROW[1:]], ROW]}}, "growing"),
         ({"tiles": {"forward 16": [[None, 16, 60, 256, 4, 3]]}}, "powers of two"),
         ({"tiles": {"forward 16": [[None, 16, 64, 512, 4, 3]]}}, "256"),
+        ({"tiles": {"forward 16": [[None, 16, 64, 32, 4, 3]]}}, "64 or 128 or 256"),
+        ({"tiles": {"grad_table 16": [ROW]}}, "64 or 128$"),
+        ({"tiles": {"forward 16": [[None, 4, 64, 256, 4, 3]]}}, "bm must be at least 8"),
+        ({"tiles": {"grad_scale 16": [[None, 8, 64, 128, 4, 3]]}}, "bm must be at least 16"),
+        ({"tiles": {"table_forward 16": [[None, 16, 256, 256, 4, 3]]}}, "bn must be at most 128"),
     ],
     ids=str,
 )

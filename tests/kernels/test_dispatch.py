@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.errors import RecipeError
+from compressor.errors import ModelError, RecipeError
 from compressor.kernels import cpu, dispatch, layout, reference
 from tests.tolerances import RELATIVE, error
 
@@ -44,6 +44,53 @@ def test_who_takes_what() -> None:
 def test_a_path_that_cannot_serve_is_an_error(path: str, group: int, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         dispatch.choose(torch.zeros(1, K), 2, group, K, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "words"),
+    [
+        ("x", lambda x: x[:, :96], "do not fit a weight of 70 x 96"),
+        ("words", lambda w: w[:, :1], "words of shape"),
+        ("words", lambda w: w.to("meta"), "words are on meta and x is on cpu"),
+        ("values", lambda v: v[:8], "values of shape"),
+        ("zero", lambda z: z[:, :2], "zero of shape"),
+        ("x", lambda x: x.int(), "floating point"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_an_error(name: str, wrong: Any, words: str) -> None:
+    """Kernels would read whatever lies there."""
+    args = dict(zip(("x", "words", "values", "zero", "u", "b", "bits", "group", "n", "path"), arguments(), strict=True))
+    args[name] = wrong(args[name])
+    with pytest.raises(ModelError, match=words):
+        dispatch.linear(**{key: value for key, value in args.items() if key not in ("u", "b")}, bias=None)
+
+
+def test_who_watches_sees_the_operator() -> None:
+    """Flop counters, transforms and autocast: nobody is passed by, and autocast rounds nothing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, words, values, zero, _, _, bits, group, n, _ = arguments()
+    call = lambda x: dispatch.linear(x, words, values, zero, None, bits, group, n)
+    plain = call(x)
+    seen: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        call(x)
+    assert "compressor.linear.default" in seen
+    with FlopCounterMode(display=False):
+        assert torch.equal(call(x), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(x), plain)
+        doubled = dispatch.linear(x.double(), words, values, zero, None, bits, group, n)
+    assert error(doubled, plain) <= RELATIVE[torch.float32]
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(call, (x,), (x,))
+    assert torch.equal(call(x), plain), "what failed above left nothing behind"
 
 
 @pytest.mark.parametrize(("trained", "low"), [(False, False), (True, False), (True, True)])

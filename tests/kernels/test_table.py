@@ -1,8 +1,6 @@
 """The Triton kernels for weights with tables against a dense float64 weight: outputs, both gradients, odd shapes, all widths, 1 to 8 tables a row."""
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -12,36 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import layout, reference
-from tests.kernels.conftest import _interpret_library
+from compressor.kernels import configs, dispatch, layout, reference
+from tests.kernels.conftest import ODD_TILES
 from tests.tolerances import RELATIVE, ROUNDED, error
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 OPS = ("forward", "grad_input", "grad_table")
-
-
-@pytest.fixture(scope="module")
-def tables(device: str) -> Iterator[ModuleType]:
-    """compressor.kernels.tables, ready to be called with tensors on `device`; see conftest.py."""
-    pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        _forget(patch)
-        if device == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-            _interpret_library(patch)
-        else:
-            patch.delenv("TRITON_INTERPRET", raising=False)
-        yield importlib.import_module("compressor.kernels.tables")
-        _forget(patch)
-
-
-def _forget(patch: pytest.MonkeyPatch) -> None:
-    import compressor.kernels as package
-
-    for name in [n for n in sys.modules if n.startswith(("compressor.kernels.table", "compressor.kernels.affine"))]:
-        patch.delitem(sys.modules, name)
-        patch.delattr(package, name.rpartition(".")[2], raising=False)
 
 
 @dataclass
@@ -86,6 +61,7 @@ def by_code(values: Tensor, codes: Tensor, bits: int, group: int) -> Tensor:
 
 
 Make = Callable[..., Layer]
+Tuned = Callable[[dict], None]
 
 
 @pytest.fixture
@@ -174,11 +150,36 @@ def test_dequantize(tables: ModuleType, make: Make, device: str, group: int, bit
 
 
 @pytest.mark.parametrize("op", ["forward", "grad_input"])
-def test_many_rows_take_panels(tables: ModuleType, make: Make, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tables.configs.setting
-    monkeypatch.setattr(tables.configs, "setting", lambda name, where: {"panel_from": 4, "panel": 64}.get(name) or real(name, where))
+def test_many_rows_take_panels(tables: ModuleType, make: Make, op: str, tuned: Tuned) -> None:
+    tuned({"panel_from": 4, "panel": 64})
     layer = make(5, 150, 300, 192, 3, torch.float16)
     assert error(layer.run(tables, op), layer.expect(op)) <= ROUNDED[torch.float16]
+
+
+@pytest.mark.parametrize(("m", "r", "panel_from"), [(3, 16, 512), (17, 8, 512), (70, 40, 512), (5, 3, 1)])
+def test_low_rank(tables: ModuleType, make: Make, m: int, r: int, panel_from: int, tuned: Tuned) -> None:
+    """In a reduction cut in parts, in two tiles, after the kernel for many rows, and after panels; handed on by dispatch."""
+    tuned({"panel_from": panel_from})
+    layer = make(m, 100, 1024, 512, 3)
+    u, b = (torch.randn(rows, r, device=layer.x.device) for rows in (m, 100))
+    expected = layer.expect("forward") + u.double() @ b.double().T
+    assert error(layer.run(tables, "forward", low=(u, b)), expected) <= RELATIVE[torch.float32]
+    y = dispatch.linear(layer.x, layer.words, layer.table, None, None, 3, 512, 100, low=(u, b))
+    assert torch.equal(y, layer.run(tables, "forward", low=(u, b)))
+
+
+@pytest.mark.parametrize("tile", ODD_TILES, ids=str)
+def test_tiles_of_a_user(tables: ModuleType, make: Make, device: str, tuned: Tuned, tile: tuple[int, ...]) -> None:
+    tiles = {f"{op} 16": [[None, *tile]] for op in ("table_forward", "table_grad_input", "table_dequantize", "grad_table")}
+    tiles["grad_table 16"][0][3] = min(128, tile[2])
+    tuned({"tiles": tiles})
+    for group in (512, 192):
+        layer = make(9, 140, 300, group, 3, torch.float16)
+        for op in OPS:
+            assert error(layer.run(tables, op), layer.expect(op)) <= ROUNDED[torch.float16], (op, group)
+        whole = torch.empty(140, 300, dtype=torch.float16, device=device)
+        tables.dequantize(layer.words, layer.table, 3, group, whole, slice(0, 140), slice(0, 300))
+        assert torch.equal(whole.double(), layer.dense)
 
 
 @pytest.mark.parametrize("bits", layout.BITS)
@@ -221,7 +222,7 @@ def test_strided_inputs(tables: ModuleType, make: Make) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_repeats_bit_for_bit(tables: ModuleType, make: Make, op: str) -> None:
     layer = make(3, 256, 1024, 512, 2, torch.float16)
-    assert tables.configs.split(tables._chip(layer.x.device), 4, 4) > 1, "this shape is meant to be cut in parts"
+    assert configs.split(tables.launch.chip(layer.x.device), 4, 4) > 1, "this shape is meant to be cut in parts"
     assert torch.equal(layer.run(tables, op), layer.run(tables, op))
 
 
