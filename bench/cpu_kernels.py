@@ -617,8 +617,8 @@ def main() -> int:
         (measure if args.rows else memory)(args)
         return 0
     shapes = [tuple(args.shape)] if args.shape else [(128, 512)] if args.check else list(SHAPES[: 1 if args.quick else None])
-    if any(n % 64 or k % (4 * GROUP) for n, k in shapes):
-        parser.error("n must be a multiple of 64 and k of 512")
+    if any(n % 64 or k % 256 for n, k in shapes):
+        parser.error("n must be a multiple of 64 and k of 256")
     threads = thread_counts(args.threads)
     write = not args.check or args.out != parser.get_default("out")
     if write:
