@@ -51,16 +51,18 @@ def peers(rows: list[dict[str, str]]) -> list[str]:
     return out
 
 
-COLUMNS = {
-    "4 bits": ("ours affine", "4", ""), "3 bits": ("ours affine", "3", ""), "2 bits": ("ours affine", "2", ""), "4-bit table": ("ours table", "4", "1"),
-    "torch int4pack": ("torch int4pack", "4", ""), "bitsandbytes nf4": ("bitsandbytes nf4", "4", ""), "GPTQModel 4 bits": ("gptqmodel auto", "4", ""),
+COLUMNS = {  # arm, bits, segments
+    "4 bits": ("ours affine", "4", ""), "3 bits": ("ours affine", "3", ""), "2 bits": ("ours affine", "2", ""),
+    "4-bit table": ("ours table", "4", "1"), "torch int4pack": ("torch int4pack", "4", ""),
+    "bitsandbytes nf4": ("bitsandbytes nf4", "4", ""), "GPTQModel 4 bits": ("gptqmodel auto", "4", ""),
 }  # fmt: skip
+TIMED = {"1 row": ("forward", "1"), "16 rows": ("forward", "16"), "128 rows": ("forward", "128"), "training step, 512 rows": ("step", "512")}
 
 
 def speeds(rows: list[dict[str, str]], n: str, k: str) -> list[str]:
     """Packed linears on a CPU as ratios to dense float32 in the same run."""
     out = ["| | threads | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
-    for op, m, what in (("forward", "1", "1 row"), ("forward", "16", "16 rows"), ("forward", "128", "128 rows"), ("step", "512", "training step, 512 rows")):
+    for what, (op, m) in TIMED.items():
         for threads in ("1", "2"):
             cells = []
             for arm, bits, segments in COLUMNS.values():
@@ -104,13 +106,14 @@ def text() -> str:
         *table(baby), "",
         "Our GPTQ beside GPTQModel 7.4.0 on `tiny`, groups of 128, same calibration windows, mean of three draws, perplexity in domain:", "",
         *peers(read("gptqmodel_peer.csv")), "",
-        f"Largest difference of logits between our packed forward and {versions}, float32, 2 to 4 bits, `tiny` and babyllama: {worst[True]:.1e} for",
-        f"symmetric folders (the weights are equal, the sums run in another order), {worst[False]:.1e} for asymmetric ones, whose weights transformers forms",
-        "in the dtype of the scale.", "",
-        f"Speed on a CPU ({kernels[0]['cpu']}, {kernels[0]['engine']}), a linear of 4096 × 4096, times faster than dense float32 `F.linear` in the same run; int4pack,",
-        "bitsandbytes and GPTQModel compute in bf16, their training step has no trained values:", "",
+        f"Largest difference of logits between our packed forward and {versions}, float32, 2 to 4 bits, `tiny` and babyllama:",
+        f"{worst[True]:.1e} for symmetric folders (equal weights, sums in another order), {worst[False]:.1e} for asymmetric ones, whose",
+        "weights transformers forms in the dtype of the scale.", "",
+        f"Speed on a CPU ({kernels[0]['cpu']}): a linear of 4096 × 4096, times faster than dense float32 `F.linear` in the same run.",
+        "int4pack, bitsandbytes and GPTQModel compute in bf16, and their training step trains no values:", "",
         *speeds(kernels, "4096", "4096"), "",
-        "Tokens a second of a LLaMA of TinyLlama-1.1B's shape with random weights, one sequence; our output head stays float32, llama.cpp quantises it:", "",
+        "Tokens a second of a LLaMA of TinyLlama-1.1B's shape with random weights, one sequence. Our output head stays float32,",
+        "llama.cpp quantises it:", "",
         *decoding(read("cpu_decode.csv")), "",
         "More models, widths and the scripts that made these numbers: [bench/](bench), [docs/log.md](docs/log.md).",
     ]  # fmt: skip

@@ -41,12 +41,12 @@ class PackedLinear(nn.Module):
         return PackedWeight(self.words, Affine(scale, self.zero), self.bits, self.group, (self.out_features, self.in_features))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Moves devices like any module, but `.half()`, `.bfloat16()` and `.float()` leave the stored scale as it is."""
-        dtype = self.scale.dtype
-        stored = self.scale
+        """Moves devices like any module, but `.half()`, `.bfloat16()` and `.float()` leave the stored values as they are."""
+        stored = {"scale": self.scale, "zero": self.zero}
         super()._apply(fn, recurse)
-        if self.scale.dtype != dtype:
-            self.scale = stored.to(self.words.device)
+        for name, value in stored.items():
+            if value is not None and getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(self.words.device))
         return self
 
     def extra_repr(self) -> str:
