@@ -136,7 +136,9 @@ def forward(x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits:
     if m == 0:
         return y
     if m <= FEW:
-        for part, out in zip(x.contiguous().split(AT_ONCE), y.split(AT_ONCE), strict=True):
+        x = x.contiguous()
+        passes = [(x, y)] if m <= AT_ONCE else zip(x.split(AT_ONCE), y.split(AT_ONCE), strict=True)
+        for part, out in passes:
             rows = 1 << (part.shape[0] - 1).bit_length()
             scratch = 1024 * w.across * rows + 4096 * rows + w.value_bytes()
             w.run(kernels.gemv(bits, w.kind, w.span, rows), scratch, part, out, 0, w.down, part.shape[0])
@@ -214,25 +216,25 @@ def _onednn() -> Any:
         return None
 
 
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_function = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))  # address -> what Python calls; it lets go of the interpreter lock
 
 
 def _parallel(address: int, arguments: int, threads: int) -> None:
     """Call the C function on `threads` threads at once; they share the work among themselves."""
     if threads == 1:
-        _FUNCTION(address)(arguments)
+        _function(address)(arguments)
         return
     gomp = _gomp()
     if gomp is not None:
         gomp(address, arguments, threads, 0)
         return
-    others = [threading.Thread(target=_FUNCTION(address), args=(arguments,)) for _ in range(threads - 1)]
+    others = [threading.Thread(target=_function(address), args=(arguments,)) for _ in range(threads - 1)]
     started = []
     try:
         for thread in others:
             thread.start()
             started.append(thread)
-        _FUNCTION(address)(arguments)
+        _function(address)(arguments)
     finally:  # the memory they write must outlive them, whatever happens here
         while any(thread.is_alive() for thread in started):
             with contextlib.suppress(KeyboardInterrupt):
