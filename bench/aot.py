@@ -9,6 +9,10 @@ is the number of instructions a thread issues in the main loop, times threads, p
 bandwidth on an H200 can afford about 4.1 / 3.2 / 2.2 at 4 / 3 / 2 bits. For few rows of x on sm_90 it has a `limit`, and weights may not pass from
 thread to thread (SHFL) nor, at 4 and 2 bits, through shared memory (STS). On sm_90 Hopper's matrix instruction (HGMMA) must be used wherever the
 tile is large enough. Kernels that add a low-rank term (`low`) are compiled once more with it, without a limit: other registers make another loop.
+
+Arguments are specialised as in a launch on a layer of 4096 x 4096; `note` names what differs from the plain case (NOTES), again without a limit:
+
+    python bench/aot.py --notes      only those; with --merge rows replace their like in bench/results/aot.csv
 """
 
 import argparse
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +33,28 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compressor.kernels import affine, configs, tables
+from compressor.kernels import affine, configs, layout, tables
 from compressor.kernels.configs import Tile
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 NAMES = {2: "bf16", 4: "fp32"}
+DOTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 FEW = 64  # rows of x up to which decoding is the limit
 LIMITS = {"forward": {4: 2.7, 3: 3.6, 2: 2.7}, "table_forward": {4: 5.5, 3: 4.4, 2: 3.1}}  # instructions per weight
+NOTES = {
+    "fp16": "x and scales in float16",
+    "float zeros": "zeros in float32, as trained ones are",
+    "fp32 scales": "scales in float32, x in bf16",
+    "ragged": "a number of columns that is no multiple of 256",
+    "one group": "one group a row, G = 1",
+    "smallest": "one tile of words: 64 x 256, one group",
+    "split": "many rows, and the reduction cut in parts",
+    "whole": "few rows, and the reduction not cut",
+}
 FIELDS = [
     "kernel", "bits", "zero", "group", "dtype", "target", "bm", "bn", "width",
-    "warps", "stages", "fold", "low", "triton",
+    "warps", "stages", "fold", "low", "note", "triton",
     "registers", "spill_bytes", "stack", "shared", "mma", "sts", "shfl", "loop_per_weight", "limit", "seconds", "verdict",
 ]  # fmt: skip
 
@@ -55,6 +70,12 @@ class Case:
     asymmetric: bool
     itemsize: int
     low: bool = False  # with a low-rank term
+    note: str = ""  # of NOTES
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        return (64, 256) if self.note == "smallest" else (4096, 3968 if self.note == "ragged" else 4096)
 
     @property
     def few(self) -> bool:
@@ -62,21 +83,32 @@ class Case:
 
     @property
     def fold(self) -> bool:
-        return affine.folds(self.group, 4096, self.most or 1 << 30)
+        return affine.folds(self.group, self.shape[1], self.most or 1 << 30)
+
+    @property
+    def split(self) -> bool:
+        """Whether the reduction is cut in parts: for few rows, where the chip's files allow it."""
+        wanted = self.note == "split" or (self.few and self.note not in ("whole", "smallest"))
+        return wanted and configs.setting("max_split", configs.Chip("", self.target)) > 1
+
+    @property
+    def dtype(self) -> str:
+        return "fp16" if self.note == "fp16" else NAMES[self.itemsize]
 
     @property
     def types(self) -> dict[str, Any]:
         """What every matrix kernel is told: tile and types."""
         return {
-            "BITS": self.bits, "BM": self.tile.bm, "BN": self.tile.bn, "WIDTH": self.tile.width, "EVEN": True, "SPLIT": self.few,
-            "DOT": tl.bfloat16 if self.itemsize == 2 else tl.float32, "ACC": tl.float32,
+            "BITS": self.bits, "BM": self.tile.bm, "BN": self.tile.bn, "WIDTH": self.tile.width,
+            "EVEN": self.shape[1] % 256 == 0, "SPLIT": self.split,
+            "DOT": DOTS[self.dtype], "ACC": tl.float32,
             "PRECISION": "ieee" if self.target == "gfx942" else "tf32x3",
         }  # fmt: skip
 
     @property
     def limit(self) -> float | None:
         """Most instructions per weight."""
-        bounded = self.few and not self.low and self.target == "sm_90" and self.itemsize == 2 and ("table" in self.op or not self.fold)
+        bounded = self.few and not (self.low or self.note) and self.target == "sm_90" and self.itemsize == 2 and ("table" in self.op or not self.fold)
         return LIMITS.get(self.op, {}).get(self.bits) if bounded else None
 
 
@@ -84,19 +116,22 @@ def _affine(case: Case) -> tuple[Any, dict[str, Any]]:
     """The kernel and its constants."""
     name, few = case.op, case.op == "forward" and not case.fold
     kernel = getattr(affine, "few_kernel" if few else "many_kernel" if name == "forward" else f"{name}_kernel")
-    part = affine.slices(case.tile, case.group, 4096, not few)
-    constants = case.types | part | {"GROUP": case.group, "TYPE": tl.bfloat16}
+    k = case.shape[1]
+    part = affine.slices(case.tile, case.group, k, not few)
+    code = case.types["DOT"] if case.itemsize == 2 else tl.bfloat16
+    constants = case.types | part | {"GROUP": 0 if few and case.group == k else case.group, "TYPE": code}
     return kernel, constants if case.asymmetric else constants | {"z_ptr": None}
 
 
 def _table(case: Case) -> tuple[Any, dict[str, Any]]:
     """The same for weights with tables."""
     constants = case.types | {"ASM": "gcn" if case.target == "gfx942" else "ptx", "TYPE": case.types["DOT"]}
+    k = case.shape[1]
     if case.op == "table_forward":
-        return tables.table_forward_kernel, constants | tables.spans(case.tile, case.group, 4096, 4 if case.few else 16)
+        return tables.table_forward_kernel, constants | tables.spans(case.tile, case.group, k, 4 if case.split else 16)
     if case.op == "table_grad_input":
-        return tables.table_grad_input_kernel, constants | tables.steps_of(case.tile, case.group, 4096)
-    return getattr(tables, f"{case.op}_kernel"), constants | tables.columns(case.tile, case.group, 4096)
+        return tables.table_grad_input_kernel, constants | tables.steps_of(case.tile, case.group, k)
+    return getattr(tables, f"{case.op}_kernel"), constants | tables.columns(case.tile, case.group, k)
 
 
 # op -> the kernel and its constants for a case; the names of pointer arguments stand in POINTERS, "x" for the type of the inputs
@@ -114,7 +149,7 @@ RESULTS = {"grad_scale": "fp32", "grad_table": "fp32"}  # what out_ptr is, if no
 def cases(subset: bool) -> list[Case]:
     out = []
     for target, op, itemsize, bits in itertools.product(TARGETS, KERNELS, NAMES, (2, 3, 4)):
-        rows = configs.rows(op, configs.Chip("", target), itemsize, bits)
+        rows = tuple(_both_kernels(op, configs.rows(op, configs.Chip("", target), itemsize, bits)))
         table, hopper = "table" in op, target == "sm_90" and itemsize == 2
         for (most, tile), group, asymmetric in itertools.product(rows, (128, 1024) if table else (32, 128, 256), (False, True)):
             plain = group == (1024 if table else 128) and asymmetric != table and (itemsize == 2 or bits == 3)
@@ -132,20 +167,74 @@ def cases(subset: bool) -> list[Case]:
     return out
 
 
+def _both_kernels(op: str, rows: Iterable[tuple[int | None, Tile]]) -> Iterator[tuple[int | None, Tile]]:
+    """A tile for rows on both sides of FEW runs with both kernels of the affine forward."""
+    least = 0
+    for most, tile in rows:
+        if op == "forward" and least < FEW and (most is None or most > FEW):
+            yield FEW, tile
+        yield most, tile
+        least = most or 0
+
+
+def noted() -> list[Case]:
+    """One case each of what the plain ones leave out, at 4 bits in groups of 128 (tables: 1024), or as far as they go."""
+    out = []
+    wanted: dict[str, tuple[list[str], list[str]]] = {  # op -> notes for 16 rows of x, notes for many
+        "forward": (
+            ["fp16", "float zeros", "fp32 scales", "ragged", "one group", "smallest", "whole"],
+            ["fp16", "float zeros", "fp32 scales", "ragged", "one group", "split"],
+        ),
+        "grad_input": (["fp16", "float zeros", "fp32 scales", "smallest"], ["split"]),
+        "grad_scale": ([], ["fp16", "float zeros", "smallest"]),
+        "dequantize": ([], ["fp16", "float zeros", "fp32 scales", "one group"]),
+        "table_forward": (["fp16", "ragged", "one group", "smallest", "whole"], ["fp16", "ragged", "split"]),
+        "table_grad_input": (["fp16", "smallest"], ["split"]),
+        "grad_table": ([], ["fp16", "one group"]),
+        "table_dequantize": ([], ["fp16", "one group"]),
+    }
+    for target, op in itertools.product(("sm_90", "gfx942"), wanted):
+        rows, table = configs.rows(op, configs.Chip("", target), 2, 4), "table" in op
+        for notes, (most, tile) in zip(wanted[op], (next((r for r in rows if r[0] == 16), rows[0]), rows[-1]), strict=True):
+            for note in notes:
+                if target == "sm_90" or note in ("fp16", "ragged"):
+                    case = Case(op, target, most, tile, 4, 1024 if table else 128, not table, 2, note=note)
+                    whole = note in ("one group", "smallest")
+                    out.append(replace(case, group=case.shape[1]) if whole else case)
+    return out
+
+
+def sizes(case: Case) -> dict[str, int]:
+    """Whole numbers of a launch, by argument; those that a kernel does not specialise on may be anything."""
+    n, k = case.shape
+    down, blocks = layout.tiles(n, k)
+    width = KERNELS[case.op](case)[1]["WIDTH"]
+    across = triton.cdiv(k, width)
+    return {
+        "N": n, "K": k, "G": triton.cdiv(k, case.group), "R": 64 if case.low else 0, "stride_x": k, "stride_dy": n, "stride_out": k,
+        "tiles_n": down, "blocks": blocks, "rows": triton.cdiv(n, configs.TABLE_ROWS) * configs.TABLE_ROWS,
+        "columns": across if "table" in case.op else max(across, k // case.group),
+    }  # fmt: skip
+
+
 def compile_case(case: Case) -> Any:
-    """The compiled kernel, specialised as a launch on a 4096-wide layer would be: aligned pointers, N, K and strides divisible by 16."""
+    """The compiled kernel, specialised as a launch would do it: aligned pointers, numbers that are 1 or divisible by 16."""
     kernel, constants = KERNELS[case.op](case)
-    types = {name: NAMES[case.itemsize] if kind == "x" else kind for name, kind in POINTERS.items()}
-    types["out_ptr"] = RESULTS.get(case.op, NAMES[case.itemsize])
-    if not case.types["SPLIT"]:
+    types = {name: case.dtype if kind == "x" else kind for name, kind in POINTERS.items()}
+    types["out_ptr"] = RESULTS.get(case.op, case.dtype)
+    types |= {"float zeros": {"z_ptr": "fp32"}, "fp32 scales": {"s_ptr": "fp32"}}.get(case.note, {})
+    if not case.split:
         constants = constants | {"part_ptr": None, "count_ptr": None}
     if not case.low:
         constants = constants | {"u_ptr": None, "b_ptr": None}
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    numbers = sizes(case)
+    special = {p.name: numbers[p.name] for p in kernel.params if p.name in numbers and not p.do_not_specialize}
+    constants |= {name: 1 for name, value in special.items() if value == 1}
     signature, aligned = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         signature[arg] = "constexpr" if arg in constants else f"*{types[arg]}" if arg in types else "i32"
-        if arg not in constants and (arg in types or arg in ("N", "K", "R") or arg.startswith("stride")):
+        if arg not in constants and (arg in types or special.get(arg, 1) % 16 == 0):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
@@ -156,8 +245,9 @@ def measure(case: Case) -> dict[str, Any]:
     """One row of the table."""
     start = time.time()
     row: dict[str, Any] = {
-        "kernel": case.op, "bits": case.bits, "zero": "u8" if case.asymmetric else "none", "group": case.group, "dtype": NAMES[case.itemsize],
-        "target": case.target, **case.tile._asdict(), "fold": int(case.fold), "low": int(case.low),
+        "kernel": case.op, "bits": case.bits, "zero": "none" if not case.asymmetric else "fp32" if case.note == "float zeros" else "u8",
+        "group": case.group, "dtype": case.dtype,
+        "target": case.target, **case.tile._asdict(), "fold": int(case.fold), "low": int(case.low), "note": case.note,
         "limit": case.limit or "", "triton": triton.__version__,
     }  # fmt: skip
     try:
@@ -245,29 +335,42 @@ def _output(*command: object) -> str:
     return done.stdout + done.stderr
 
 
+def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The file's rows, those for the same cases replaced, new ones last."""
+    key = lambda row: tuple(str(row.get(name, "")) for name in FIELDS[: FIELDS.index("triton")])
+    with path.open(newline="") as file:
+        old = {key(row): row for row in csv.DictReader(file)}
+    return list((old | {key(row): row for row in rows}).values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="compile the kernels ahead of time and report their resources")
     parser.add_argument("--subset", action="store_true", help="a few configurations of each kind")
     parser.add_argument("--only", choices=list(KERNELS), help="one operation; prints, writes only with --out")
     parser.add_argument("--target", choices=list(TARGETS), help="one chip; likewise")
     parser.add_argument("--out", type=Path, help="CSV to write (default bench/results/aot.csv for the full run)")
+    parser.add_argument("--notes", action="store_true", help="only the cases with a note")
+    parser.add_argument("--merge", action="store_true", help="replace rows of the default CSV, keep the others")
     args = parser.parse_args()
-    part = args.subset or args.only or args.target
-    out = args.out or (None if part else Path(__file__).parent / "results" / "aot.csv")
+    part = args.subset or args.only or args.target or args.notes
+    default = Path(__file__).parent / "results" / "aot.csv"
+    out = args.out or (default if args.merge or not part else None)
     rows = []
-    wanted = [c for c in cases(args.subset) if args.only in (None, c.op) and args.target in (None, c.target)]
+    every = noted() if args.notes else cases(args.subset) + ([] if args.subset else noted())
+    wanted = [c for c in every if args.only in (None, c.op) and args.target in (None, c.target)]
     for case in wanted:
         rows.append(measure(case))
         print(" ".join(str(rows[-1].get(name, "")) for name in FIELDS), flush=True)
+    bad = [row for row in rows if row["verdict"] != "ok"]
+    print(f"{len(rows)} compiled, {len(bad)} bad", file=sys.stderr)
     if out:
+        rows = merged(default, rows) if args.merge else rows
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.with_suffix(".part").open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(rows)
         out.with_suffix(".part").rename(out)
-    bad = [row for row in rows if row["verdict"] != "ok"]
-    print(f"{len(rows)} compiled, {len(bad)} bad", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -27,8 +27,8 @@ FUSES_LOW = True  # forward takes `low`
 
 
 def fits(group: int, k: int) -> bool:
-    """Whether the kernels know this group size: 32, 64, 128, multiples of 256, or one group a row."""
-    return group == k or group in (32, 64, 128) or (group > 0 and group % layout.COLS == 0)
+    """Whether the kernels know this group size: 32, 64, 128 or a multiple of 256 that divides k, or one group a row."""
+    return group == k or (group > 0 and k % group == 0 and (group in (32, 64, 128) or group % layout.COLS == 0))
 
 
 def folds(group: int, k: int, m: int) -> bool:
@@ -48,7 +48,8 @@ def forward(
 ) -> Tensor:
     """y = x @ weight.T (+ u @ b.T); x [m, k] -> y [m, n] in x's dtype.
 
-    sums: what `group_sums(x, group)` gives, if the caller has it already (layers that read the same x share it); low: (u [m, r], b [n, r]).
+    sums: what `group_sums(x, group)` gives, an option for callers whose layers read the same x, which nothing in the package
+    uses yet; low: (u [m, r], b [n, r]).
     """
     m, k = x.shape
     if launch.foreign(x):

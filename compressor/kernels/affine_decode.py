@@ -4,9 +4,9 @@ A masked shift of a word leaves two neighbouring codes in the halves of 32 bits.
 16-bit floats, a constant plus the code, with no conversion instruction; subtracting the constant is exact. Planes are joined and permuted so that
 one dot sees up to 256 columns in order; the compiler moves no data for that.
 
-Limits: a slice of a block starts at a multiple of 64 codes. Triton's interpreter computes garbage in bf16, so the callers pass the type of the
-dot operands (DOT) apart from the type of the memory; there it is fp32 (fp64). Source: Kim et al. 2022, "Who says elephants can't run", section
-3.1, for the exponent trick; the planar order is ours (layout.py).
+Limits: a slice of a block starts at a multiple of 64 codes; integer zeros lie in 0 .. 64, as bf16 counts by ones only from 128. Triton's
+interpreter computes garbage in bf16, so the callers pass the type of the dot operands (DOT) apart from the type of the memory; there it is fp32
+(fp64). Source: Kim et al. 2022, "Who says elephants can't run", section 3.1, for the exponent trick; the planar order is ours (layout.py).
 """
 
 # mypy: ignore-errors

@@ -11,7 +11,7 @@ import triton.language as tl
 from compressor.kernels.affine_decode import load_words, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def dequantize_kernel(
     w_ptr, s_ptr, z_ptr, out_ptr,
     N, K, G, tiles_n, blocks, first_block, stride_out,

@@ -5,12 +5,14 @@ and bias and zeros leave afterwards, 16 groups at once: acc -= (s (bias + z)) X^
 the tensor cores are the limit: each weight is multiplied by its scale, rounding it as the dense 16-bit weight is rounded. That is also the only way
 for groups of 32.
 
-Price: with few rows, the sums of x (one small kernel, shared by all layers that read the same x). With few programs the reduction is cut in parts,
-see affine_finish.py. Numerics: with few rows weights are exact and never rounded; bias and zeros raise the error of fp32 sums from 1e-7 to 6e-7, to
-4e-6 where x has a mean of one deviation (measured on a CPU, 16 x 256 x 4096, groups of 128).
+Price: with few rows, the sums of x (one small kernel; a caller whose layers read the same x may take them once and hand them in, nothing in the
+package does yet). With few programs the reduction is cut in parts, see finish.py. Numerics: with few rows weights are exact and never rounded; bias
+and zeros raise the error of fp32 sums from 1e-7 to 6e-7, to 4e-6 where x has a mean of one deviation (measured on a CPU, 16 x 256 x 4096, groups of
+128).
 
-Limits: above a few hundred rows a dense panel with cuBLAS should be faster (panels.py; not timed yet). Source: ours; the swapped operands follow
-Machete (vLLM), the group accumulators Marlin (Frantar et al. 2024), the sums of x llama.cpp.
+Limits: with few rows an infinite x makes NaN where a dense product may give infinity, as bias times x is added and taken away. Above a few hundred
+rows a dense panel with cuBLAS should be faster (panels.py; not timed yet). Source: ours; the swapped operands follow Machete (vLLM), the group
+accumulators Marlin (Frantar et al. 2024), the sums of x llama.cpp.
 """
 
 # mypy: ignore-errors
@@ -20,7 +22,7 @@ import triton.language as tl
 
 from compressor.kernels.affine_biased import biased, load_segment
 from compressor.kernels.affine_decode import load_words, weights_of
-from compressor.kernels.affine_finish import add_low_rank, store_sum
+from compressor.kernels.finish import add_low_rank, store_sum
 
 
 @triton.jit
@@ -37,7 +39,7 @@ def load_excess(s_ptr, z_ptr, sums_ptr, n, m, start, last, M, N, G, BIAS: tl.con
     return less, sums.to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def few_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, sums_ptr, mask_ptr, u_ptr, b_ptr, y_ptr, part_ptr, count_ptr,
     M, N, K, G, R, stride_x, tiles_n, blocks, steps,
@@ -75,7 +77,8 @@ def few_kernel(
             if GROUP == 0:
                 scale = tl.load(s_rows)
             elif GROUP < 256:
-                scale = tl.load(s_rows + kb * (256 // GROUP) + i * WIDTH // GROUP)
+                g = kb * (256 // GROUP) + i * WIDTH // GROUP
+                scale = tl.load(s_rows + (g if EVEN else tl.minimum(g, G - 1)))  # beyond K x is 0, but the scale must be a number
             else:
                 scale = tl.load(s_rows + kb // (GROUP // 256))
             acc += tl.dot(q, x, input_precision=PRECISION, out_dtype=ACC) * scale.to(ACC)[:, None]
@@ -91,7 +94,7 @@ def few_kernel(
     store_sum(acc, y_ptr, part_ptr, count_ptr, at, inside, M * N, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def many_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, u_ptr, b_ptr, y_ptr, part_ptr, count_ptr,
     M, N, K, G, R, stride_x, tiles_n, blocks, steps,

@@ -13,7 +13,7 @@ import triton.language as tl
 from compressor.kernels.affine_decode import load_words, steps_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def grad_scale_kernel(
     x_ptr, dy_ptr, w_ptr, z_ptr, out_ptr,
     M, N, K, G, stride_x, stride_dy, tiles_n, blocks, columns,

@@ -12,6 +12,7 @@ were compiled ahead of time for their chip and have neither spills nor too much 
 Limits of shared memory: 227 KiB on sm_90, 64 KiB on gfx942, and 99 KiB on sm_80, whose rows also serve its smaller siblings.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from compressor.errors import UserError
 
 SHIPPED = Path(__file__).parent / "tuned"
 SETTINGS = ("shared", "wave", "max_split", "panel_from", "panel")
+OPS = ("forward", "grad_input", "grad_scale", "dequantize", "table_forward", "table_grad_input", "grad_table", "table_dequantize")
 WIDTHS = (64, 128, 256)  # slices of a block that can be decoded
 TABLE_ROWS = 128  # prepared tables are padded to a multiple of this, and no tile reads more rows at once
 _folder: Path | None = None
@@ -54,25 +56,31 @@ class Table(NamedTuple):
 
 
 def chip(name: str, major: int, hip: bool) -> Chip:
-    """The chip of a device: AMD, Hopper and the data-centre part after it, or the rest."""
+    """The chip of a device: AMD, Hopper, or the rest.
+
+    What came after Hopper takes the rows of sm_80: those of sm_90 compile for sm_100 (three cases, no spills), but their instruction is gone, and
+    the loop for few rows takes half as many instructions again; sm_120 has the shared memory of sm_80's small siblings.
+    """
     gpu = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    return Chip(gpu, "gfx942" if hip else "sm_90" if major in (9, 10) else "sm_80")
+    return Chip(gpu, "gfx942" if hip else "sm_90" if major == 9 else "sm_80")
 
 
 def cache() -> Path:
     """Where a user's own files lie."""
-    return Path.home() / ".cache" / "compressor" / "tuned"
+    try:
+        return Path.home() / ".cache" / "compressor" / "tuned"
+    except RuntimeError:
+        raise UserError("there is no home folder to keep tuned tiles in: set HOME or name a file") from None
 
 
 def use(folder: Path | None) -> None:
     """Look for files in this folder first."""
     global _folder
     _folder = folder
-    for cached in (_files, rows, setting, tile):
+    for cached in (_files, rows, setting):
         cached.cache_clear()
 
 
-@functools.lru_cache
 def tile(op: str, where: Chip, m: int, itemsize: int, bits: int) -> Tile:
     """The tile for m rows of x with elements of `itemsize` bytes."""
     return next(t for most, t in rows(op, where, itemsize, bits) if most is None or m <= most)
@@ -109,7 +117,10 @@ def split(where: Chip, programs: int, steps: int) -> int:
 
 @functools.lru_cache
 def _files(where: Chip) -> tuple[tuple[Path, Table], ...]:
-    folders = ([_folder] if _folder else []) + [cache(), SHIPPED]
+    folders = [_folder] if _folder else []
+    with contextlib.suppress(UserError):  # no home: no user's files
+        folders.append(cache())
+    folders.append(SHIPPED)
     paths = [folder / f"{where.gpu}.json" for folder in folders if where.gpu]
     return tuple((path, load(path)) for path in [*paths, SHIPPED / f"{where.arch}.json"] if path.is_file())
 
@@ -133,6 +144,8 @@ def _rows(path: Path, key: str, value: Any) -> tuple[tuple[int | None, Tile], ..
     """The rows of one key, or one sentence about what is wrong with them."""
     if not re.fullmatch(r"\w+ (16|32)( [2-8])?", key):
         raise UserError(f'{path}: key "{key}" must read like "forward 16" or "forward 16 3"')
+    if key.split()[0] not in OPS:
+        raise UserError(f'{path}: key "{key}" must begin with one of {", ".join(OPS)}')
     if not isinstance(value, list) or not value or not all(isinstance(row, list) and len(row) == 6 for row in value):
         raise UserError(f'{path}: "{key}" must be a list of rows [largest m or null, {", ".join(Tile._fields)}]')
     most = [row[0] for row in value]

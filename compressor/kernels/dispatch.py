@@ -32,14 +32,18 @@ _TRITON = importlib.util.find_spec("triton") is not None
 def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto") -> Any:
     """The module whose functions take this call."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
+    unsupported = ""
     if path in ("auto", "triton") and _TRITON and (x.is_cuda or interpreted):
+        from compressor.kernels import launch
+
         module: Any
         if values_dim == 3:
             from compressor.kernels import tables as module
         else:
             from compressor.kernels import affine as module
-        if module.fits(group, k):
+        if launch.supported(x.device) and module.fits(group, k):
             return module
+        unsupported = "" if launch.supported(x.device) else ": no kernels for this GPU (NVIDIA from compute capability 8, AMD gfx94x and gfx95x)"
     if path in ("auto", "cpu") and x.device.type == "cpu" and x.dtype == torch.float32 and cpu.fits(group, k) and cpu.available():
         return cpu
     if path in ("auto", "reference"):
@@ -47,7 +51,7 @@ def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto") -
     if path not in PATHS:
         raise RecipeError(f"kernel path {path!r} is unknown, choose one of {', '.join(PATHS)}")
     missing = f": {cpu.why_not()}" if path == "cpu" and cpu.why_not() else ""
-    raise RecipeError(f"kernel path {path!r} is not able to take {x.dtype} on {x.device} with groups of {group}{missing}")
+    raise RecipeError(f"kernel path {path!r} is not able to take {x.dtype} on {x.device} with groups of {group}{missing}{unsupported}")
 
 
 def check(x: Tensor, words: Tensor, values: Tensor | None, zero: Tensor | None, bits: int, group: int, n: int, k: int, table: bool) -> None:
@@ -177,7 +181,11 @@ def describe() -> str:
     """Which kernels this machine has, in words."""
     groups = "groups of 32, 64, 128, multiples of 256 or whole rows; plain torch for others"
     if torch.cuda.is_available():
-        return f"Triton ({groups})" if _TRITON else "plain torch; pip install triton for GPU kernels"
+        if not _TRITON:
+            return "plain torch; pip install triton for GPU kernels"
+        from compressor.kernels import launch
+
+        return f"Triton ({groups})" if launch.supported(torch.device("cuda")) else "plain torch: the Triton kernels do not know this GPU"
     if os.environ.get("TRITON_INTERPRET") == "1" and _TRITON:
         return "Triton's interpreter (TRITON_INTERPRET=1), a debugging aid that is thousands of times slower"
     if cpu.available():

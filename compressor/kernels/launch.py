@@ -32,7 +32,7 @@ def options(tile: Tile) -> dict[str, Any]:
 
 
 def parts(out: Tensor, grid: tuple[int, int], steps: int) -> tuple[int, Tensor | None, Tensor | None]:
-    """In how many parts to cut the reduction, memory for them, and counters of arrivals (see affine_finish.py)."""
+    """In how many parts to cut the reduction, memory for them, and counters of arrivals (see finish.py)."""
     tiles = grid[0] * grid[1]
     count = configs.split(chip(out.device), tiles, steps)
     if count == 1 or count * out.numel() >= _OFFSETS:
@@ -42,11 +42,14 @@ def parts(out: Tensor, grid: tuple[int, int], steps: int) -> tuple[int, Tensor |
 
 
 def padded(low: Low | None, dtype: torch.dtype) -> Low | tuple[None, None]:
-    """u and b in `dtype`, their columns filled with zeros to a multiple of 16, as affine_finish.add_low_rank takes them."""
+    """u and b in `dtype`, their columns filled with zeros to a multiple of 16, as finish.add_low_rank takes them."""
     if low is None or low[0].shape[1] == 0:
         return None, None
-    u, b = (torch.nn.functional.pad(t.to(dtype), (0, -t.shape[1] % 16)).contiguous() for t in low)
-    return u, b
+    return _padded(low[0].to(dtype)), _padded(low[1].to(dtype))
+
+
+def _padded(t: Tensor) -> Tensor:
+    return torch.nn.functional.pad(t, (0, -t.shape[1] % 16)) if t.shape[1] % 16 else t.contiguous()
 
 
 def rank(b: Tensor | None) -> int:
@@ -75,6 +78,16 @@ def dense(x: Tensor | None) -> Tensor | None:
 def on(device: torch.device) -> Any:
     """The device, current while kernels are launched on it."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.lru_cache
+def supported(device: torch.device) -> bool:
+    """Whether the kernels were made for this device: NVIDIA from Ampere on, AMD's CDNA 3 and 4; on a CPU, Triton's interpreter."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith(("gfx94", "gfx95"))
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 @functools.lru_cache

@@ -14,11 +14,7 @@ out in shifts, which is what the interpreter runs. Source: ours; T-MAC (Wei et a
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def beside(a, b):
-    """[R, C], [R, C] -> [R, 2C]: a's columns, then b's."""
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+from compressor.kernels.affine_decode import beside
 
 
 @triton.jit
@@ -40,14 +36,20 @@ def load_nibbles(w_ptr, n, kb, blocks, tiles_n, BITS: tl.constexpr):
 
 
 @triton.jit
+def spread(selector):
+    """The four low nibbles, a byte each."""
+    low = selector & 0xFFFF
+    pairs = (low | (low << 8)) & 0x00FF00FF
+    return (pairs | (pairs << 4)) & 0x0F0F0F0F
+
+
+@triton.jit
 def permute(a, b, selector, ASM: tl.constexpr):
     """Byte i is byte (nibble i of the selector) of a and b, a's bytes counted 0..3, b's 4..7. Nibbles must be below 8; the high half is ignored."""
     if ASM == "ptx":
         out = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1)
     elif ASM == "gcn":
-        wide = (selector | (selector << 8)) & 0x00FF00FF
-        wide = (wide | (wide << 4)) & 0x0F0F0F0F
-        out = tl.inline_asm_elementwise("v_perm_b32 $0, $1, $2, $3", "=v,v,v,v", [b, a, wide], dtype=tl.int32, is_pure=True, pack=1)
+        out = tl.inline_asm_elementwise("v_perm_b32 $0, $1, $2, $3", "=v,v,v,v", [b, a, spread(selector)], dtype=tl.int32, is_pure=True, pack=1)
     else:
         i = tl.arange(0, 4)[None, None, :]
         nibbles = ((selector + tl.zeros((1, 1), tl.int32))[:, :, None] >> (4 * i)) & 7

@@ -11,7 +11,7 @@ import triton.language as tl
 from compressor.kernels.table_decode import load_nibbles, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_block"])
 def table_dequantize_kernel(
     w_ptr, t_ptr, out_ptr,
     N, K, tiles_n, blocks, rows, first_row, first_block, stride_out,

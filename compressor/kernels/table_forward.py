@@ -3,7 +3,7 @@
 Every weight is a value of the table and is used as it is, so one dot takes as many columns as share a table: 256, or 128 or 64 where segments end
 inside a block.
 
-Price: with few programs the reduction is cut in parts, see affine_finish.py. Limits: above a few hundred rows a dense panel with cuBLAS is faster
+Price: with few programs the reduction is cut in parts, see finish.py. Limits: above a few hundred rows a dense panel with cuBLAS is faster
 (panels.py); on Hopper byte permutes and masks issue at half rate, which is the limit at 4 bits. Source: ours; see affine_forward.py.
 """
 
@@ -11,11 +11,11 @@ Price: with few programs the reduction is cut in parts, see affine_finish.py. Li
 import triton
 import triton.language as tl
 
-from compressor.kernels.affine_finish import add_low_rank, store_sum
+from compressor.kernels.finish import add_low_rank, store_sum
 from compressor.kernels.table_decode import load_nibbles, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def table_forward_kernel(
     x_ptr, w_ptr, t_ptr, u_ptr, b_ptr, y_ptr, part_ptr, count_ptr,
     M, N, K, R, stride_x, tiles_n, blocks, rows, steps,
@@ -49,6 +49,8 @@ def table_forward_kernel(
             else:
                 x = tl.load(x_rows + k[:, None], mask=k[:, None] < K, other=0.0).to(DOT)
             w = weights_of(left, right, i * WIDTH, t_ptr, n, segment, rows, WIDTH, BITS, TYPE, ASM).to(DOT)
+            if not EVEN:
+                w = tl.where(k[None, :] < K, w, 0.0)  # columns of padding have code 0, and entry 0 may be infinite
             acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=ACC)
     if u_ptr is not None:
         acc = add_low_rank(acc, u_ptr, b_ptr, m, n, M, N, R, part, DOT, PRECISION)

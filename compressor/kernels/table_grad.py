@@ -12,7 +12,8 @@ instructions, but an entry that no code uses must get exactly zero, or Adam move
 import triton
 import triton.language as tl
 
-from compressor.kernels.table_decode import beside, halves_of, load_nibbles
+from compressor.kernels.affine_decode import beside
+from compressor.kernels.table_decode import halves_of, load_nibbles
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def four_sums(code, c0, c1, c2, c3, a0, a1, a2, a3, ASM: tl.constexpr):
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def grad_table_kernel(
     x_ptr, dy_ptr, w_ptr, out_ptr,
     M, N, K, stride_x, stride_dy, tiles_n, blocks, columns,

@@ -9,11 +9,11 @@ faster. Source: ours.
 import triton
 import triton.language as tl
 
-from compressor.kernels.affine_finish import store_sum
+from compressor.kernels.finish import store_sum
 from compressor.kernels.table_decode import load_nibbles, weights_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def table_grad_input_kernel(
     dy_ptr, w_ptr, t_ptr, dx_ptr, part_ptr, count_ptr,
     M, N, K, stride_dy, tiles_n, blocks, rows, steps,

@@ -1,7 +1,8 @@
 """Tables as the byte permutes want them: the low and the high bytes of four entries in a word each, row by row.
 
 A table of 16-bit values takes as many bytes as before; 32-bit values count as two tables, of their low and high halves. Price: one pass over the
-tables for each call, a small kernel; callers whose tables do not change keep the result. Source: ours.
+tables for each call, a small kernel; callers whose tables do not change may keep the result (nothing in the package does
+yet). Source: ours.
 """
 
 # mypy: ignore-errors

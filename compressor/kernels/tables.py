@@ -1,9 +1,9 @@
 """Host side of the Triton kernels for weights with tables: the functions of reference.py for 3-D values, by tiles on the GPU.
 
-Tables are split into words of bytes first (table_prepare.py), in x's type; whoever calls often with the same tables keeps the result of `prepare`
-and hands it in. As in affine.py this file picks tiles (configs.py), cuts reductions where the grid alone would not fill the device, and launches;
-from `panel_from` rows on products run on dense panels (panels.py). Under Triton's interpreter the same code runs on CPU tensors, in fp32 where a GPU
-would use 16 bits (fp64 stays).
+Tables are split into words of bytes first (table_prepare.py), in x's type, at every call; a caller whose tables stay may keep the result of
+`prepare` and hand it in, which nothing in the package does yet. As in affine.py this file picks tiles (configs.py), cuts reductions where the grid
+alone would not fill the device, and launches; from `panel_from` rows on products run on dense panels (panels.py). Under Triton's interpreter the same
+code runs on CPU tensors, in fp32 where a GPU would use 16 bits (fp64 stays).
 
 Limits: segments as in `fits`; fp64 on a GPU goes to the reference. No atomics on values: equal inputs give equal bits. A segment that is a multiple
 of 256 is fastest, of 128 costs a fifth more instructions, of 64 two fifths: odd multiples of 64 take up to 5.69 and 3.35 instructions a weight at 4
@@ -55,7 +55,7 @@ def forward(
 ) -> Tensor:
     """y = x @ weight.T (+ u @ b.T, by the kernel up to FUSED_LOW rows); x [m, k] -> y [m, n] in x's dtype.
 
-    prepared: what `prepare(table, x.dtype, bits)` gives, if the caller has it already; low: (u [m, r], b [n, r]).
+    prepared: what `prepare(table, x.dtype, bits)` gives, an option for callers whose tables stay; low: (u [m, r], b [n, r]).
     """
     m, k = x.shape
     if launch.foreign(x):

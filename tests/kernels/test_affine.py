@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from compressor.kernels import configs, dispatch, layout, reference, workspace
-from tests.kernels.conftest import ODD_TILES
+from tests.kernels.conftest import ODD_TILES, between
 from tests.tolerances import RELATIVE, ROUNDED, error
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 # m, n, k, group: plain; one row; groups of 256; ragged in n and k; many rows and narrow groups; one group a row, no multiple of anything;
-# cut reductions; groups longer than a tile; one padded row more than a tile
+# cut reductions; groups longer than a tile; one padded row more than a tile; several groups, but no whole blocks (twice)
 SHAPES = [
     (5, 128, 512, 128),
     (1, 64, 256, 64),
@@ -26,6 +26,8 @@ SHAPES = [
     (3, 256, 1024, 64),
     (2, 64, 1024, 512),
     (4, 65, 768, 768),
+    (2, 70, 896, 128),
+    (3, 64, 320, 64),
 ]
 OPS = ("forward", "grad_input", "grad_scale")
 ALL = (*OPS, "dequantize")
@@ -95,8 +97,8 @@ def make(device: str) -> Make:
         steps = codes.double() - middle
         dense = steps * scale.double().repeat_interleave(group, 1)
         tensors = [torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), layout.pack_tiles(codes, bits), scale]
-        x, dy, words, scale = (t.to(device) for t in tensors)
-        return Layer(x, dy, words, scale, None if zero is None else zero.to(device), bits, group, dense.to(device), steps.to(device))
+        x, dy, words, scale = (between(t.to(device)) for t in tensors)
+        return Layer(x, dy, words, scale, None if zero is None else between(zero.to(device)), bits, group, dense.to(device), steps.to(device))
 
     return build
 
@@ -138,7 +140,7 @@ def test_group_sums(affine: ModuleType, make: Make, group: int) -> None:
 @pytest.mark.parametrize(("m", "r"), [(3, 16), (17, 8), (70, 40)])  # cut in parts; two tiles; scales in the weights
 def test_low_rank(affine: ModuleType, make: Make, m: int, r: int) -> None:
     layer = make(m, 100, 1024, 128, 3, True)
-    u, b = (torch.randn(rows, r, device=layer.x.device) for rows in (m, 100))
+    u, b = (between(torch.randn(rows, r, device=layer.x.device)) for rows in (m, 100))
     y = affine.forward(layer.x, layer.words, layer.scale, layer.zero, 3, 128, 100, low=(u, b))
     assert error(y, layer.expect("forward") + u.double() @ b.double().T) <= RELATIVE[torch.float32]
 
@@ -242,13 +244,15 @@ def test_repeats_bit_for_bit(affine: ModuleType, make: Make, op: str) -> None:
     layer = make(3, 256, 1024, 128, 4, True, torch.float16)
     assert configs.split(affine.launch.chip(layer.x.device), 4, 4) > 1, "this shape is meant to be cut in parts"
     assert torch.equal(layer.run(affine, op), layer.run(affine, op))
-    assert not any(counters.any() for counters in workspace._counters.values()), "the last program to arrive puts its counter back"
+    assert not any(counters.any() for counters in workspace._streams.values()), "the last program to arrive puts its counter back"
 
 
 def test_fits(affine: ModuleType) -> None:
     assert all(affine.fits(group, 1536) for group in (32, 64, 128, 256, 512, 768, 1536))
     assert affine.fits(100, 100)
-    assert not any(affine.fits(group, 4096) for group in (0, -1, 1, 16, 48, 96, 100, 384))
+    assert not any(affine.fits(group, 4096) for group in (0, -1, 1, 16, 48, 96, 100, 384, 768, 8192))
+    assert not affine.fits(256, 384)
+    assert not affine.fits(128, 64)
 
 
 def test_gradcheck(affine: ModuleType, make: Make, device: str) -> None:

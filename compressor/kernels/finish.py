@@ -1,4 +1,4 @@
-"""What the affine kernels do after their loop: add a low-rank product, and store, where the reduction was cut in parts through fp32 memory.
+"""What affine and table kernels do after their loop: add a low-rank product, and store, through fp32 memory where the reduction was cut in parts.
 
 Each part is written to memory; the last program to arrive at a tile (an atomic counter) adds the parts in order and stores the result. So no second
 kernel runs, and the order of the sum does not depend on the order of arrival: results repeat bit for bit. The counter is put back to zero by the
@@ -7,6 +7,9 @@ program that reads the parts, ready for the next launch on the same stream.
 Memory ordering: the barrier orders the stores of all threads of a program before the atomic of its first thread, whose release makes them visible to
 the device; the last program's acquire, and the barrier in handing its result to all threads, order the loads after it. Nobody waits for another
 program, so nothing can hang. Counters come from workspace.py, which also says how CUDA graphs get theirs.
+
+Limits: unproven on AMD, whose assembly shows no wait for outstanding stores (vmcnt) before the barrier; so gfx942.json keeps max_split at 1
+until it was run there.
 
 Price: parts x M x N numbers in fp32 written and read in L2. Source: the split reductions of stream-K (Osama et al. 2023).
 """
