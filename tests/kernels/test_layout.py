@@ -40,11 +40,18 @@ def place(code: int, bits: int) -> list[tuple[int, int, int]]:
     return [*low, (16 + j1, 4 * (p + 4 * h) + 2 * c + h1, 2)]
 
 
-def pack_segment(codes: list[int], bits: int) -> list[int]:
+def moved(bit: int, order: str) -> int:
+    """In the order `prmt` nibble p + 4h of a word lies at 2(p%2) + h + 4(p//2)."""
+    nibble, rest = divmod(bit, 4)
+    h, p = divmod(nibble, 4)
+    return 4 * (2 * (p % 2) + h + 4 * (p // 2)) + rest if order == "prmt" else bit
+
+
+def pack_segment(codes: list[int], bits: int, order: str) -> list[int]:
     words = [0] * (8 * bits)
     for column, code in enumerate(codes):
         for word, bit, b in place(column, bits):
-            words[word] |= (code >> b & 1) << bit
+            words[word] |= (code >> b & 1) << moved(bit, order)
     return [signed(w) for w in words]
 
 
@@ -55,18 +62,27 @@ def test_every_bit_of_a_segment_is_used_once(bits: int) -> None:
 
 
 @quick
-@given(shapes, widths, st.integers(0, 1 << 20))
-def test_tiles_match_the_formulas(shape: tuple[int, int], bits: int, seed: int) -> None:
+@given(shapes, widths, st.sampled_from(layout.ORDERS), st.integers(0, 1 << 20))
+def test_tiles_match_the_formulas(shape: tuple[int, int], bits: int, order: str, seed: int) -> None:
     n, k = shape
     codes = random_codes(n, k, bits, seed)
-    words = layout.pack_tiles(codes, bits)
+    words = layout.pack_tiles(codes, bits, order)
     assert words.dtype == torch.int32 and words.is_contiguous()
     assert tuple(words.shape) == (*layout.tiles(n, k), 64, 8 * bits)
     for row in sorted({0, n // 2, n - 1}):
         for block in range(words.shape[1]):
             segment = codes[row, 256 * block : 256 * (block + 1)].tolist()
             segment += [0] * (256 - len(segment))
-            assert words[row // 64, block, row % 64].tolist() == pack_segment(segment, bits)
+            assert words[row // 64, block, row % 64].tolist() == pack_segment(segment, bits, order)
+
+
+@quick
+@given(shapes, widths, st.integers(0, 1 << 20))
+def test_orders_turn_into_each_other(shape: tuple[int, int], bits: int, seed: int) -> None:
+    codes = random_codes(*shape, bits, seed)
+    pair, prmt = (layout.pack_tiles(codes, bits, order) for order in layout.ORDERS)
+    assert torch.equal(layout.reorder(pair, "pair", "prmt"), prmt) and torch.equal(layout.reorder(prmt, "prmt", "pair"), pair)
+    assert torch.equal(layout.unpack_tiles(prmt, bits, *shape, "prmt"), codes)
 
 
 @quick
