@@ -32,7 +32,8 @@ def test_16_bit_inputs_are_computed_in_float32_on_a_cpu() -> None:
     x = torch.randn(3, 160).bfloat16()
     out = packed(x)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, dense(x.float()).bfloat16())
+    exact = dense(x.float())  # the sums run in another order, so a result close to the middle of two bf16 numbers may be rounded to the other one
+    assert (out.float() - exact).norm() <= 1.1 * (exact.bfloat16().float() - exact).norm()
 
 
 def test_casting_the_model_leaves_the_stored_scale() -> None:
