@@ -1,11 +1,24 @@
 """PackedLinear, and the walk that finds the linears of a model's decoder blocks and swaps them."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.kernels import dispatch
 from compressor.packed import Affine, PackedWeight
+
+
+def same_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What nn.Module._apply does to a tensor, without changing its dtype: devices are followed, casts are not."""
+
+    def moved(t: Tensor) -> Tensor:
+        new = fn(t)
+        return new if new.dtype == t.dtype else t.to(new.device)
+
+    return moved
 
 
 class PackedLinear(nn.Module):
@@ -40,14 +53,10 @@ class PackedLinear(nn.Module):
         scale = self.scale if self.tuned is None else self.tuned().detach().to(self.scale.dtype)
         return PackedWeight(self.words, Affine(scale, self.zero), self.bits, self.group, (self.out_features, self.in_features))
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves devices like any module, but `.half()`, `.bfloat16()` and `.float()` leave the stored values as they are."""
-        stored = {"scale": self.scale, "zero": self.zero}
-        super()._apply(fn, recurse)
-        for name, value in stored.items():
-            if value is not None and getattr(self, name).dtype != value.dtype:
-                setattr(self, name, value.to(self.words.device))
-        return self
+        values, moved = (self.scale, self.zero), same_dtype(fn)
+        return super()._apply(lambda t: moved(t) if any(t is value for value in values) else fn(t), recurse)
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.zero is None else "asymmetric"

@@ -132,8 +132,8 @@ def _build(cls: type, values: Any, where: str) -> Any:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
             raise RecipeError(f"unknown recipe key {f'{where}.{key}' if where else key!r}{hint}")
         kind = known[key]
-        if is_dataclass(kind):
-            out[key] = _build(kind, value, key)  # type: ignore[arg-type]
+        if isinstance(kind, type) and is_dataclass(kind):
+            out[key] = _build(kind, value, key)
         else:
             out[key] = _convert(value, kind, f"{where}.{key}" if where else key)
     return cls(**out)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from compressor.errors import ModelError, RecipeError
+from compressor.errors import ModelError, RecipeError, UserError
 from compressor.kernels import cpu, layout, reference
 
 PATHS = ("auto", "triton", "cpu", "reference")
@@ -170,7 +170,7 @@ def linear(
     flat = x.reshape(-1, x.shape[-1])
     args = (flat.float() if narrow else flat, words, values, zero, u, b, bits, group, n, path)
     if forward_ad._current_level >= 0 and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, values, zero, u, b)):
-        raise NotImplementedError("packed linears have no forward-mode derivative, which torch would take for zero; use the backward mode")
+        raise UserError("packed linears have no forward-mode derivative, and torch would take it for zero: use the backward mode")
     y = _linear(*args) if _watched(x) or _trains(x, values, zero, u, b) else _forward(*args)
     if bias is not None:
         y = y + bias.to(y.dtype)

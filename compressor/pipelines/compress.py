@@ -38,7 +38,7 @@ class Target:
     """A linear that will be packed, or the reason why it stays dense."""
 
     name: str  # dotted name in the model
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # n, k; of fused experts three numbers
     group: int = 0
     note: str = ""
     reason: str = ""  # non-empty: left dense
@@ -70,7 +70,7 @@ def plan(model: nn.Module, quant: Quant) -> Plan:
         out.targets.append(row)
         for leaf, parameter in block.named_parameters():
             if parameter.ndim == 3:
-                row.append(Target(f"{name}.{index}.{leaf}", tuple(parameter.shape), reason="fused experts are not packed yet"))  # type: ignore[arg-type]
+                row.append(Target(f"{name}.{index}.{leaf}", tuple(parameter.shape), reason="fused experts are not packed yet"))
     if not out.packed():
         raise ModelError("nothing is left to pack: every linear layer is named by --ignore")
     return out
@@ -241,7 +241,7 @@ def _pack_block(
 def _collect(block: nn.Module, index: int, leaves: list[str], quant: Quant, calibration: Calibration, by_leaf: dict[str, Target]) -> LayerStats:
     """Statistics of the input that `leaves` share, over all calibration windows; a layer is taken to run once in a pass through its block."""
     layer = block.get_submodule(leaves[0])
-    stats = LayerStats(layer.in_features, PACKERS[quant.packer].needs)  # type: ignore[arg-type]
+    stats = LayerStats(by_leaf[leaves[0]].shape[1], PACKERS[quant.packer].needs)
 
     def add(_m: nn.Module, args: tuple[Any, ...]) -> None:
         stats.add(args[0])

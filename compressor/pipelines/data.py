@@ -107,7 +107,8 @@ def encode(corpus: Corpus, tokenizer: Any, train_on_prompt: bool = False) -> Ite
 
 def ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     """BOS and EOS as lists of no or one id."""
-    return tuple([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))  # type: ignore[return-value]
+    bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    return bos, eos
 
 
 def _fill(ids: Tensor, seqlen: int, name: str) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compressor.errors import DataError, NumericError
 from compressor.kernels import cpu
 from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
+from compressor.pipelines.generate import generate
 
 LOGIT_BYTES = 256 << 20
 CHUNK_BYTES = 64 << 20
@@ -142,20 +143,9 @@ def prompts(corpus: Corpus, tokenizer: Any, count: int = SAMPLES, tokens: int = 
 
 def generate_samples(model: nn.Module, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt, greedily, without special tokens."""
-    device = next(model.parameters()).device
-    out = []
     with _evaluating(model):
-        for prompt in prompts:
-            ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], dtype=torch.int64, device=device)  # [1, tokens]
-            if not ids.numel():
-                raise DataError(f"prompt {prompt!r} has no tokens; write at least one word")
-            new = model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
-                pad_token_id=next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None),
-                temperature=None, top_p=None, top_k=None,
-            )  # fmt: skip
-            out.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
-    return out
+        rows = [generate(model, tokenizer, [prompt], max_new_tokens)[0] for prompt in prompts]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rich.table import Table
 from compressor.errors import RecipeError
 from compressor.kernels import dispatch
 from compressor.pipelines import data, evaluate, load, write
+from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
 from compressor.pipelines.report import environment
 from compressor.pipelines.show import Show
@@ -60,32 +61,17 @@ def generate_text(
     if compiled and load.pick_device(device).type != "cuda":
         raise RecipeError("--compile pays on a GPU only; leave it out here")
     loaded = load.load(model, device)
-    tokenizer = loaded.tokenizer
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    rows = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=loaded.device)  # padded on the left
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=loaded.device)
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+    options: dict[str, Any] = {} if temperature == 0 else {"do_sample": True, "temperature": temperature}
     if compiled:
         options["cache_implementation"] = "static"
     start = time.perf_counter()
-    out = loaded.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)  # type: ignore[operator]
+    fresh = generate(loaded.model, loaded.tokenizer, prompts, max_new_tokens, **options)
     seconds = time.perf_counter() - start
-    stop: Any = loaded.model.generation_config
-    ends = {stop.eos_token_id} if isinstance(stop.eos_token_id, int) else set(stop.eos_token_id or ())
-    fresh = [_until_end(row, ends) for row in out[:, width:].tolist()]
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in fresh]
+    texts = [loaded.tokenizer.decode(row, skip_special_tokens=True) for row in fresh]
     tokens = sum(map(len, fresh))
     document = {"model": model, "prompt": prompts[0], "text": texts[0]} if len(prompts) == 1 else {"model": model, "prompts": prompts, "texts": texts}
     return document | {"tokens": tokens, "tokens_per_second": tokens / seconds}
-
-
-def _until_end(row: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the end of the text and with it; what follows in a batch is padding."""
-    stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-    return row[:stop]
 
 
 def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:

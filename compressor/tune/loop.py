@@ -330,7 +330,7 @@ def _training(model: nn.Module, options: Tune, device: torch.device) -> Iterator
             yield
     finally:
         if options.gradient_checkpointing:
-            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()  # type: ignore[operator]
+            _keep(model)
         model.train(was)
 
 
@@ -340,6 +340,12 @@ def _recompute(model: nn.Module) -> None:
         if enable := getattr(model, f"{name}_checkpointing_enable", None):
             return enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     raise RecipeError(f"{type(model).__name__} has no gradient checkpointing of its own: leave it off, or use a smaller batch")
+
+
+def _keep(model: nn.Module) -> None:
+    """Undo `_recompute`."""
+    disable: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
 
 
 def _save(path: Path, fingerprint: str, state: _State, log: TrainLog, step: int) -> None:

@@ -17,14 +17,15 @@ time); and one rounding pass over the scales each forward, whose temporaries are
 steps of 0.4 to 0.8 percent, larger than most useful changes; store float16 or float32 when tuning.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compressor.errors import ModelError, NumericError
-from compressor.linear import PackedLinear, packed_linears
+from compressor.linear import PackedLinear, packed_linears, same_dtype
 from compressor.recipe import Tune
 
 FLOOR = 0.1  # of the starting scale
@@ -85,14 +86,9 @@ class ScaleTuning(nn.Module):
         leaf, parameter = self.parameter()
         return _Scale.apply(parameter, self.start, leaf == "delta")
 
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves devices like any module, but no cast of the model changes the dtype of the start, the master or its gradient."""
-
-        def moved(t: Tensor) -> Tensor:
-            new = fn(t)
-            return new if new.dtype == t.dtype else t.to(new.device)
-
-        return super()._apply(moved, recurse)
+        return super()._apply(same_dtype(fn), recurse)
 
 
 class Peqa:

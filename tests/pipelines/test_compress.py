@@ -105,7 +105,7 @@ def test_statistics_stop_the_block_once_they_are_taken() -> None:
 
     for leaf in ran:
         count(leaf)
-    target = compress.Target("o_proj", (0, 0))
+    target = compress.Target("o_proj", (128, 128))
     stats = compress._collect(block, 1, ["self_attn.o_proj"], Quant(packer="gptq"), calibration, {"self_attn.o_proj": target})
     assert stats.tokens == IDS.numel()
     assert ran == {"self_attn.q_proj": len(calibration.batches), "self_attn.o_proj": 0, "mlp.down_proj": 0}

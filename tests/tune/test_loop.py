@@ -108,15 +108,17 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss(packed_llama, window
 
 
 def test_accumulation_equals_one_large_batch(packed_llama, options, windows):
-    log, parameters = run(packed_llama, windows, options(batch=8, steps=3))
+    log, _ = run(packed_llama, windows, options(batch=8, steps=3))
+    _, parameters = run(packed_llama, windows, options(batch=8, steps=1, clip=0.0))
     assert len({row["tokens"] for row in log.curve}) > 1, "the masks must be uneven for this to test anything"
     for batch, accumulate in ((4, 2), (1, 8)):
-        other, others = run(packed_llama, windows, options(batch=batch, accumulate=accumulate, steps=3))
+        other, _ = run(packed_llama, windows, options(batch=batch, accumulate=accumulate, steps=3))
+        _, others = run(packed_llama, windows, options(batch=batch, accumulate=accumulate, steps=1, clip=0.0))
         for a, b in zip(log.curve, other.curve, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
             assert a["tokens"] == b["tokens"]
-        for name in parameters:
-            assert (others[name] - parameters[name]).norm() < 3e-3 * parameters[name].norm()  # Adam amplifies rounding where a gradient is almost 0
+        for name, parameter in parameters.items():  # not the parameters: Adam amplifies rounding where a gradient is almost 0
+            assert (others[name].grad - parameter.grad).norm() < 1e-4 * parameter.grad.norm()
 
 
 def test_gradients_do_not_vanish_in_float16(packed_llama, options, windows, monkeypatch):
