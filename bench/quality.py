@@ -21,7 +21,7 @@ import torch
 
 from compressor import __version__
 from compressor.pipelines import compress, data, evaluate, load, write
-from compressor.quant import PACKERS
+from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS, Tuner
 from compressor.tune.dense import Dense

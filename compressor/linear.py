@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.kernels import dispatch
-from compressor.packed import Affine, PackedWeight
+from compressor.packed import Affine, PackedWeight, Table
 
 
 def same_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -24,12 +24,12 @@ def same_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class PackedLinear(nn.Module):
     """A linear layer on a packed weight; differentiable in x and in the values, never through a dense weight.
 
-    `tuned`, when a tuner has attached one, is a module without inputs that returns the scale to use [n, G]; otherwise the stored scale is
-    used. Codes are buffers and never change.
+    `learned` is what tuners move: the scale [n, G] of an affine weight or the table [n, S, 2**bits] of a sketch. `tuned`, when a tuner has
+    attached one, is a module without inputs that returns the values to use in its place. Codes are buffers and never change.
     """
 
     words: Tensor
-    scale: Tensor
+    learned: Tensor
     zero: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None):
@@ -37,29 +37,35 @@ class PackedLinear(nn.Module):
         self.bits, self.group = weight.bits, weight.group
         self.out_features, self.in_features = weight.shape
         self.register_buffer("words", weight.words)
-        self.register_buffer("scale", weight.values.scale)
-        self.register_buffer("zero", weight.values.zero)
+        self.register_buffer("learned", weight.learned)
+        self.register_buffer("zero", weight.zero)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.tuned: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ModelError(f"a packed linear of {self.in_features} inputs was given {x.shape[-1]}")
-        scale = self.scale if self.tuned is None else self.tuned()
-        return dispatch.linear(x, self.words, scale, self.zero, self.bias, self.bits, self.group, self.out_features)
+        learned = self.learned if self.tuned is None else self.tuned()
+        return dispatch.linear(x, self.words, learned, self.zero, self.bias, self.bits, self.group, self.out_features)
 
     def packed(self) -> PackedWeight:
         """The weight as it would be stored now, with the tuner's values if one is attached."""
-        scale = self.scale if self.tuned is None else self.tuned().detach().to(self.scale.dtype)
-        return PackedWeight(self.words, Affine(scale, self.zero), self.bits, self.group, (self.out_features, self.in_features))
+        learned = self.learned if self.tuned is None else self.tuned().detach().to(self.learned.dtype)
+        values = Table(learned) if self.table else Affine(learned, self.zero)
+        return PackedWeight(self.words, values, self.bits, self.group, (self.out_features, self.in_features))
+
+    @property
+    def table(self) -> bool:
+        """Whether the weight is a sketch."""
+        return self.learned.dim() == 3
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves devices like any module, but `.half()`, `.bfloat16()` and `.float()` leave the stored values as they are."""
-        values, moved = (self.scale, self.zero), same_dtype(fn)
+        values, moved = (self.learned, self.zero), same_dtype(fn)
         return super()._apply(lambda t: moved(t) if any(t is value for value in values) else fn(t), recurse)
 
     def extra_repr(self) -> str:
-        kind = "symmetric" if self.zero is None else "asymmetric"
+        kind = "table" if self.table else "symmetric" if self.zero is None else "asymmetric"
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}, {kind}"
 
 

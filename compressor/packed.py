@@ -1,6 +1,6 @@
 """A packed weight: integer codes, and the numbers that turn a code into a weight.
 
-Quantizers choose codes and values, tuners move values, exporters write both; codes never change after packing. In memory the codes lie in the
+Packers choose codes and values, tuners move values, exporters write both; codes never change after packing. In memory the codes lie in the
 kernels' tile64x256 layout (see kernels/layout.py); on disk every format has its own stream, reached through `codes()`.
 """
 
@@ -26,53 +26,90 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Table:
+    """weight = table[row, segment, code]: a sketch. table [n, S, 2**bits], in the dtype it is stored in."""
+
+    table: Tensor
+
+
+@dataclass(frozen=True)
 class PackedWeight:
-    """Codes of `bits` bits for a weight of `shape` (n out features, k in features), with one scale per `group` columns of a row."""
+    """Codes of `bits` bits for a weight of `shape` (n out features, k in features); `group` columns of a row share a scale or a table.
+
+    `group` divides k for affine weights. The last segment of a table may be shorter: S = ceil(k / group).
+    """
 
     words: Tensor  # int32, tile64x256
-    values: Affine
+    values: Affine | Table
     bits: int
     group: int
     shape: tuple[int, int]
 
     @classmethod
-    def pack(cls, codes: Tensor, values: Affine, bits: int) -> "PackedWeight":
-        """codes uint8 [n, k], each below 2**bits; the group size follows from the shape of the scales."""
+    def pack(cls, codes: Tensor, values: Affine | Table, bits: int, group: int | None = None) -> "PackedWeight":
+        """codes uint8 [n, k], each below 2**bits; the group size follows from the shape of the scales, and must be given for several tables."""
         n, k = codes.shape
         if bits not in layout.BITS:
             raise RecipeError(f"{bits} bits cannot be packed; choose one of {layout.BITS}")
-        groups = values.scale.shape[1]
-        if values.scale.shape[0] != n or k % groups:
-            raise ModelError(f"scales of shape {tuple(values.scale.shape)} do not fit a weight of shape {(n, k)}")
+        learned = learned_of(values)
+        count = learned.shape[1] if learned.dim() > 1 else 0
+        group = group or k // max(count, 1)
+        fits = (
+            learned.dim() == 2 and count * group == k if isinstance(values, Affine) else learned.shape[2:] == (1 << bits,) and -(-k // group) == count
+        )
+        if learned.shape[0] != n or not fits:
+            kind = "scales" if isinstance(values, Affine) else "tables"
+            raise ModelError(f"{kind} of shape {tuple(learned.shape)} do not fit a weight of shape {(n, k)}, {bits} bits and groups of {group}")
         if codes.numel() and int(codes.max()) >= 1 << bits:
             raise ModelError(f"code {int(codes.max())} does not fit {bits} bits")
-        return cls(layout.pack_tiles(codes, bits), values, bits, k // groups, (n, k))
+        return cls(layout.pack_tiles(codes, bits, reference.order(learned)), values, bits, group, (n, k))
+
+    @property
+    def learned(self) -> Tensor:
+        """What tuners move: the scale [n, G] or the table [n, S, 2**bits]."""
+        return learned_of(self.values)
+
+    @property
+    def zero(self) -> Tensor | None:
+        """The zeros of an asymmetric affine weight."""
+        return self.values.zero if isinstance(self.values, Affine) else None
+
+    def with_learned(self, learned: Tensor) -> "PackedWeight":
+        """The same codes with another scale or table of the same shape."""
+        values = Affine(learned, self.zero) if isinstance(self.values, Affine) else Table(learned)
+        return PackedWeight(self.words, values, self.bits, self.group, self.shape)
 
     def codes(self) -> Tensor:
         """uint8 [n, k]."""
-        return layout.unpack_tiles(self.words, self.bits, *self.shape)
+        return layout.unpack_tiles(self.words, self.bits, *self.shape, reference.order(self.learned))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [n, k]: the product in float32, rounded once to `dtype`."""
-        return reference.dequantize(self.words, self.values.scale, self.values.zero, self.bits, self.group, *self.shape, dtype)
+        """The dense weight [n, k]: an affine product is formed in float32; rounded once to `dtype`."""
+        return reference.dequantize(self.words, self.learned, self.zero, self.bits, self.group, *self.shape, dtype)
 
     def stored_bits(self) -> int:
-        """Bits this weight costs on disk: codes, scales and, if asymmetric, zeros at `bits` each."""
+        """Bits this weight costs on disk: codes, scales or tables and, if asymmetric, zeros at `bits` each."""
         n, k = self.shape
-        scale = self.values.scale
-        zeros = 0 if self.values.zero is None else scale.numel() * self.bits
-        return n * k * self.bits + scale.numel() * scale.element_size() * 8 + zeros
+        zeros = 0 if self.zero is None else self.zero.numel() * self.bits
+        return n * k * self.bits + self.learned.numel() * self.learned.element_size() * 8 + zeros
 
     def nbytes(self) -> int:
         """Bytes in memory, padding of the tiles included."""
-        tensors = [self.words, self.values.scale] + ([] if self.values.zero is None else [self.values.zero])
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat tensors for safetensors; `from_tensors` with the same bits, group and shape is the inverse."""
+        if isinstance(self.values, Table):
+            return {"words": self.words, "table": self.values.table}
         out = {"words": self.words, "scale": self.values.scale}
         return out if self.values.zero is None else out | {"zero": self.values.zero}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], bits: int, group: int, shape: tuple[int, int]) -> "PackedWeight":
-        return cls(tensors["words"], Affine(tensors["scale"], tensors.get("zero")), bits, group, shape)
+        values = Table(tensors["table"]) if "table" in tensors else Affine(tensors["scale"], tensors.get("zero"))
+        return cls(tensors["words"], values, bits, group, shape)
+
+
+def learned_of(values: Affine | Table) -> Tensor:
+    """The scale or the table."""
+    return values.scale if isinstance(values, Affine) else values.table

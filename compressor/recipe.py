@@ -19,7 +19,7 @@ STAGES = ("compress", "tune")
 
 @dataclass(frozen=True)
 class Quant:
-    """How linears are packed. group -1 means one scale per row; scale_dtype auto follows the rule in docs/format.md."""
+    """How linears are packed. group -1 means one scale per row; scale_dtype, of scales and tables, follows the rule in docs/format.md if auto."""
 
     bits: int = 3
     packer: str = "gptq"
@@ -29,6 +29,11 @@ class Quant:
     shrink: bool = True  # search the clipping range that minimises the weight error (PEQA's initialisation)
     damp: float = 0.01  # GPTQ: share of the mean diagonal of H added to it; raised automatically when H is not positive definite
     act_order: bool = True  # GPTQ: columns by descending diagonal of H, with groups kept static
+    gpr: int | None = None  # groups, or tables, per row; None: what `group` says, and one table a row
+    start: str = "kmeans"  # sketches, before codes are chosen: kmeans | uniform, evenly spaced from the least to the largest weight
+    exponent: float = 4.0  # sketches: k-means weighs column j by U[j, j]**-exponent, U the Cholesky factor of the inverse of H; 0: all alike
+    feedback: bool = True  # sketches: codes by a sweep with error feedback; else each weight takes its nearest entry
+    refit: bool = True  # sketches: tables by least squares under H given the codes, and codes given the tables
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
 
 
@@ -161,6 +166,9 @@ def _check(r: Recipe) -> None:
         (q.bits in (2, 3, 4), f"bits={q.bits} is not supported; choose 2, 3 or 4"),
         (q.group == -1 or q.group > 0, f"group={q.group} is not a group size; give a positive number, or -1 for one scale per row"),
         (q.scale_dtype in ("auto", "float16", "bfloat16", "float32"), f"scale_dtype={q.scale_dtype!r}: choose auto, float16, bfloat16 or float32"),
+        (q.gpr is None or q.gpr > 0, f"gpr={q.gpr} must be positive"),
+        (q.start in ("kmeans", "uniform"), f"start={q.start!r}: choose kmeans or uniform"),
+        (0 <= q.exponent < math.inf, f"exponent={q.exponent} must not be negative"),
         (0 < q.damp < math.inf, f"damp={q.damp} must be positive"),
         (d.nsamples > 0, f"nsamples={d.nsamples} must be positive"),
         (d.seqlen is None or d.seqlen > 1, f"seqlen={d.seqlen} must be at least 2"),

@@ -17,7 +17,8 @@ class LayerStats:
     """Streaming sums over the inputs of a layer of `width` in features; `needs` names the sums to keep (see SUMS).
 
     `tokens` counts the vectors seen; `hessian` is mean(x xT), [width, width] in `dtype` on the data's device, None before the first token or
-    when not asked for. Raises ValueError for a sum that nobody knows.
+    when not asked for. `fisher` [n, width], the squared gradients of one layer's weight, is no sum over inputs: the caller puts it here for the
+    layer that is packed next. Raises ValueError for a sum that nobody knows.
     """
 
     def __init__(self, width: int, needs: tuple[str, ...] = ("hessian",), dtype: torch.dtype = torch.float32):
@@ -27,6 +28,7 @@ class LayerStats:
         self.width, self.needs, self.dtype = width, needs, dtype
         self.tokens = 0
         self.hessian: Tensor | None = None
+        self.fisher: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:

@@ -38,18 +38,18 @@ def test_16_bit_inputs_are_computed_in_float32_on_a_cpu() -> None:
 
 def test_casting_the_model_leaves_the_stored_scale() -> None:
     _, packed = layer()
-    before = packed.scale.clone()
+    before = packed.learned.clone()
     for cast in (packed.float, packed.bfloat16, packed.half, packed.double):
         cast()
-        assert packed.scale.dtype == torch.float16
-        assert torch.equal(packed.scale, before)
+        assert packed.learned.dtype == torch.float16
+        assert torch.equal(packed.learned, before)
         assert packed.words.dtype == torch.int32
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_x_is_saved_for_backward_only_to_train_the_scale(trained: bool) -> None:
     dense, packed = layer(bias=False)
-    packed.scale.requires_grad_(trained)
+    packed.learned.requires_grad_(trained)
     saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_x_is_saved_for_backward_only_to_train_the_scale(trained: bool) -> None:
     saved.clear()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         packed(x.detach())
-    assert any(t.data_ptr() == packed.scale.data_ptr() for t in saved) is False, "the scale is needed for the gradient of x only"
+    assert any(t.data_ptr() == packed.learned.data_ptr() for t in saved) is False, "the scale is needed for the gradient of x only"
 
 
 def test_gradients_of_gradients_are_refused() -> None:

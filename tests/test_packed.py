@@ -19,8 +19,8 @@ def random_weight(n: int, k: int, bits: int, group: int, symmetric: bool, dtype:
 def test_round_trip_and_dequantize(bits: int, symmetric: bool, n: int, k: int, group: int) -> None:
     codes, packed = random_weight(n, k, bits, group, symmetric)
     assert torch.equal(packed.codes(), codes)
-    zero = torch.full((n, k // group), 1 << (bits - 1)) if packed.values.zero is None else packed.values.zero
-    dense = packed.values.scale.double().repeat_interleave(group, 1) * (codes.double() - zero.double().repeat_interleave(group, 1))
+    zero = torch.full((n, k // group), 1 << (bits - 1)) if packed.zero is None else packed.zero
+    dense = packed.learned.double().repeat_interleave(group, 1) * (codes.double() - zero.double().repeat_interleave(group, 1))
     assert torch.equal(packed.dequantize(torch.float64), dense)
     assert torch.equal(packed.dequantize(), dense.float())  # a float32 product of these numbers is exact or rounded once
     again = PackedWeight.from_tensors(packed.tensors(), bits, packed.group, packed.shape)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.kernels import layout
-from compressor.packed import Affine, PackedWeight
+from compressor.packed import Affine, PackedWeight, Table
 
 SHARD_BYTES = 4 << 30
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -30,6 +30,9 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 
 def fits(packed: dict[str, PackedWeight]) -> str | None:
     """Why this model cannot be written in this format, or None: affine weights of 2, 3 and 4 bits always can."""
+    tables = sum(isinstance(weight.values, Table) for weight in packed.values())
+    if tables:
+        return f"{tables} of its {len(packed)} packed layers hold tables, which the format does not know"
     return None if packed else "no layer is packed"
 
 
@@ -37,11 +40,11 @@ def tensors_of(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     """The format's tensors of one packed linear."""
     out = {
         f"{name}.weight_packed": layout.pack_stream(weight.codes(), weight.bits),
-        f"{name}.weight_scale": weight.values.scale.contiguous(),
+        f"{name}.weight_scale": weight.learned.contiguous(),
         f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
-    if weight.values.zero is not None:
-        out[f"{name}.weight_zero_point"] = layout.pack_stream(weight.values.zero.T.contiguous(), weight.bits).T.contiguous()
+    if weight.zero is not None:
+        out[f"{name}.weight_zero_point"] = layout.pack_stream(weight.zero.T.contiguous(), weight.bits).T.contiguous()
     return {key: tensor.cpu() for key, tensor in out.items()}
 
 
@@ -60,7 +63,7 @@ def write(
     for name, value in weights:
         if isinstance(value, PackedWeight):
             group = -1 if value.group == value.shape[1] else value.group
-            schemes[value.bits, group, value.values.zero is None].append(name)
+            schemes[value.bits, group, value.zero is None].append(name)
             new = tensors_of(name, value)
         else:
             new = {name: value.detach().cpu().contiguous()}

@@ -13,7 +13,7 @@ from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
 from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, publish
-from compressor.quant import PACKERS
+from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS
 from compressor.tune.loop import TrainLog, train

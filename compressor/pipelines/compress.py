@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.errors import ModelError, NumericError
 from compressor.packed import PackedWeight
-from compressor.quant import PACKERS
-from compressor.quant.error import relative_error
-from compressor.quant.groups import resolve_group
+from compressor.packing import relative_error
+from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
 
@@ -65,7 +64,7 @@ def plan(model: nn.Module, quant: Quant) -> Plan:
             if any(re.search(pattern, full) for pattern in quant.ignore):
                 target.reason = "named by --ignore"
             else:
-                target.group, target.note = resolve_group(layer.in_features, quant.group, full)
+                target.group, target.note = PACKERS[quant.packer].resolve(layer.in_features, quant, full)
             row.append(target)
         out.targets.append(row)
         for leaf, parameter in block.named_parameters():
@@ -312,6 +311,6 @@ def _apply_block(block: nn.Module, prefix: str, tensors: dict[str, Tensor], rows
         leaf = row["name"].removeprefix(prefix)
         layer = block.get_submodule(leaf)
         assert isinstance(layer, nn.Linear)
-        parts = {key: tensors[f"{leaf}.{key}"] for key in ("words", "scale", "zero") if f"{leaf}.{key}" in tensors}
+        parts = {key: tensors[f"{leaf}.{key}"] for key in ("words", "scale", "zero", "table") if f"{leaf}.{key}" in tensors}
         weight = PackedWeight.from_tensors(parts, row["bits"], row["group"], (row["shape"][0], row["shape"][1]))
         linear.swap(block, leaf, linear.to_packed(layer, weight))

@@ -17,7 +17,7 @@ from compressor import linear
 from compressor.errors import ModelError
 from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
-from compressor.quant import PACKERS
+from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune.loss import LOGITS
 

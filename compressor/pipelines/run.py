@@ -20,10 +20,10 @@ from compressor.errors import ModelError, OutputError, RecipeError
 from compressor.pipelines import compress, data, estimate, evaluate, load, render, write
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.output import check_output, check_room, contract, disk_full, finished, publish
+from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
-from compressor.quant import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS
 from compressor.tune.loop import Batches, train

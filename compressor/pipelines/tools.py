@@ -84,7 +84,7 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
     rows = []
     for name, weight in packed.items():
         row = {
-            "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "symmetric": weight.values.zero is None,
+            "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "symmetric": weight.zero is None,
             "error": errors.get(name, {}).get("error"), "note": errors.get(name, {}).get("note", ""),
         }  # fmt: skip
         rows.append(row)

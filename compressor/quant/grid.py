@@ -11,27 +11,10 @@ Price: 80 passes over the weight, in panels of rows that bound the memory. Limit
 import torch
 from torch import Tensor
 
-from compressor.errors import NumericError
 from compressor.packed import Affine
+from compressor.packing import panels
 
-PANEL = 1 << 22  # weights searched at a time
 SHRINK = tuple(1 - i / 100 for i in range(80))
-
-
-def require_finite(w: Tensor) -> None:
-    """Raises NumericError when w has NaN or infinite values; the caller knows, and adds, the layer's name."""
-    bad = w.numel() - int(torch.isfinite(w).sum())
-    if bad:
-        raise NumericError(f"{bad} of {w.numel()} weights are NaN or infinite")
-
-
-def panels(n: int, k: int, size: int | None = None, multiple: int = 1) -> list[slice]:
-    """Row slices that cover n rows of k columns, each of at most `size` weights (PANEL if None), but at least of `multiple` rows.
-
-    Each slice starts at a multiple of `multiple`.
-    """
-    rows = max(1, (PANEL if size is None else size) // max(k, 1) // multiple) * multiple
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
 def storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

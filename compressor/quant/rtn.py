@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.packed import Affine, PackedWeight
+from compressor.packing import panels, require_finite
 from compressor.quant import grid
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
@@ -20,7 +21,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
 
     Raises NumericError when w is not finite.
     """
-    grid.require_finite(w)
+    require_finite(w)
     values = grid.choose(w, options.bits, group, options.symmetric, options.shrink, scale_dtype)
     return PackedWeight.pack(nearest(w, values, options.bits, group), values, options.bits), {"note": ""}
 
@@ -29,7 +30,7 @@ def nearest(w: Tensor, values: Affine, bits: int, group: int) -> Tensor:
     """Codes uint8 [n, k] of w float32 [n, k] on the grid of `values`."""
     n, k = w.shape
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-    for rows in grid.panels(n, k):
+    for rows in panels(n, k):
         zero: Tensor | float = grid.midpoint(bits) if values.zero is None else values.zero[rows].float().unsqueeze(-1)
         exact = grid.encode(w[rows].view(-1, k // group, group), values.scale[rows].float().unsqueeze(-1), zero, bits)
         codes[rows] = exact.view(-1, k).to(torch.uint8)

@@ -110,7 +110,7 @@ class Peqa:
         model.requires_grad_(False)
         out = {}
         for name, layer in layers.items():
-            layer.tuned = tuning = ScaleTuning(layer.scale, self.relative)
+            layer.tuned = tuning = ScaleTuning(layer.learned, self.relative)
             leaf, parameter = tuning.parameter()
             out[f"{name}.tuned.{leaf}"] = parameter
         return out
@@ -122,18 +122,18 @@ class Peqa:
         NumericError if a tuned scale is not finite; then nothing is changed.
         """
         tuned = {name: layer for name, layer in packed_linears(model).items() if layer.tuned is not None}
-        scales = {name: layer.packed().values.scale for name, layer in tuned.items()}
+        scales = {name: layer.packed().learned for name, layer in tuned.items()}
         for name, scale in scales.items():
             if not bool(torch.isfinite(scale).all()):
                 raise NumericError(f"the tuned scale of {name} is not finite: tune again with a smaller learning rate")
         for name, layer in tuned.items():
-            layer.scale, layer.tuned = scales[name].contiguous(), None
+            layer.learned, layer.tuned = scales[name].contiguous(), None
 
 
 def _check(name: str, layer: PackedLinear) -> None:
     if layer.tuned is not None:
         raise ModelError(f"{name} is being tuned already: detach the first tuner before attaching another")
-    if not bool(torch.isfinite(layer.scale).all()):
+    if not bool(torch.isfinite(layer.learned).all()):
         raise NumericError(f"the scale of {name} is not finite: compress the model again")
-    if bool((layer.scale < 0).any()):
+    if bool((layer.learned < 0).any()):
         raise ModelError(f"{name} has a negative scale, which cannot be tuned: compress the model again with positive scales")

@@ -42,7 +42,7 @@ def test_round_trip_in_one_file_and_in_shards(tmp_path: Path, bits: int, symmetr
         assert list(again) == list(weights)
         for key, packed in weights.items():
             assert torch.equal(again[key].dequantize(), packed.dequantize())
-            assert (again[key].bits, again[key].group, again[key].values.zero is None) == (bits, 32, symmetric)
+            assert (again[key].bits, again[key].group, again[key].zero is None) == (bits, 32, symmetric)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {p.name for p in (tmp_path / "many").glob("*.safetensors")}
     assert not list(tmp_path.rglob("*.tmp"))
@@ -56,9 +56,9 @@ def test_the_library_unpacks_the_same_weights(bits: int, symmetric: bool) -> Non
     tensors = ct.tensors_of("a", packed)
     codes = helpers.unpack_from_int32(tensors["a.weight_packed"], bits, torch.Size(packed.shape))
     assert torch.equal(codes.to(torch.int16) + (1 << (bits - 1)), packed.codes().to(torch.int16))
-    if packed.values.zero is not None:
+    if packed.zero is not None:
         zero = helpers.unpack_from_int32(tensors["a.weight_zero_point"], bits, torch.Size((64, 3)), packed_dim=0)
-        assert torch.equal(zero.to(torch.int16) + (1 << (bits - 1)), packed.values.zero.to(torch.int16))
+        assert torch.equal(zero.to(torch.int16) + (1 << (bits - 1)), packed.zero.to(torch.int16))
 
 
 def test_reads_the_padded_3_bit_stream_of_old_writers(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.linear import find_blocks, packed_linears
+from compressor.packing import Packer
 from compressor.pipelines import compress, load
-from compressor.quant import PACKERS, Packer
+from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
 
@@ -131,7 +132,7 @@ def test_every_layer_is_packed_on_what_its_packed_predecessors_put_out(monkeypat
         return gptq.pack(w, stats, *rest)
 
     gptq = PACKERS["gptq"]
-    monkeypatch.setitem(PACKERS, "gptq", Packer(recording, gptq.needs))
+    monkeypatch.setitem(PACKERS, "gptq", Packer(recording, gptq.resolve, gptq.needs))
     model = fresh()
     rows, _, _ = compress.compress(model, Quant(packer="gptq", bits=2), torch.float16, IDS)
     names = [row["name"] for row in rows]

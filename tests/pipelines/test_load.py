@@ -109,7 +109,7 @@ def test_packed_folder_loads_packed_and_whole(packed: Path) -> None:
     loaded = load.load(str(packed), "cpu")
     layers = packed_linears(loaded.model)
     assert len(layers) == 7 * 4
-    assert all(layer.scale.dtype == torch.float16 for layer in layers.values())
+    assert all(layer.learned.dtype == torch.float16 for layer in layers.values())
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight  # tied, and stored once
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compressor.hessian import factorise
 from compressor.packed import Affine, PackedWeight
 from compressor.quant import PACKERS, gptq, grid, rtn
 from compressor.quant.refine import refine
@@ -127,7 +128,7 @@ def test_equal_diagonal_makes_the_order_of_columns_meaningless() -> None:
     w = weight(16, 128)
     ordered, _ = pack(w, given(torch.eye(128) * 3), 32, act_order=True)
     given_order, _ = pack(w, given(torch.eye(128) * 3), 32, act_order=False)
-    assert torch.equal(ordered.words, given_order.words) and torch.equal(ordered.values.scale, given_order.values.scale)
+    assert torch.equal(ordered.words, given_order.words) and torch.equal(ordered.learned, given_order.learned)
 
 
 def test_without_correlations_the_sweep_rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +136,7 @@ def test_without_correlations_the_sweep_rounds_to_nearest(monkeypatch: pytest.Mo
     w = weight(16, 128)
     swept, _ = pack(w, given(torch.diag(torch.rand(128).add(0.5))), 32)
     plain, _ = PACKERS["rtn"](w, None, Quant(), 32, torch.float16)
-    assert torch.equal(swept.words, plain.words) and torch.equal(swept.values.scale, plain.values.scale)
+    assert torch.equal(swept.words, plain.words) and torch.equal(swept.learned, plain.learned)
 
 
 def test_dead_inputs_get_zero_weights_and_do_not_disturb_the_rest() -> None:
@@ -195,7 +196,7 @@ def test_factor_is_the_inverse_in_the_order_asked_for() -> None:
     hessian = correlated(96).hessian
     assert hessian is not None
     order = torch.randperm(96, generator=torch.Generator().manual_seed(2))
-    upper, damp, note = gptq.factorise(hessian, order, 0.01)
+    upper, damp, note = factorise(hessian, order, 0.01)
     assert upper is not None and (damp, note) == (0.01, "")
     assert torch.equal(upper, upper.triu()) and float(upper.diagonal().min()) > 0
     damped = hessian[order][:, order] + 0.01 * hessian.diagonal().mean() * torch.eye(96)

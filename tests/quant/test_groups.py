@@ -4,11 +4,12 @@ import pytest
 
 from compressor.errors import RecipeError
 from compressor.quant.groups import resolve_group
+from compressor.recipe import Quant
 
 
 @pytest.mark.parametrize(("k", "asked", "size"), [(352, -1, 352), (4096, 128, 128), (172, 4, 4), (352, 32, 32), (172, 172, 172)])
 def test_what_fits_is_taken_silently(k: int, asked: int, size: int) -> None:
-    assert resolve_group(k, asked, "up_proj") == (size, "")
+    assert resolve_group(k, Quant(group=asked), "up_proj") == (size, "")
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ def test_what_fits_is_taken_silently(k: int, asked: int, size: int) -> None:
     ],
 )
 def test_a_size_for_the_kernels_is_preferred_and_else_the_largest_multiple_of_sixteen_and_said(k: int, asked: int, size: int) -> None:
-    found, note = resolve_group(k, asked, "up_proj")
+    found, note = resolve_group(k, Quant(group=asked), "up_proj")
     assert found == size and k % found == 0 and found % 16 == 0
     assert note == f"group {asked} does not divide {k} in features; {size} used"
 
@@ -30,6 +31,6 @@ def test_a_size_for_the_kernels_is_preferred_and_else_the_largest_multiple_of_si
 )
 def test_nothing_fits(k: int, asked: int, hint: str) -> None:
     with pytest.raises(RecipeError, match=hint) as caught:
-        resolve_group(k, asked, "layers.3.up_proj")
+        resolve_group(k, Quant(group=asked), "layers.3.up_proj")
     message = str(caught.value)
     assert "layers.3.up_proj" in message and str(k) in message and str(asked) in message and "-1" in message

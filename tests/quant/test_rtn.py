@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor import packing
 from compressor.errors import NumericError
 from compressor.packed import PackedWeight
-from compressor.quant import PACKERS, grid, relative_error
+from compressor.packing import relative_error
+from compressor.quant import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
 
@@ -36,7 +38,7 @@ def rtn(w: Tensor, bits: int, group: int, symmetric: bool, shrink: bool = True, 
 def legal(packed: PackedWeight, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> None:
     """Shapes, ranges and dtypes that kernels and servers rely on."""
     n, k = packed.shape
-    scale, zero = packed.values.scale, packed.values.zero
+    scale, zero = packed.learned, packed.zero
     assert (packed.bits, packed.group) == (bits, group) and scale.shape == (n, k // group)
     assert scale.dtype == dtype and bool(torch.isfinite(scale).all()) and float(scale.min()) >= torch.finfo(dtype).tiny
     assert int(packed.codes().max()) < 1 << bits
@@ -95,7 +97,7 @@ def test_zeros_stay_exact_zeros(name: str, bits: int, symmetric: bool) -> None:
 def test_without_shrinking_no_weight_is_off_by_more_than_half_a_step(bits: int, symmetric: bool, n: int, k: int, group: int) -> None:
     w = weight(n, k)
     packed = rtn(w, bits, group, symmetric, shrink=False, dtype=torch.float32)
-    step = packed.values.scale.repeat_interleave(group, 1)
+    step = packed.learned.repeat_interleave(group, 1)
     assert bool(((w - packed.dequantize()).abs() <= 0.5001 * step).all())
 
 
@@ -115,8 +117,8 @@ def test_codes_are_nearest_on_the_stored_grid(symmetric: bool) -> None:
     """Codes chosen with the rounded scale: no other code of the stored grid is nearer."""
     w = weight(16, 64)
     packed = rtn(w, 3, 16, symmetric, dtype=torch.bfloat16)
-    scale = packed.values.scale.float().repeat_interleave(16, 1).unsqueeze(-1)
-    zero = 4.0 if packed.values.zero is None else packed.values.zero.float().repeat_interleave(16, 1).unsqueeze(-1)
+    scale = packed.learned.float().repeat_interleave(16, 1).unsqueeze(-1)
+    zero = 4.0 if packed.zero is None else packed.zero.float().repeat_interleave(16, 1).unsqueeze(-1)
     distance = (w.unsqueeze(-1) - scale * (torch.arange(8.0) - zero)).abs()
     chosen = distance.gather(-1, packed.codes().long().unsqueeze(-1)).squeeze(-1)
     assert bool((chosen <= distance.amin(-1) + 1e-6).all())
@@ -127,16 +129,16 @@ def test_codes_are_nearest_on_the_stored_grid(symmetric: bool) -> None:
 def test_one_sided_groups_keep_zero_in_the_grid(bits: int, sign: int) -> None:
     w = sign * (weight(8, 32).abs() + 1.0)
     packed = rtn(w, bits, 32, symmetric=False, shrink=False)
-    assert packed.values.zero is not None
-    assert bool((packed.values.zero == (0 if sign > 0 else (1 << bits) - 1)).all())
-    step = packed.values.scale.float()
+    assert packed.zero is not None
+    assert bool((packed.zero == (0 if sign > 0 else (1 << bits) - 1)).all())
+    step = packed.learned.float()
     assert bool(((w - packed.dequantize()).abs() <= 0.501 * step).all())
 
 
 def test_symmetric_grids_use_their_extra_negative_step() -> None:
     w = torch.tensor([[-4.0, 3.0, 1.0, 0.0], [-3.0, 3.0, 0.0, 0.0]])
     packed = rtn(w, 3, 4, symmetric=True, shrink=False)
-    assert packed.values.scale.flatten().tolist() == [1.0, 1.0]
+    assert packed.learned.flatten().tolist() == [1.0, 1.0]
     assert torch.equal(packed.dequantize(), w)
 
 
@@ -164,7 +166,7 @@ def test_scales_that_float16_cannot_hold_are_bounded(symmetric: bool) -> None:
 def test_panels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     w, stats = weight(37, 64), inputs(64)
     whole = [PACKERS[name](w, stats, Quant(bits=2), 16, torch.float16)[0] for name in PACKERS]
-    monkeypatch.setattr(grid, "PANEL", 64 * 5)
+    monkeypatch.setattr(packing, "PANEL", 64 * 5)
     monkeypatch.setattr("compressor.quant.gptq.PANEL", 64 * 5)
     for name, one in zip(PACKERS, whole, strict=True):
         parts = PACKERS[name](w, stats, Quant(bits=2), 16, torch.float16)[0]
@@ -192,5 +194,5 @@ def test_relative_error_never_holds_the_whole_dense_weight(symmetric: bool, monk
     whole = relative_error(w, packed, stats)
     monkeypatch.setattr(PackedWeight, "dequantize", lambda *_: pytest.fail("the whole layer at once"))
     for size in (64 * 7, 64 * 130):  # less than a row of tiles, two of them
-        monkeypatch.setattr(grid, "PANEL", size)
+        monkeypatch.setattr(packing, "PANEL", size)
         assert math.isclose(relative_error(w, packed, stats), whole, rel_tol=1e-5)

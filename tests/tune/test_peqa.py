@@ -39,7 +39,7 @@ def test_detach_keeps_outputs_codes_and_dtype(packed_llama, options, windows, ki
     assert not torch.equal(tuned, start)
     for name, layer in packed_linears(model).items():
         after = layer.packed().tensors()
-        assert layer.tuned is None and layer.scale.dtype == dtype and layer.scale.is_contiguous()
+        assert layer.tuned is None and layer.learned.dtype == dtype and layer.learned.is_contiguous()
         assert after.keys() == before[name].keys() and ("zero" in after) == (not symmetric)
         assert all(torch.equal(after[key], t) == (key != "scale") for key, t in before[name].items())
     assert not any(p.requires_grad for p in model.parameters())
@@ -53,7 +53,7 @@ def test_attach_freezes_all_but_what_it_returns(packed_llama, options):
     assert free.keys() == parameters.keys() and all(free[name] is p for name, p in parameters.items())
     assert len(parameters) == 14 and "model.layers.0.self_attn.q_proj.tuned.delta" in parameters
     assert all(p.dtype == torch.float32 and not p.any() for p in parameters.values())
-    assert sum(p.numel() for p in parameters.values()) == sum(layer.scale.numel() for layer in packed_linears(model).values())
+    assert sum(p.numel() for p in parameters.values()) == sum(layer.learned.numel() for layer in packed_linears(model).values())
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute"])
@@ -61,19 +61,19 @@ def test_attach_freezes_all_but_what_it_returns(packed_llama, options):
 def test_gradient_is_that_of_the_dense_fake_quantised_layer(packed_layer, kind, bits, group, symmetric):
     layer = packed_layer(bits, group, symmetric)
     n, k = layer.out_features, layer.in_features
-    layer.tuned = tuning = ScaleTuning(layer.scale, kind == "relative")
+    layer.tuned = tuning = ScaleTuning(layer.learned, kind == "relative")
     _, parameter = tuning.parameter()
     x = torch.randn(5, 7, k, generator=torch.Generator().manual_seed(2), requires_grad=True)
     wanted = torch.randn(5, 7, n, generator=torch.Generator().manual_seed(4))
     (layer(x) * wanted).sum().backward()
 
-    scale = layer.scale.double().requires_grad_(True)
+    scale = layer.learned.double().requires_grad_(True)
     zero = torch.tensor(float(1 << (bits - 1))) if symmetric else layer.zero.double().unsqueeze(-1)
     steps = layer.packed().codes().double().view(n, k // group, group) - zero
     dense_x = x.detach().double().requires_grad_(True)
     (nn.functional.linear(dense_x, (scale.unsqueeze(-1) * steps).view(n, k)) * wanted.double()).sum().backward()
 
-    expected = scale.grad * layer.scale.double() if kind == "relative" else scale.grad
+    expected = scale.grad * layer.learned.double() if kind == "relative" else scale.grad
     torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     torch.testing.assert_close(x.grad.double(), dense_x.grad, rtol=1e-4, atol=1e-4)
 
@@ -154,7 +154,7 @@ def test_casting_the_model_leaves_the_tuned_scales(packed_llama, options, window
     move(parameters)
     for p in parameters.values():
         p.grad = torch.full_like(p, 1e-9)
-    expected = {name: layer.packed().values.scale for name, layer in packed_linears(model).items()}
+    expected = {name: layer.packed().learned for name, layer in packed_linears(model).items()}
     getattr(model, cast)()
     assert all(model.get_parameter(name) is p and p.dtype == p.grad.dtype == torch.float32 and p.grad.all() for name, p in parameters.items())
     tuned = model(windows[0]).logits
@@ -162,11 +162,11 @@ def test_casting_the_model_leaves_the_tuned_scales(packed_llama, options, window
     tuner.detach(model)
     assert torch.equal(model(windows[0]).logits, tuned), "what was trained is not what is served"
     for name, layer in packed_linears(model).items():
-        assert layer.scale.dtype == expected[name].dtype and torch.equal(layer.scale, expected[name])
+        assert layer.learned.dtype == expected[name].dtype and torch.equal(layer.learned, expected[name])
 
 
 def test_a_tuned_model_moves_devices(packed_layer):
-    tuning = ScaleTuning(packed_layer().scale).to("meta")
+    tuning = ScaleTuning(packed_layer().learned).to("meta")
     assert tuning.start.device.type == tuning.delta.device.type == "meta"
     assert tuning.start.dtype == torch.float16 and tuning.delta.dtype == torch.float32
 
@@ -177,20 +177,20 @@ def test_bad_models_are_refused_by_name(packed_llama, dense_model, options):
     model = packed_llama()
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     for value, error in ((float("nan"), NumericError), (-1.0, ModelError)):
-        layer.scale[0, 0] = value
+        layer.learned[0, 0] = value
         with pytest.raises(error, match=r"model\.layers\.1\.mlp\.up_proj"):
             Peqa(options()).attach(model)
         assert all(m.tuned is None for m in packed_linears(model).values())
-    layer.scale[0, 0] = 1.0
+    layer.learned[0, 0] = 1.0
     parameters = Peqa(options()).attach(model)
     with pytest.raises(ModelError, match="already"):
         Peqa(options()).attach(model)
-    stored = layer.scale.clone()
+    stored = layer.learned.clone()
     with torch.no_grad():
         parameters["model.layers.1.mlp.up_proj.tuned.delta"][2, 0] = float("nan")
     with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.up_proj"):
         Peqa(options()).detach(model)
-    assert torch.equal(layer.scale, stored)
+    assert torch.equal(layer.learned, stored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
