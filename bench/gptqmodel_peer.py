@@ -20,7 +20,6 @@ arm, too. Other calibration windows move one row of `tiny` by 0.2 to 0.9 %, and 
 """
 
 import argparse
-import contextlib
 import copy
 import csv
 import importlib.util
@@ -29,19 +28,17 @@ import os
 import sys
 import tempfile
 import time
-import types
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its torch kernel would compile a dequantiser for every layer shape
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with the one worker that it takes on two cores its thread pool refuses to start
 os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # packing in python, which gives the same words without a C++ compiler
 
 import torch
+from peers import gptqmodel, quiet, unpack
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -99,7 +96,7 @@ class Bench:
         plan = blocks.plan(self.model, Quant(group=-1)).packed()
         self.names = [t.name for t in plan]
         self.widths = sorted({t.shape[1] for t in plan})
-        self.original = {n: self.model.get_submodule(n).weight.detach().clone() for n in self.names}
+        self.original = {n: self.model.get_parameter(f"{n}.weight").detach().clone() for n in self.names}
 
     def calibration(self, seed: int) -> Tensor:
         return data.sample(self.source, self.nsamples, seed).ids
@@ -110,7 +107,7 @@ class Bench:
             raise SystemExit(f"not the same layers: {sorted(set(weights) ^ set(self.names))[:3]}")
         with torch.no_grad():
             for name, weight in weights.items():
-                self.model.get_submodule(name).weight.copy_(weight)
+                self.model.get_parameter(f"{name}.weight").copy_(weight)
         found = evaluate.measure(self.model, self.loaded.tokenizer, self.corpora, self.window, self.max_tokens)
         return {f"{key}_ppl": round(found[key]["perplexity"], 4) for key in self.corpora}
 
@@ -118,47 +115,9 @@ class Bench:
         model = copy.deepcopy(self.model)
         with torch.no_grad():
             for name, weight in self.original.items():
-                model.get_submodule(name).weight.copy_(weight)
-        blocks.compress(model, quant, loading.scale_dtype(quant.scale_dtype, self.loaded.config), ids)
+                model.get_parameter(f"{name}.weight").copy_(weight)
+        blocks.compress(model, quant, loading.scale_dtype(quant.scale_dtype, self.loaded.dtype), ids)
         return {name: packed.dequantize() for name, packed in loading.packed_weights(model).items()}
-
-
-def import_peer() -> types.ModuleType:
-    """GPTQModel; 7.4.0 imports torchvision, undeclared, for one family of vision models: a stand-in for that file does."""
-    name = "gptqmodel.models.definitions.internvl_chat"
-    if importlib.util.find_spec("torchvision") is None:
-        stand_in = types.ModuleType(name)
-        stand_in.InternVLChatQModel = type("InternVLChatQModel", (), {})  # type: ignore[attr-defined]
-        sys.modules.setdefault(name, stand_in)
-    import gptqmodel
-
-    return gptqmodel
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Swallows what the library prints, at the level of the file descriptors; shows its end when it raises."""
-    with tempfile.TemporaryFile() as sink:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept = os.dup(1), os.dup(2)
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, old in enumerate(kept, 1):
-                os.dup2(old, number)
-                os.close(old)
-
-
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """int32 [rows * bits / 32, cols] -> codes [rows, cols]; down every column runs one stream of bits, lowest first."""
-    ones = (words.unsqueeze(1) >> torch.arange(32).view(1, 32, 1)) & 1  # [words, 32, cols]
-    fields = ones.reshape(-1, bits, words.shape[1])  # one code a row
-    return (fields << torch.arange(bits).view(1, bits, 1)).sum(1)
 
 
 def peer_weight(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
@@ -171,7 +130,7 @@ def peer_weight(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
 
 def peer(bench: Bench, args: argparse.Namespace, bits: int, group: int, sym: bool, order: str, mse: float, ids: Tensor) -> tuple[Weights, float, str]:
     """(weights, CPU seconds of quantising, note) of GPTQModel."""
-    lib = import_peer()
+    lib = gptqmodel()
     config = lib.QuantizeConfig(
         bits=bits, group_size=group, sym=sym, damp_percent=args.damp, mse=mse, format="gptq_v2", device="cpu", offload_to_disk=False, **ORDERS[order]
     )
