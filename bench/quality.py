@@ -22,8 +22,8 @@ import torch
 from compressor import __version__
 from compressor.pipelines import compress, data, evaluate, load, write
 from compressor.pipelines.packers import PACKERS
-from compressor.recipe import Recipe
-from compressor.tune import TUNERS, Tuner
+from compressor.recipe import Recipe, Tune
+from compressor.tune import TUNERS, Tuner, resolved
 from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 
@@ -113,7 +113,7 @@ def main() -> None:
     ap.add_argument("--bits", type=int, nargs="+", default=[3])
     ap.add_argument("--group", type=int, nargs="+", default=[128])
     ap.add_argument("--asym", type=int, nargs="+", default=[0], choices=[0, 1])
-    ap.add_argument("--lr", type=float, default=Recipe().tune.lr)
+    ap.add_argument("--lr", type=float, default=resolved(Tune(method="peqa")).lr)
     ap.add_argument("--epochs", type=float, default=Recipe().tune.epochs)
     ap.add_argument("--max-tokens", type=int, default=65536)
     ap.add_argument("--out", type=Path, default=Path("bench/results/quality.csv"))

@@ -54,10 +54,10 @@ class Tune:
     """The training loop. One optimiser step sees batch * accumulate windows."""
 
     method: str = "none"
-    parametrization: str = "relative"  # relative: scale0 * (1 + delta), lr is on delta; absolute: lr is on the scale itself (paper)
+    parametrization: str = "relative"  # relative: lr is on the change, a share of the scale or of its table's size; absolute: on the value (papers)
     epochs: float = 3.0
     steps: int | None = None  # overrides epochs
-    lr: float = 5e-3
+    lr: float | None = None  # None: the tuner's own for the parametrisation; runs put it here, see tune.resolved
     batch: int = 8
     accumulate: int = 1
     schedule: str = "cosine"  # cosine | linear | constant
@@ -175,7 +175,7 @@ def _check(r: Recipe) -> None:
         (t.parametrization in ("relative", "absolute"), f"parametrization={t.parametrization!r}: choose relative or absolute"),
         (t.schedule in ("cosine", "linear", "constant"), f"schedule={t.schedule!r}: choose cosine, linear or constant"),
         (0 <= r.seed < 1 << 31, f"seed={r.seed} must be from 0 to 2147483647"),
-        (0 < t.lr < math.inf, f"lr={t.lr} must be positive"),
+        (t.lr is None or 0 < t.lr < math.inf, f"lr={t.lr} must be positive"),
         (t.steps is None or t.steps > 0, f"steps={t.steps} must be positive"),
         (0 < t.epochs < math.inf, f"epochs={t.epochs} must be positive and finite"),
         (t.batch > 0 and t.accumulate > 0, f"batch={t.batch} and accumulate={t.accumulate} must be positive"),

@@ -7,8 +7,6 @@ docs/format.md. Exact for every affine weight of 2, 3 and 4 bits. Readers older 
 (ten codes a word): this module reads that too and never writes it.
 """
 
-import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.errors import ModelError
+from compressor.export import shards
+from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
 from compressor.packed import Affine, PackedWeight, Table
 
-SHARD_BYTES = 4 << 30
+NAME = "compressed-tensors pack-quantized"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
@@ -57,26 +55,14 @@ def write(
     the nn.Linear modules that stay dense. Every file is written to a temporary name and renamed.
     """
     schemes: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
-    shards: list[dict[str, str]] = []  # tensor name -> unused; only the names matter for the index
-    pending: dict[str, Tensor] = {}
-    total = size = 0
-    for name, value in weights:
-        if isinstance(value, PackedWeight):
-            group = -1 if value.group == value.shape[1] else value.group
-            schemes[value.bits, group, value.zero is None].append(name)
-            new = tensors_of(name, value)
-        else:
-            new = {name: value.detach().cpu().contiguous()}
-        grown = sum(t.numel() * t.element_size() for t in new.values())
-        if pending and size + grown > shard_bytes:
-            shards.append(_save_shard(folder, len(shards) + 1, pending))
-            pending, size = {}, 0
-        pending |= new
-        size, total = size + grown, total + grown
-    shards.append(_save_shard(folder, len(shards) + 1, pending))
-    _name_shards(folder, shards, total)
-    quantization = quantization_config(schemes, ignore)
-    _write_json(folder / "config.json", config | {"quantization_config": quantization})
+
+    def encode(name: str, weight: PackedWeight) -> dict[str, Tensor]:
+        group = -1 if weight.group == weight.shape[1] else weight.group
+        schemes[weight.bits, group, weight.zero is None].append(name)
+        return tensors_of(name, weight)
+
+    shards.write_weights(folder, weights, encode, shard_bytes)
+    shards.write_json(folder / "config.json", config | {"quantization_config": quantization_config(schemes, ignore)})
 
 
 def quantization_config(schemes: dict[tuple[int, int, bool], list[str]], ignore: list[str]) -> dict[str, Any]:
@@ -106,59 +92,19 @@ def _targets(names: list[str], others: list[str]) -> list[str]:
     return [rf"re:.*\.{re.escape(part)}$" for part in own] + [f"re:^{re.escape(name)}$" for name in rest]
 
 
-def _save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, str]:
-    temporary = folder / f"shard-{number:05d}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)  # safetensors writes for the owner alone; servers run as somebody else
-    return dict.fromkeys(tensors, temporary.name)
-
-
-def _name_shards(folder: Path, shards: list[dict[str, str]], total: int) -> None:
-    count = len(shards)
-    if count == 1:
-        os.replace(folder / "shard-00001.tmp", folder / "model.safetensors")
-        return
-    table: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{count:05d}.safetensors"
-        os.replace(folder / f"shard-{number:05d}.tmp", folder / final)
-        table |= dict.fromkeys(names, final)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
-    os.replace(temporary, path)
-
-
 def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
     """(dense tensors by name, packed weights by module name) of a pack-quantized folder; `config` is its quantization_config."""
     if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
         kind = f"{config.get('quant_method')}/{config.get('format')}"
-        raise ModelError(f"{folder} is quantised as {kind}; compressor reads compressed-tensors/pack-quantized folders and dense ones")
+        raise ModelError(f"{folder} is quantised as {kind}, not as compressed-tensors/pack-quantized")
     groups = [g for g in (config.get("config_groups") or {}).values() if isinstance(g, dict)]
     widths: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}
     if any(g.get("input_activations") for g in groups):
         raise ModelError(f"{folder} quantises activations too, which compressor does not run")
     if not widths or not widths <= set(layout.BITS):
         raise ModelError(f"{folder} holds weights of {', '.join(map(str, widths)) or 'unknown'} bits; compressor reads 2, 3 and 4")
-    dense: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    packed: dict[str, PackedWeight] = {}
-    try:
-        for path in files:
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    module, _, leaf = key.rpartition(".")
-                    if leaf in PARTS:
-                        parts[module][leaf] = file.get_tensor(key)
-                    else:
-                        dense[key] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise ModelError(f"{folder} cannot be read: {error}") from None
-    for module in list(parts):
-        packed[module] = _decode(parts.pop(module), f"{folder}: {module}", sorted(widths))
+    dense, parts = shards.read_weights(folder, files, PARTS)
+    packed = {module: _decode(parts.pop(module), f"{folder}: {module}", sorted(widths)) for module in list(parts)}
     return dense, packed
 
 

@@ -15,7 +15,7 @@ from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe
-from compressor.tune import TUNERS
+from compressor.tune import TUNERS, resolved
 from compressor.tune.loop import TrainLog, train
 
 
@@ -54,17 +54,21 @@ class Model:
         return self
 
     def tune(self, data: str | None = None, method: str = "peqa", seqlen: int | None = None, seed: int = 42, **options: Any) -> TrainLog:
-        """Fine-tune the values on the training part of `data`; keys of `options` are those of recipe.Tune (lr, epochs, …)."""
+        """Fine-tune the values on the training part of `data`; keys of `options` are those of recipe.Tune (lr, epochs, …).
+
+        method: peqa for scales, table for tables.
+        """
         recipe = _recipe("tune", options | {"method": method})
         if not packed_linears(self.model):
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
         windows = texts.windows(
             texts.load("python" if data is None else data).train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen")
         )
-        tuner = TUNERS[method](recipe.tune)
+        chosen = resolved(recipe.tune)
+        tuner = TUNERS[method](chosen)
         parameters = tuner.attach(self.model)
         try:
-            return train(self.model, parameters, windows.ids, windows.labels, recipe.tune, seed, None, "", None, None)
+            return train(self.model, parameters, windows.ids, windows.labels, chosen, seed, None, "", None, None)
         finally:
             tuner.detach(self.model)
 
@@ -100,7 +104,7 @@ def run(recipe: Recipe | dict[str, Any], output: str | Path | None = None, overw
 
 def _recipe(section: str, values: dict[str, Any]) -> Recipe:
     recipe = Recipe.from_dict({section: values})
-    job.check_methods(recipe)
+    job.check_names(recipe)
     if section == "tune" and recipe.tune.method == "none":
         raise RecipeError("method 'none' tunes nothing")
     return recipe

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from compressor import linear
 from compressor.errors import ModelError, NumericError
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
+from compressor.pipelines.fisher import squared_gradients
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
@@ -192,6 +194,9 @@ def compress(
     blocks = model.get_submodule(todo.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
     packer = PACKERS[quant.packer]
+    fisher: dict[str, Tensor] = {}
+    if packer.fisher and ids is not None and any(_block_rows(work, index) is None for index in range(len(blocks))):
+        fisher = squared_gradients(model, [t.name for t in todo.packed()], ids)
     calibration = Calibration(model, blocks, ids) if packer.needs and ids is not None else None
     rows: list[dict[str, Any]] = []
     resumed = 0
@@ -203,7 +208,7 @@ def compress(
             block_rows = stored[1]
             resumed += 1
         else:
-            block_rows = _pack_block(block, index, targets, quant, scale_dtype, calibration, f"{todo.blocks_name}.{index}.")
+            block_rows = _pack_block(block, index, targets, quant, scale_dtype, calibration, f"{todo.blocks_name}.{index}.", fisher)
             _write_block(work, index, block, block_rows, f"{todo.blocks_name}.{index}.")
         if calibration is not None and index + 1 < len(blocks):
             calibration.run(block, index, keep=True)
@@ -221,8 +226,9 @@ def _outside_blocks(model: nn.Module, blocks_name: str) -> list[dict[str, Any]]:
 
 
 def _pack_block(
-    block: nn.Module, index: int, targets: list[Target], quant: Quant, scale_dtype: torch.dtype, calibration: Calibration | None, prefix: str
-) -> list[dict[str, Any]]:
+    block: nn.Module, index: int, targets: list[Target], quant: Quant, scale_dtype: torch.dtype, calibration: Calibration | None, prefix: str,
+    fisher: dict[str, Tensor],
+) -> list[dict[str, Any]]:  # fmt: skip
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
     groups = [[leaf] for leaf in by_leaf]
     if calibration is not None:
@@ -233,6 +239,8 @@ def _pack_block(
         stats = None if calibration is None else _collect(block, index, leaves, quant, calibration, by_leaf)
         spent = (time.perf_counter() - start) / len(leaves)
         for leaf in leaves:
+            if stats is not None:
+                stats.fisher = fisher.pop(by_leaf[leaf].name, None)
             rows.append(_pack_layer(block, leaf, by_leaf[leaf], quant, scale_dtype, stats, spent))
     return rows
 
@@ -261,15 +269,15 @@ def _pack_layer(
     start = time.perf_counter()
     layer = block.get_submodule(leaf)
     assert isinstance(layer, nn.Linear)
-    weight = layer.weight.detach().float()  # [n, k]
+    weight, packer = layer.weight.detach().float(), PACKERS[quant.packer]  # [n, k]
     try:
-        packed, facts = PACKERS[quant.packer](weight, stats, quant, target.group, scale_dtype)
+        packed, facts = packer(weight, stats, quant, target.group, scale_dtype)
     except NumericError as error:
         raise NumericError(f"{target.name}: {error}") from None
     linear.swap(block, leaf, linear.to_packed(layer, packed))
     notes = "; ".join(n for n in (target.note, facts.get("note", "")) if n)
     return {
-        "name": target.name, "shape": list(target.shape), "bits": quant.bits, "group": target.group, "symmetric": quant.symmetric,
+        "name": target.name, "shape": list(target.shape), "bits": quant.bits, "group": target.group, "symmetric": None if packer.table else packed.zero is None,
         "packer": facts.get("packer", quant.packer), "error": relative_error(weight, packed, stats), "damp": facts.get("damp"),
         "seconds": round(spent + time.perf_counter() - start, 4), "note": notes,
     }  # fmt: skip
@@ -292,17 +300,25 @@ def _write_block(work: Path | None, index: int, block: nn.Module, rows: list[dic
     os.replace(temporary, path)
 
 
-def _read_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
-    """Tensors and rows of a finished block, or None; a file that cannot be read is as good as none."""
+def _block_rows(work: Path | None, index: int) -> list[dict[str, Any]] | None:
+    """Rows of a finished block, or None; a file that cannot be read is as good as none."""
     if work is None or not _block_path(work, index).exists():
         return None
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(_block_path(work, index), "pt") as file:
-            rows = json.loads(file.metadata()["rows"])
-        return load_file(_block_path(work, index)), rows
+            return json.loads(file.metadata()["rows"])
     except (SafetensorError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _read_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+    """Tensors and rows of a finished block, or None."""
+    rows = _block_rows(work, index)
+    if work is None or rows is None:
+        return None
+    try:
+        return load_file(_block_path(work, index)), rows
+    except (SafetensorError, ValueError):
         return None
 
 

@@ -9,16 +9,17 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import ModelError, RecipeError, UserError
-from compressor.export import compressed_tensors
+from compressor.export import compressed_tensors, table
 from compressor.packed import PackedWeight
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -50,6 +51,21 @@ COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
+
+
+class Format(Protocol):
+    """What a module of export/ offers that writes and reads folders of packed weights."""
+
+    NAME: str
+
+    def fits(self, packed: dict[str, PackedWeight], /) -> str | None: ...
+
+    def write(self, folder: Path, config: dict[str, Any], weights: Iterable[tuple[str, Tensor | PackedWeight]], ignore: list[str], /) -> None: ...
+
+    def read(self, folder: Path, files: list[Path], config: dict[str, Any], /) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]: ...
+
+
+FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, table.METHOD: table}  # by quant_method
 
 
 @dataclass
@@ -255,7 +271,7 @@ def load(name: str, device: str = "auto") -> Loaded:
 
 def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name: str) -> Loaded:
     """A folder of ours (or any compressed-tensors pack-quantized one of 2, 3 or 4 bits) with its linears packed, never dense."""
-    tensors, packed = compressed_tensors.read(folder, weight_files(folder), config["quantization_config"])
+    tensors, packed = read_packed(folder, config)
     model = empty_model(folder)
     for module_name, weight in packed.items():
         layer = _linear_at(model, module_name, folder)
@@ -269,6 +285,15 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
     compute = torch.float32 if device.type == "cpu" else dtype
     return Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
+
+
+def read_packed(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
+    """(dense tensors by name, packed weights by module name), read as the format that config.json names."""
+    quantization = config["quantization_config"]
+    method = str(quantization.get("quant_method"))
+    if method not in FORMATS:
+        raise ModelError(f"{folder} is quantised as {method}; compressor reads folders of {' and '.join(FORMATS)}, and dense ones")
+    return FORMATS[method].read(folder, weight_files(folder), quantization)
 
 
 def empty_model(folder: Path) -> Any:

@@ -25,7 +25,7 @@ from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
 from compressor.recipe import Recipe
-from compressor.tune import TUNERS
+from compressor.tune import TUNERS, resolved
 from compressor.tune.loop import Batches, train
 
 
@@ -42,6 +42,8 @@ class Run:
     """One run: what its stages share. Data flows through `go`, top to bottom."""
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
+        check_methods(recipe)
+        recipe = recipe.with_(tune=resolved(recipe.tune))
         self.recipe, self.output, self.show = recipe, output, show
         self.place = output.resolve()  # where the folder really is, whatever links lead there
         if not self.place.name:
@@ -53,7 +55,6 @@ class Run:
         self.config = load.read_config(self.source)
         if self.config.get("quantization_config"):
             raise ModelError(f"{self.source} is already quantised; `run` starts from a dense model")
-        check_methods(recipe)
         self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
         self.window = load.context(self.config, recipe.eval.window or self.seqlen)
         self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
@@ -178,7 +179,7 @@ class Run:
         journal.resumed |= log.resumed_from > 0
         tuner.detach(loaded.model)
         self.report.training = {
-            "method": recipe.tune.method, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(windows.ids),
+            "method": recipe.tune.method, "lr": recipe.tune.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(windows.ids),
             "curve": log.curve, "evals": [{"step": e["step"], "perplexity": e["value"]} for e in log.evals], "notes": log.notes,
         }  # fmt: skip
         self._measured("tuned", self.key_tuned, loaded, journal)
@@ -292,11 +293,24 @@ def source_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
 
 
-def check_methods(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
+    """RecipeError for a packer or tuner that does not exist."""
     if recipe.quant.packer not in PACKERS:
         raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}")
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
+
+
+def check_methods(recipe: Recipe) -> None:
+    """RecipeError for a packer or tuner that does not exist, and for a tuner of values that the packer does not make."""
+    check_names(recipe)
+    packer, tuner = recipe.quant.packer, recipe.tune.method
+    if tuner == "none" or TUNERS[tuner].table == PACKERS[packer].table:
+        return
+    made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")
+    tuners = " or ".join(name for name, kind in TUNERS.items() if kind.table == PACKERS[packer].table)
+    packers = " or ".join(name for name, kind in PACKERS.items() if kind.table == TUNERS[tuner].table)
+    raise RecipeError(f"tuner {tuner} trains {tuned}, but packer {packer} makes {made}: use --tune {tuners}, or the packer {packers}")
 
 
 def plain(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The output folder: weights in the native format, what servers need beside them, and the proof that nothing changed on the way."""
+"""The output folder: weights in the format that holds them, what servers need beside them, and the proof that nothing changed on the way."""
 
 import json
 import shutil
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from compressor import linear
 from compressor.errors import CompressorError
-from compressor.export import compressed_tensors
 from compressor.packed import PackedWeight
-from compressor.pipelines.load import COMPANIONS, Loaded, weight_files
+from compressor.pipelines.load import COMPANIONS, FORMATS, Format, Loaded, read_packed
 
 
 def round_to_folder(loaded: Loaded, packed: set[str]) -> None:
@@ -42,12 +41,10 @@ def dense_tensors(loaded: Loaded) -> dict[str, Tensor]:
 
 
 def write_folder(loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """Write the packed model as a compressed-tensors folder and prove it by reading it back; returns facts for the report."""
+    """Write the packed model as a folder of the format that holds it and prove it by reading it back; returns facts for the report."""
     folder.mkdir(parents=True, exist_ok=True)
     packed = {name: layer.packed() for name, layer in linear.packed_linears(loaded.model).items()}
-    why = compressed_tensors.fits(packed)
-    if why:
-        raise CompressorError(f"the model cannot be written as compressed-tensors: {why}")
+    native = pick_format(packed)
     dense = dense_tensors(loaded)
 
     def stream() -> Iterator[tuple[str, Tensor | PackedWeight]]:
@@ -56,22 +53,33 @@ def write_folder(loaded: Loaded, folder: Path) -> dict[str, Any]:
 
     config = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(loaded.dtype).removeprefix("torch.")
-    compressed_tensors.write(folder, config, stream(), ignore=sorted(linear.linears(loaded.model)))
+    native.write(folder, config, stream(), sorted(linear.linears(loaded.model)))
     for pattern in COMPANIONS:
         for path in loaded.folder.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     prove(folder, dense, packed)
-    return {"format": "compressed-tensors pack-quantized", "verified": True, "layers": len(packed)}
+    return {"format": native.NAME, "verified": True, "layers": len(packed)}
+
+
+def pick_format(packed: dict[str, PackedWeight]) -> Format:
+    """The format that can hold these weights; CompressorError with every format's reason if none can."""
+    reasons = []
+    for choice in FORMATS.values():
+        why = choice.fits(packed)
+        if why is None:
+            return choice
+        reasons.append(f"{choice.NAME}: {why}")
+    raise CompressorError(f"no format can hold the model; {'; '.join(reasons)}")
 
 
 def prove(folder: Path, dense: dict[str, Tensor], packed: dict[str, PackedWeight]) -> None:
     """Read the folder back and compare with the model in memory, number for number; raises CompressorError naming the first difference.
 
-    Equal codes, scales and zeros make equal weights bit for bit; dense tensors must not have changed in the conversion to the folder's dtype.
+    Equal codes, tables, scales and zeros make equal weights bit for bit; dense tensors must not have changed in the conversion to the folder's dtype.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    again_dense, again = compressed_tensors.read(folder, weight_files(folder), config["quantization_config"])
+    again_dense, again = read_packed(folder, config)
     if set(again) != set(packed) or set(again_dense) != set(dense):
         raise CompressorError(f"{folder} was written, but reading it back gives other tensor names")
     for name, weight in packed.items():
@@ -85,6 +93,6 @@ def prove(folder: Path, dense: dict[str, Tensor], packed: dict[str, PackedWeight
 
 
 def bits_per_weight(packed: dict[str, PackedWeight]) -> float:
-    """Stored bits of all packed linears (codes, scales, zeros) over their number of weights."""
+    """Stored bits of all packed linears (codes and values) over their number of weights."""
     weights = sum(w.shape[0] * w.shape[1] for w in packed.values())
     return sum(w.stored_bits() for w in packed.values()) / weights

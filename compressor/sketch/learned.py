@@ -4,17 +4,20 @@
        damped inverse of H = mean(x xT) with columns in the order of rounding.
     2. Codes: column after column, by descending diagonal of H, takes the nearest entry of its segment's table, and its error, as in GPTQ, is made
        up for by the columns behind it.
-    3. Tables given the codes, codes given the tables, in turn, each a descent on the output error (refit.py).
+    3. Tables given the codes by least squares, codes given the tables by a new sweep, SWEEPS times in turn; from each row's best pair on, codes and
+       tables move together, every move a descent on the output error (refit.py).
 
 Source: LeanQuant (Zhang and Shrivastava, 2024, arXiv 2407.10032) for 1 and 2 with one table a row; SketchTune (Zhang et al., 2024, arXiv
-2410.06364) for segments. The refit of 3 is ours; with `refit` off it ends at 2, with `start` "uniform" step 1 is an even spacing, with
-`feedback` off step 2 takes the nearest entry of the original weight.
+2410.06364) for segments. Both end at 2, as `refit` off does here; with `start` "uniform" step 1 is an even spacing, with `feedback` off codes
+are the nearest entries of the original weights and no sweep follows.
 
-A row whose output error the refit did not lower keeps what the sweep gave, so the refit never costs. Price: GPTQ's, the k-means, and ROUNDS + 1
-refits of some ten products with H each. Limits: a layer without calibration tokens, or whose H stays indefinite, gets plain k-means of its weights,
-and its report row says so.
+A row whose output error step 3 did not lower, with tables as they will be stored, keeps what step 2 gave: the refit never costs. Price: the
+k-means (kmeans.py), SWEEPS + 1 sweeps, and SWEEPS + ROUNDS refits of some 2**b products with H each; memory, beside some panels of rows, three
+k x k float32 matrices. Limits: a layer without calibration tokens, or whose H stays indefinite, gets plain k-means of its weights, and its report
+row says so.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,13 +32,15 @@ from compressor.stats import LayerStats
 
 BLOCK = 128
 PANEL = 1 << 24  # weights swept at a time
-ROUNDS = 2  # of codes and tables after the first refit
+SWEEPS = 3  # refits that a new sweep, or at last the descent, follows; measured in docs/log.md
+ROUNDS = 2  # of the descent
 
 
 def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
-    """w float32 [n, k], segments of `group` columns -> packed weight with tables in `dtype`, and its report row {"damp", "note"}.
+    """w float32 [n, k], segments of `group` columns -> packed weight with tables in `dtype`, and its report row.
 
-    Inputs that were always zero get the entry nearest to zero. Raises NumericError when w is not finite.
+    The row is {"damp", "note"}, or {"packer": "kmeans", "note"} where there is no usable H. Inputs that were always zero get weights near zero.
+    Raises NumericError when w is not finite.
     """
     require_finite(w)
     if stats is None or stats.hessian is None:
@@ -47,18 +52,12 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
     if factor is None:
         return _unseen(w, options, group, dtype, note)
     w = w.masked_fill(dead, 0)
-    hessian = damped(hessian, damp * hessian.diagonal().mean())
-    weight = torch.empty_like(factor.diagonal())
-    weight[order] = torch.softmax(-options.exponent * factor.diagonal().double().log(), 0).float()  # U[j, j]**-exponent, without overflow
+    moments = _Moments(raw, damped(hessian, damp * hessian.diagonal().mean()), factor, order, group)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     table = torch.empty(w.shape[0], -(-w.shape[1] // group), 1 << options.bits, dtype=dtype, device=w.device)
     for rows in panels(w.shape[0], w.shape[1], PANEL):
-        start = start_tables(w[rows], weight, options, group).permute(1, 2, 0).contiguous()
-        entries = start.to(dtype).float()
-        found = _sweep(w[rows], entries, factor, order, group) if options.feedback else _nearest(w[rows].T, entries, group)
-        if options.refit:
-            entries, found = _refitted(w[rows].T.contiguous(), entries, found, hessian, raw, group, dtype)
-        table[rows], codes[rows] = entries.permute(2, 0, 1).to(dtype), found.T
+        start = start_tables(w[rows], moments.sensitivity(options.exponent), options, group)
+        table[rows], codes[rows] = _pack_panel(w[rows], start.to(dtype), moments, options)
     return PackedWeight.pack(codes, Table(table), options.bits, group), {"damp": damp, "note": note}
 
 
@@ -66,11 +65,12 @@ def start_tables(w: Tensor, weight: Tensor, options: Quant, group: int) -> Tenso
     """Ascending tables [n, S, 2**bits] of w [n, k], before any code is chosen; weight [k] or [n, k]."""
     count = 1 << options.bits
     out = []
-    for start in range(0, w.shape[1], group):
-        part, importance = w[:, start : start + group], weight[..., start : start + group]
-        sizes = panels(*part.shape)
-        fitted = [kmeans.fit(part[rows], importance if importance.dim() == 1 else importance[rows], count) for rows in sizes]
-        out.append(kmeans.uniform(part, count) if options.start == "uniform" else torch.cat(fitted))
+    for part, importance in zip(w.split(group, 1), weight.split(group, -1), strict=True):
+        if options.start == "uniform":
+            out.append(kmeans.uniform(part, count))
+        else:
+            fitted = [kmeans.fit(part[rows], importance if importance.dim() == 1 else importance[rows], count) for rows in panels(*part.shape)]
+            out.append(torch.cat(fitted))
     return torch.stack(out, 1)
 
 
@@ -80,56 +80,87 @@ def blind(w: Tensor, weight: Tensor, options: Quant, group: int, dtype: torch.dt
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
     table = start_tables(w, weight, options, group).to(dtype)
     for rows in panels(n, k):
-        codes[rows] = _nearest(w[rows].T, table[rows].float().permute(1, 2, 0), group).T
+        codes[rows] = refit.nearest_codes(w[rows].T, table[rows].float().permute(1, 2, 0), group).T
     return PackedWeight.pack(codes, Table(table), options.bits, group)
 
 
 def _unseen(w: Tensor, options: Quant, group: int, dtype: torch.dtype, why: str) -> tuple[PackedWeight, dict[str, Any]]:
-    return blind(w, torch.ones(w.shape[1], device=w.device), options, group, dtype), {"packer": "kmeans", "note": f"{why}; plain k-means"}
+    packed = blind(w, torch.ones(w.shape[1], device=w.device), options, group, dtype)
+    return packed, {"packer": "kmeans", "note": f"{why}; plain k-means"}
 
 
-def _nearest(w: Tensor, table: Tensor, group: int) -> Tensor:
-    """Codes uint8 [k, n] of w [k, n] among ascending tables [S, K, n]."""
-    borders = refit.borders_of(table)
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    for j in range(len(w)):
-        codes[j] = refit.nearest(w[j], borders[j // group])[0]
-    return codes
+@dataclass(frozen=True)
+class _Moments:
+    """What step 2 and 3 know of the inputs: H [k, k] as seen and damped, U [k, k] in the order of rounding, that order [k], the segment length."""
+
+    raw: Tensor
+    hessian: Tensor
+    factor: Tensor
+    order: Tensor
+    group: int
+
+    def sensitivity(self, exponent: float) -> Tensor:
+        """U[j, j]**-exponent per column, scaled to a sum of 1 without overflow; float32 [k]."""
+        out = torch.empty_like(self.factor.diagonal())
+        out[self.order] = torch.softmax(-exponent * self.factor.diagonal().double().log(), 0).float()
+        return out
+
+    def error(self, w: Tensor, table: Tensor, codes: Tensor) -> Tensor:
+        """The output error of each row as seen, [n]; w [k, n]."""
+        e = w - refit.spread(table, codes, self.group)
+        return ((self.raw @ e) * e).sum(0)
+
+    def sweep(self, w: Tensor, table: Tensor) -> Tensor:
+        """Codes uint8 [k, n] of w [k, n] with ascending tables [S, K, n]; what a column loses, the columns behind it make up for."""
+        rest = w[self.order]  # the columns in the order of rounding, each less the errors before it
+        borders, columns = refit.borders_of(table), self.order.tolist()
+        codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
+        for start in range(0, len(columns), BLOCK):
+            stop = min(start + BLOCK, len(columns))
+            block, local = rest[start:stop], self.factor[start:stop, start:stop]  # block turns into errors row by row
+            for i, j in enumerate(columns[start:stop]):
+                code = refit.nearest(block[i], borders[j // self.group])
+                codes[j] = code[0]
+                block[i] -= table[j // self.group].gather(0, code)[0]
+                block[i] /= local[i, i]
+                block[i + 1 :].addr_(local[i, i + 1 :], block[i], alpha=-1)
+            rest[stop:].addmm_(self.factor[start:stop, stop:].T, block, alpha=-1)
+        return codes
+
+    def pull(self, w: Tensor, table: Tensor, codes: Tensor) -> Tensor:
+        """H (w - P t), damped, [k, n]."""
+        return self.hessian @ (w - refit.spread(table, codes, self.group))
+
+    def refit(self, table: Tensor, codes: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+        """Ascending tables of least error for the codes, and the codes in their order; `pull` follows in place."""
+        return refit.sort_tables(refit.refit_tables(table, codes, pull, self.hessian, self.group), codes, self.group)
 
 
-def _sweep(w: Tensor, table: Tensor, factor: Tensor, order: Tensor, group: int) -> Tensor:
-    """Codes uint8 [k, n] of w [n, k] with ascending tables [S, K, n]; what a column loses, the columns behind it make up for."""
-    rest = w.T[order].contiguous()  # [k, n], the columns in the order of rounding, each less the errors before it
-    borders, columns = refit.borders_of(table), order.tolist()
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    for start in range(0, len(columns), BLOCK):
-        stop = min(start + BLOCK, len(columns))
-        block, local = rest[start:stop], factor[start:stop, start:stop]  # block turns into errors row by row
-        for i, j in enumerate(columns[start:stop]):
-            code = refit.nearest(block[i], borders[j // group])
-            codes[j] = code[0]
-            block[i] -= table[j // group].gather(0, code)[0]
-            block[i] /= local[i, i]
-            block[i + 1 :].addr_(local[i, i + 1 :], block[i], alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
-    return codes
+def _pack_panel(w: Tensor, start: Tensor, moments: _Moments, options: Quant) -> tuple[Tensor, Tensor]:
+    """w [n, k], tables [n, S, K] in the stored dtype -> better tables, and codes uint8 [n, k]; inside, a column is contiguous."""
+    w, table = w.T.contiguous(), start.permute(1, 2, 0).float().contiguous()
+    codes = moments.sweep(w, table) if options.feedback else refit.nearest_codes(w, table, moments.group)
+    if options.refit:
+        new, found = _refined(w, table, codes, moments, SWEEPS if options.feedback else 1)
+        new = new.to(start.dtype).float()
+        better = moments.error(w, new, found) < moments.error(w, table, codes)  # false for what is not finite
+        table, codes = torch.where(better, new, table), torch.where(better, found, codes)
+    return table.permute(2, 0, 1).to(start.dtype), codes.T
 
 
-def _refitted(w: Tensor, table: Tensor, codes: Tensor, hessian: Tensor, raw: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Better tables [S, K, n], as stored in `dtype`, and codes [k, n] for w [k, n]; rows that the raw H finds worse stay as they were."""
-    new, found = table, codes.clone()
-    pull = hessian @ (w - refit.spread(table, codes, group))
-    for last in [False] * ROUNDS + [True]:
-        new = refit.refit_tables(new, found, pull, hessian, group)
-        new, found = refit.sort_tables(new, found, group)
-        if not last:
-            refit.move_codes(new, found, pull, hessian, group)
-    new = new.to(dtype).float()
-    better = _error(w, new, found, raw, group) < _error(w, table, codes, raw, group)
-    return torch.where(better, new, table), torch.where(better, found, codes)
-
-
-def _error(w: Tensor, table: Tensor, codes: Tensor, raw: Tensor, group: int) -> Tensor:
-    """e H eT of each row, [n]."""
-    e = w - refit.spread(table, codes, group)
-    return ((raw @ e) * e).sum(0)
+def _refined(w: Tensor, table: Tensor, codes: Tensor, moments: _Moments, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Better tables [S, K, n] and codes [k, n] for w [k, n] under the damped H: step 3."""
+    best, least = (table, codes), torch.full((w.shape[1],), torch.inf, device=w.device)
+    for left in reversed(range(sweeps)):
+        pull = moments.pull(w, table, codes)
+        table, codes = moments.refit(table, codes, pull)
+        error = ((w - refit.spread(table, codes, moments.group)) * pull).sum(0)
+        best = (torch.where(error < least, table, best[0]), torch.where(error < least, codes, best[1]))
+        least = torch.minimum(error, least)
+        codes = moments.sweep(w, table) if left else codes
+    table, codes = best
+    pull = moments.pull(w, table, codes)
+    for _ in range(ROUNDS):
+        refit.move_codes(table, codes, pull, moments.hessian, moments.group)
+        table, codes = moments.refit(table, codes, pull)
+    return table, codes

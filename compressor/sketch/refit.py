@@ -73,6 +73,15 @@ def borders_of(table: Tensor) -> Tensor:
     return (table[:, 1:] + table[:, :-1]) / 2
 
 
+def nearest_codes(w: Tensor, table: Tensor, group: int) -> Tensor:
+    """Codes uint8 [k, n] of w [k, n] among ascending tables [S, K, n]."""
+    borders = borders_of(table)
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    for j in range(len(w)):
+        codes[j] = nearest(w[j], borders[j // group])[0]
+    return codes
+
+
 def move_codes(table: Tensor, codes: Tensor, pull: Tensor, hessian: Tensor, group: int) -> None:
     """In place, codes and pull: every column to the codes that are best given all others; tables ascending."""
     borders = borders_of(table)

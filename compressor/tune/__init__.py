@@ -5,13 +5,16 @@ one loop that trains them all is `compressor.tune.loop.train`. The parameters di
 to users; `compressor.tune.dense.Dense` is a control for benchmarks.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
 
 from compressor import recipe
+from compressor.errors import RecipeError
 from compressor.tune.peqa import Peqa
+from compressor.tune.table import TableTuner
 
 
 class Tuner(Protocol):
@@ -22,4 +25,28 @@ class Tuner(Protocol):
         """Write the trained values back as they are stored; the outputs of the model do not change."""
 
 
-TUNERS: dict[str, Callable[[recipe.Tune], Tuner]] = {"peqa": Peqa}
+class Offered(Protocol):
+    """A class of tuners that users choose by name: `rates` is its default learning rate by parametrisation, `table` whether it wants sketches."""
+
+    @property
+    def rates(self) -> Mapping[str, float]: ...
+
+    @property
+    def table(self) -> bool: ...
+
+    def __call__(self, options: recipe.Tune) -> Tuner: ...
+
+
+TUNERS: dict[str, Offered] = {"peqa": Peqa, "table": TableTuner}
+
+
+def resolved(options: recipe.Tune) -> recipe.Tune:
+    """The options with a learning rate: the given one, else the default of the tuner in that parametrisation; method none stays as it is.
+
+    RecipeError for a method without a default.
+    """
+    if options.lr is not None or options.method == "none":
+        return options
+    if options.method not in TUNERS:
+        raise RecipeError(f"tuner {options.method!r} has no learning rate of its own: give one")
+    return replace(options, lr=TUNERS[options.method].rates[options.parametrization])

@@ -77,7 +77,7 @@ def train(
     DataError for windows that cannot be learnt from, ModelError for parameters that cannot be trained, NumericError after three non-finite
     steps or evaluations in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
     """
-    batches = Batches(ids, labels, options, seed)
+    batches, peak = Batches(ids, labels, options, seed), _peak(options)
     state, log = _State(parameters, options.weight_decay), TrainLog(batches.steps, notes=batches.notes)
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
@@ -93,7 +93,7 @@ def train(
                 state.keep()
                 if path is not None and step > log.resumed_from and step % options.checkpoint_every == 0:
                     _save(path, fingerprint, state, log, step)
-                lr = options.lr * rate(step, batches.steps, options) * state.multiplier
+                lr = peak * rate(step, batches.steps, options) * state.multiplier
                 norm = state.update(lr, options.clip)
                 record = {"step": step + 1, "loss": value, "lr": lr, "grad_norm": norm, "tokens": batches.tokens(step)}
                 fault = _unproven(model, loss, batches, step, state) if last else None
@@ -114,6 +114,12 @@ def train(
         state.keep()
         _save(path, fingerprint, state, log, batches.steps)
     return log
+
+
+def _peak(options: Tune) -> float:
+    if options.lr is None:
+        raise RecipeError("the options of the training loop name no learning rate: give one, or the tuner's own with compressor.tune.resolved")
+    return options.lr
 
 
 def rate(step: int, total: int, options: Tune) -> float:

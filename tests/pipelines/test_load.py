@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.errors import ModelError, UserError
-from compressor.linear import linears, packed_linears
+from compressor.errors import CompressorError, ModelError, UserError
+from compressor.linear import linears, packed_linears, swap, to_packed
+from compressor.packed import PackedWeight, Table
 from compressor.pipelines import compress, load, write
 from compressor.recipe import Quant
 
@@ -27,6 +28,28 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     write.write_folder(loaded, folder)
     return folder
+
+
+def put_tables(loaded: load.Loaded, names: list[str]) -> None:
+    """Swap linears of blocks for packed ones with random codes and tables near the weights they replace."""
+    torch.manual_seed(0)
+    for name in names:
+        layer = loaded.model.get_submodule(name)
+        n, k = layer.weight.shape
+        values = Table((layer.weight.detach().std() * torch.randn(n, -(-k // 96), 8)).half())
+        weight = PackedWeight.pack(torch.randint(0, 8, (n, k), dtype=torch.uint8), values, 3, 96)
+        swap(loaded.model, name, to_packed(layer, weight))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+    """A folder of tables, and the model that was written."""
+    loaded = load.load("tiny", "cpu")
+    write.round_to_folder(loaded, set(linears(loaded.model)))
+    put_tables(loaded, [name for name in linears(loaded.model) if name != "lm_head"])
+    folder = tmp_path_factory.mktemp("tables")
+    assert write.write_folder(loaded, folder) == {"format": "compressor table", "verified": True, "layers": 28}
+    return folder, loaded.model
 
 
 def test_tiny_is_what_its_card_says() -> None:
@@ -123,6 +146,57 @@ def test_packed_folder_with_a_missing_or_foreign_tensor(packed: Path, tmp_path: 
     save_file(tensors | {"model.norm.weight": gone, "model.extra": gone.clone()}, folder / "model.safetensors")
     with pytest.raises(ModelError, match="model.extra"):
         load.load(str(folder), "cpu")
+
+
+def test_table_folder_loads_packed_and_computes_the_same(tables: tuple[Path, torch.nn.Module]) -> None:
+    folder, model = tables
+    loaded = load.load(str(folder), "cpu")
+    layers = packed_linears(loaded.model)
+    assert len(layers) == 7 * 4
+    assert all(layer.table and layer.learned.dtype == torch.float16 for layer in layers.values())
+    ids = torch.arange(64).view(2, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quant_method": "gptq"}, "quantised as gptq; compressor reads folders of compressed-tensors and compressor"),
+        ({"quant_method": ["x"]}, r"quantised as \['x'\]"),
+        ({"quant_method": None}, "quantised as None"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors/table"),
+        ({"version": 9}, "version 9"),
+    ],
+)
+def test_unknown_formats_and_versions(tables: tuple[Path, torch.nn.Module], tmp_path: Path, change: dict, words: str) -> None:
+    folder = Path(shutil.copytree(tables[0], tmp_path / "x"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=words):
+        load.load(str(folder), "cpu")
+
+
+def test_table_of_another_shape_than_the_layer(tables: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tables[0], tmp_path / "x"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_shape"][1] -= 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"up_proj has shape \(384, 127\), the model wants \(384, 128\)"):
+        load.load(str(folder), "cpu")
+
+
+def test_a_model_of_scales_and_tables_fits_no_format(tmp_path: Path) -> None:
+    loaded = load.load("tiny", "cpu")
+    compress.compress(loaded.model, Quant(packer="rtn"), torch.float16, None)
+    dense = load.load("tiny", "cpu")
+    name = "model.layers.0.mlp.up_proj"
+    put_tables(dense, [name])
+    swap(loaded.model, name, dense.model.get_submodule(name))
+    with pytest.raises(CompressorError, match=r"1 of its 28 packed layers hold tables.*27 of its 28 packed layers hold scales"):
+        write.write_folder(loaded, tmp_path / "x")
+    assert not list((tmp_path / "x").glob("*"))
 
 
 def test_dtypes_of_the_output_folder() -> None:

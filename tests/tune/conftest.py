@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.linear import PackedLinear, find_blocks, linears, swap, to_packed
-from compressor.packed import Affine, PackedWeight
+from compressor.packed import Affine, PackedWeight, Table
 from compressor.recipe import Tune
 
 VOCAB = 64
@@ -37,6 +37,17 @@ def round_to_nearest(weight: Tensor, bits: int, group: int, symmetric: bool, dty
     return PackedWeight.pack(codes.view(n, k), Affine(scale, zero), bits)
 
 
+def sketch(weight: Tensor, bits: int, group: int, dtype: torch.dtype) -> PackedWeight:
+    """weight [n, k]; each segment's table is its evenly spaced quantiles, each code the nearest entry. The last segment may be shorter."""
+    levels = (torch.arange(1 << bits) + 0.5) / (1 << bits)
+    tables, codes = [], []
+    for part in weight.detach().float().split(weight.shape[1] if group == -1 else group, 1):
+        table = part.quantile(levels, 1).T.contiguous().to(dtype)
+        codes.append((part.unsqueeze(-1) - table.float().unsqueeze(1)).abs().argmin(-1).to(torch.uint8))
+        tables.append(table)
+    return PackedWeight.pack(torch.cat(codes, 1), Table(torch.stack(tables, 1)), bits, None if group == -1 else group)
+
+
 @pytest.fixture
 def packed_llama() -> Callable[..., nn.Module]:
     """Maker of models; the same arguments give the same model."""
@@ -46,6 +57,20 @@ def packed_llama() -> Callable[..., nn.Module]:
         _, blocks = find_blocks(model)
         for name, layer in linears(blocks).items():
             swap(blocks, name, to_packed(layer, round_to_nearest(layer.weight, bits, group, symmetric, dtype)))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def sketched_llama() -> Callable[..., nn.Module]:
+    """Maker of models with tables; segments of 40 of the 64 or 96 columns by default, so the last one of a row is shorter."""
+
+    def make(bits: int = 3, group: int = 40, dtype: torch.dtype = torch.float16, **config: float) -> nn.Module:
+        model = dense_llama(**config)
+        _, blocks = find_blocks(model)
+        for name, layer in linears(blocks).items():
+            swap(blocks, name, to_packed(layer, sketch(layer.weight, bits, group, dtype)))
         return model
 
     return make
@@ -63,6 +88,16 @@ def packed_layer() -> Callable[..., PackedLinear]:
     def make(bits: int = 3, group: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.float16, n: int = 37, k: int = 96) -> PackedLinear:
         weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
         return PackedLinear(round_to_nearest(weight, bits, group, symmetric, dtype))
+
+    return make
+
+
+@pytest.fixture
+def sketched_layer() -> Callable[..., PackedLinear]:
+    """Maker of one PackedLinear with tables, of odd shape: 37 x 96 by default."""
+
+    def make(bits: int = 3, group: int = 40, dtype: torch.dtype = torch.float16, n: int = 37, k: int = 96) -> PackedLinear:
+        return PackedLinear(sketch(torch.randn(n, k, generator=torch.Generator().manual_seed(1)), bits, group, dtype))
 
     return make
 

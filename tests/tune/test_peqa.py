@@ -8,6 +8,7 @@ from compressor.tune import TUNERS
 from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 from compressor.tune.peqa import Peqa, ScaleTuning
+from compressor.tune.table import TableTuner
 
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -215,4 +216,11 @@ def test_dense_control_needs_dense_linears(packed_llama, options):
 
 
 def test_the_control_is_not_offered():
-    assert {"peqa": Peqa} == TUNERS
+    assert {"peqa": Peqa, "table": TableTuner} == TUNERS
+
+
+def test_tables_are_refused(sketched_llama, options):
+    model = sketched_llama()
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.self_attn\.q_proj holds tables.*--tune table"):
+        Peqa(options()).attach(model)
+    assert all(layer.tuned is None for layer in packed_linears(model).values())
