@@ -31,7 +31,7 @@ class Quant:
     act_order: bool = True  # GPTQ: columns by descending diagonal of H, with groups kept static
     gpr: int | None = None  # groups, or tables, per row; None: what `group` says, and one table a row
     start: str = "kmeans"  # sketches, before codes are chosen: kmeans | uniform, evenly spaced from the least to the largest weight
-    exponent: float = 4.0  # sketches: k-means weighs column j by U[j, j]**-exponent, U the Cholesky factor of the inverse of H; 0: all alike
+    exponent: float = 2.0  # sketches: k-means weighs column j by U[j, j]**-exponent, U the Cholesky factor of the inverse of H; 0: all alike
     feedback: bool = True  # sketches: codes by a sweep with error feedback; else each weight takes its nearest entry
     refit: bool = True  # sketches: tables by least squares under H given the codes, and codes given the tables
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
@@ -118,12 +118,14 @@ class Recipe:
 
 
 def parse_quant(text: str) -> dict[str, Any]:
-    """ "3bit", "3bit:rtn", "w3g64" or "W3A16" -> keys of Quant."""
+    """ "3bit", "3bit:rtn", "sketch3", "w3g64" or "W3A16" -> keys of Quant."""
     if m := re.fullmatch(r"(\d+)[-_]?bits?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"packer": m[2].lower()} if m[2] else {})
     if m := re.fullmatch(r"w(\d+)(?:a16)?(?:g(-?\d+))?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"group": int(m[2])} if m[2] else {}) | ({"packer": m[3].lower()} if m[3] else {})
-    raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, w3g64 or W3A16")
+    if m := re.fullmatch(r"sketch[-_:]?(\d+)(?:[-_]?bits?)?", text, re.IGNORECASE):
+        return {"bits": int(m[1]), "packer": "sketch"}
+    raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, sketch3, w3g64 or W3A16")
 
 
 def _build(cls: type, values: Any, where: str) -> Any:

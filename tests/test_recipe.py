@@ -49,6 +49,9 @@ def test_digest_follows_only_what_a_stage_depends_on() -> None:
         ("2bit:RTN", {"bits": 2, "packer": "rtn"}),
         ("4-bit", {"bits": 4}),
         ("w3g64", {"bits": 3, "group": 64}),
+        ("sketch3", {"bits": 3, "packer": "sketch"}),
+        ("Sketch-2bit", {"bits": 2, "packer": "sketch"}),
+        ("4bit:squeezellm", {"bits": 4, "packer": "squeezellm"}),
         ("W3A16", {"bits": 3}),
         ("w2g-1:gptq", {"bits": 2, "group": -1, "packer": "gptq"}),
     ],
@@ -57,7 +60,7 @@ def test_quant_grammar(text: str, values: dict) -> None:
     assert parse_quant(text) == values
 
 
-@pytest.mark.parametrize("text", ["", "three", "3", "3bit:", "w3g", "int4"])
+@pytest.mark.parametrize("text", ["", "three", "3", "3bit:", "w3g", "int4", "sketch", "3sketch"])
 def test_quant_grammar_refuses(text: str) -> None:
     with pytest.raises(RecipeError, match="not understood"):
         parse_quant(text)

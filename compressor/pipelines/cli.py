@@ -60,13 +60,20 @@ def emit(document: dict[str, Any]) -> None:
 @app.command()
 def run(
     model: Annotated[str, typer.Argument(help="tiny, a model folder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
-    quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, w3g64 …")] = None,
+    quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
     tune: Annotated[Text, typer.Option(help="tuner: peqa (of scales), table (of sketches), or none")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", "--output_dir", help="output folder")] = None,
     data: Annotated[Text, typer.Option("--data", "--dataset", help="tuning text: file, hub dataset or builtin; default: Python's own manual")] = None,
     outside: Annotated[Text, typer.Option(help="text from outside the tuning domain, for measuring only")] = None,
     calib: Annotated[Text, typer.Option(help="calibration text; default: the training part of --data")] = None,
     group: Annotated[Count, typer.Option("--group", "--group-size", "--group_size", help="weights that share a scale; -1: a whole row")] = None,
+    gpr: Annotated[Count, typer.Option("--gpr", help="tables (or groups) per row; tables: 1 unless given")] = None,
+    start: Annotated[Text, typer.Option(help="sketches: tables start as kmeans, or uniform")] = None,
+    exponent: Annotated[Number, typer.Option(help="sketches: how much k-means heeds sensitive columns; 0: not at all")] = None,
+    feedback: Annotated[
+        bool | None, typer.Option("--feedback/--no-feedback", help="sketches: later columns make up for errors of earlier ones")
+    ] = None,
+    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="sketches: least-squares tables for the codes chosen")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="symmetric or asymmetric grids")] = None,
     scale_dtype: Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, bfloat16 or float32")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="regular expression of layers to leave dense (may be repeated)")] = None,
@@ -92,7 +99,8 @@ def run(
     """Compress a model, tune it in packed form, measure it, and write a folder that servers load."""
     recipe = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
     flags = {
-        "tune__method": tune, "data__data": data, "data__outside": outside, "data__calib": calib, "quant__group": group, "quant__symmetric": sym,
+        "tune__method": tune, "data__data": data, "data__outside": outside, "data__calib": calib, "quant__group": group, "quant__gpr": gpr,
+        "quant__start": start, "quant__exponent": exponent, "quant__feedback": feedback, "quant__refit": refit, "quant__symmetric": sym,
         "quant__scale_dtype": scale_dtype, "quant__ignore": tuple(ignore) if ignore else None, "quant__damp": damp, "data__nsamples": nsamples,
         "data__seqlen": seqlen, "tune__steps": steps, "tune__epochs": epochs, "tune__lr": lr, "tune__batch": batch, "tune__accumulate": accumulate,
         "tune__schedule": schedule, "tune__parametrization": None if absolute is None else ("absolute" if absolute else "relative"),
@@ -204,3 +212,53 @@ def doctor() -> None:
     document, table = diagnose()
     console.print(table)
     emit(document)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a packed model folder")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors (tables are projected onto even grids), bf16 or float16 (dense)")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; new or empty")],
+    bits: Annotated[Count, typer.Option(help="projection: bits of a weight; default: those of each layer")] = None,
+    group: Annotated[Count, typer.Option("--group", "--group-size", help="projection: weights that share a scale; default 128; -1: a row")] = None,
+    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="projection: symmetric (default) or asymmetric grids")] = None,
+    data: Annotated[str, typer.Option("--data", "--dataset", help="projection: text to measure its loss on")] = "python",
+    window: Annotated[Count, typer.Option(help="tokens of a window; default: what the model was made for, at most 2048")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="stop measuring after this many tokens; 0: the whole text")] = 0,
+    max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share, such as 0.05")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Write a packed folder for servers that know no tables, and say what is lost by it."""
+    quiet()
+    from compressor.pipelines import export as exporting
+    from compressor.pipelines.show import RichShow
+
+    target = exporting.Target(to, bits, group, sym, data, window, max_tokens, max_loss, device)
+    document, table = exporting.export(model, output, target, RichShow(console))
+    console.print(table)
+    emit(document)
+
+
+@app.command()
+def task(
+    model: Annotated[str, typer.Argument(help="a packed model folder")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="safetensors file to write")],
+) -> None:
+    """Take what a tuning moved, scales or tables, out of a packed folder, as one small file."""
+    quiet()
+    from compressor.pipelines.export import extract
+
+    emit(extract(model, output))
+
+
+@app.command()
+def apply(
+    base: Annotated[str, typer.Argument(help="a packed model folder: the untuned one, or any tuned from it")],
+    file: Annotated[Path, typer.Argument(help="a file that `compressor task` wrote")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; new or empty")],
+) -> None:
+    """Write a packed folder with the scales or tables of a task file in place of its own."""
+    quiet()
+    from compressor.pipelines.export import apply as apply_task
+
+    emit(apply_task(base, file, output))

@@ -277,7 +277,8 @@ def _pack_layer(
     linear.swap(block, leaf, linear.to_packed(layer, packed))
     notes = "; ".join(n for n in (target.note, facts.get("note", "")) if n)
     return {
-        "name": target.name, "shape": list(target.shape), "bits": quant.bits, "group": target.group, "symmetric": None if packer.table else packed.zero is None,
+        "name": target.name, "shape": list(target.shape), "bits": quant.bits, "group": target.group,
+        "symmetric": None if packer.table else packed.zero is None,
         "packer": facts.get("packer", quant.packer), "error": relative_error(weight, packed, stats), "damp": facts.get("damp"),
         "seconds": round(spent + time.perf_counter() - start, 4), "note": notes,
     }  # fmt: skip

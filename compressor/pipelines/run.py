@@ -33,7 +33,8 @@ def default_output(recipe: Recipe) -> Path:
     """model-w3g128-gptq-peqa in the current folder."""
     name = source_name(recipe.model).rpartition("/")[2].lower()
     quant = recipe.quant
-    group = "channel" if quant.group == -1 else f"g{quant.group}"
+    table = quant.packer in PACKERS and PACKERS[quant.packer].table
+    group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
     tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
     return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}")
 

@@ -1,10 +1,10 @@
 """Weighted k-means in one dimension, for all rows at once: the values that stand for a row of weights with the least weighted squared error.
 
 In one dimension a cluster is a stretch of the sorted row, its error a difference of prefix sums, and the best clusters follow by dynamic
-programming: error(c, j) = min over i of error(c - 1, i) + cost(i, j). That is exact up to BUCKETS weights a row. Longer rows are first cut into BUCKETS
-stretches, narrow where sensitive weights lie dense (the density (weight * density)**(1/3) of an optimal quantiser: Panter and Dite, 1951),
-then Lloyd's iteration on the whole row settles the borders, each a binary search. There are no random starts, and no cluster stays empty while
-a row has enough different weights.
+programming: error(c, j) = min over i of error(c - 1, i) + cost(i, j). That is exact up to BUCKETS weights a row. Longer rows are first cut into
+BUCKETS stretches, narrow where sensitive weights lie dense (the density (weight * density)**(1/3) of an optimal quantiser: Panter and Dite,
+1951), then Lloyd's iteration on the whole row settles the borders, each a binary search. There are no random starts, and no cluster stays
+empty while a row has enough different weights.
 
 Price: a sort, BUCKETS**2 k steps a row, and k log(L) per row and iteration; about 70 bytes a weight of the panel. All in float64.
 """

@@ -1,7 +1,8 @@
 """The learned sketch: per row segment a table of 2**bits values, and a code per weight, chosen on the inputs that the layer sees.
 
-    1. Tables: weighted k-means of each row segment (kmeans.py). Column j weighs U[j, j]**-p, p = 4 by default, U the upper Cholesky factor of the
+    1. Tables: weighted k-means of each row segment (kmeans.py). Column j weighs U[j, j]**-p, p = 2 by default, U the upper Cholesky factor of the
        damped inverse of H = mean(x xT) with columns in the order of rounding.
+       LeanQuant's p is 4; 2, the weight of the loss in optimal brain surgery, came out level or better (docs/log.md).
     2. Codes: column after column, by descending diagonal of H, takes the nearest entry of its segment's table, and its error, as in GPTQ, is made
        up for by the columns behind it.
     3. Tables given the codes by least squares, codes given the tables by a new sweep, SWEEPS times in turn; from each row's best pair on, codes and
@@ -32,7 +33,7 @@ from compressor.stats import LayerStats
 
 BLOCK = 128
 PANEL = 1 << 24  # weights swept at a time
-SWEEPS = 3  # refits that a new sweep, or at last the descent, follows; measured in docs/log.md
+SWEEPS = 5  # refits that a new sweep, or at last the descent, follows; measured in docs/log.md
 ROUNDS = 2  # of the descent
 
 
@@ -57,7 +58,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
     table = torch.empty(w.shape[0], -(-w.shape[1] // group), 1 << options.bits, dtype=dtype, device=w.device)
     for rows in panels(w.shape[0], w.shape[1], PANEL):
         start = start_tables(w[rows], moments.sensitivity(options.exponent), options, group)
-        table[rows], codes[rows] = _pack_panel(w[rows], start.to(dtype), moments, options)
+        table[rows], codes[rows] = _pack_panel(w[rows], storable(start, dtype), moments, options)
     return PackedWeight.pack(codes, Table(table), options.bits, group), {"damp": damp, "note": note}
 
 
@@ -78,10 +79,16 @@ def blind(w: Tensor, weight: Tensor, options: Quant, group: int, dtype: torch.dt
     """k-means of every segment of w [n, k] and the nearest entry for each weight, without a thought of the outputs; weight [k] or [n, k]."""
     n, k = w.shape
     codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-    table = start_tables(w, weight, options, group).to(dtype)
+    table = storable(start_tables(w, weight, options, group), dtype)
     for rows in panels(n, k):
         codes[rows] = refit.nearest_codes(w[rows].T, table[rows].float().permute(1, 2, 0), group).T
     return PackedWeight.pack(codes, Table(table), options.bits, group)
+
+
+def storable(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest finite entries in `dtype`."""
+    limit = torch.finfo(dtype).max
+    return table.clamp(-limit, limit).to(dtype)
 
 
 def _unseen(w: Tensor, options: Quant, group: int, dtype: torch.dtype, why: str) -> tuple[PackedWeight, dict[str, Any]]:
@@ -142,7 +149,7 @@ def _pack_panel(w: Tensor, start: Tensor, moments: _Moments, options: Quant) -> 
     codes = moments.sweep(w, table) if options.feedback else refit.nearest_codes(w, table, moments.group)
     if options.refit:
         new, found = _refined(w, table, codes, moments, SWEEPS if options.feedback else 1)
-        new = new.to(start.dtype).float()
+        new = storable(new, start.dtype).float()
         better = moments.error(w, new, found) < moments.error(w, table, codes)  # false for what is not finite
         table, codes = torch.where(better, new, table), torch.where(better, found, codes)
     return table.permute(2, 0, 1).to(start.dtype), codes.T
