@@ -18,13 +18,18 @@ from compressor.errors import ModelError
 from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
 from compressor.pipelines.packers import PACKERS
-from compressor.recipe import Recipe
+from compressor.recipe import Quant, Recipe
+from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
 
 EFFICIENCY = 0.25
 BASE = 380 << 20  # bytes of the interpreter and its libraries
 COMPILER = 200 << 20  # bytes of numba, LLVM and the kernels they make, on a CPU
 DECODE = {True: 1e-10, False: 15e-9}  # seconds a weight and token of a sample text on a CPU: with the compiled kernels, without
+GRID = 1.6e-7  # seconds a weight of the clipping search on one core
+KMEANS, SORT = 5e-9, 4e-7  # seconds of k-means on one core: per pair of buckets and entry of a table; per weight
+SKETCHING = 60  # bytes a weight of a panel while it is sketched
+TUNING = 32  # bytes a scale or table entry while it is tuned
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -54,10 +59,10 @@ def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     todo = compress.plan(model, recipe.quant)
     packed = todo.packed()
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
-    scales = sum(t.shape[0] * t.shape[1] // t.group for t in packed)
-    scale_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
-    zero_bits = 0 if recipe.quant.symmetric else scales * recipe.quant.bits
-    packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + scales * scale_bytes
+    values = sum(_values(t, recipe.quant) for t in packed)
+    value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
+    zero_bits = 0 if recipe.quant.symmetric or PACKERS[recipe.quant.packer].table else values * recipe.quant.bits
+    packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + values * value_bytes
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
@@ -66,14 +71,20 @@ def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
         "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": load.model_bytes(source) / folder_bytes,
-        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes),
+        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, values),
         "seconds": _seconds(recipe, packed, device, counts, parameters),
         "notes": [t.note for t in packed if t.note],
     }  # fmt: skip
 
 
+def _values(target: compress.Target, quant: Quant) -> int:
+    """Scales or table entries of a layer."""
+    n, k = target.shape
+    return n * -(-k // target.group) * (1 << quant.bits if PACKERS[quant.packer].table else 1)
+
+
 def _memory(
-    recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, weights: int, packed_bytes: int
+    recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, weights: int, packed_bytes: int, values: int
 ) -> dict[str, int]:
     """Peak bytes by stage; evaluation happens within tuning too."""
     config: Any = model.config
@@ -87,10 +98,13 @@ def _memory(
     if PACKERS[recipe.quant.packer].needs:
         widest = max(m.in_features for m in linear.linears(model).values())
         out["compress"] += counts.calibration * hidden * size + 4 * widest * widest * 4
+    if PACKERS[recipe.quant.packer].table:
+        largest = max(m.in_features * m.out_features for m in linear.linears(model).values())
+        out["compress"] += SKETCHING * min(learned.PANEL, largest) + (weights * 4 if PACKERS[recipe.quant.packer].fisher else 0)
     if recipe.tune.method != "none":
         kept = hidden if recipe.tune.gradient_checkpointing else 12 * hidden + 4 * inner  # numbers a token and block
         steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
-        out["tune"] = small + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
+        out["tune"] = small + TUNING * values + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out
 
 
@@ -101,16 +115,33 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     if device.type == "cpu" and evaluate.samples_pay(device, weights):
         times = (1 if recipe.tune.method == "none" else 2) * evaluate.SAMPLES * evaluate.SAMPLE_TOKENS
         out["evaluate"] += times * weights * DECODE[cpu.available()]
-    grid = 160 * weights / 1e9  # the clipping search: measured, about 1.6 s for 10 M weights on one core
-    if PACKERS[recipe.quant.packer].needs:
+    packer = PACKERS[recipe.quant.packer]
+    out["compress"] = sum(_start_seconds(t, recipe.quant) for t in packed)
+    if packer.needs:
         hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2
-        solve = sum(3 * t.shape[1] ** 3 + 2 * t.shape[0] * t.shape[1] ** 2 for t in packed)
-        out["compress"] = grid + (2 * weights * counts.calibration * PASSES + hessian + solve) / speed
-    else:
-        out["compress"] = grid
+        solve = sum(3 * t.shape[1] ** 3 + 2 * _products(recipe.quant) * t.shape[0] * t.shape[1] ** 2 for t in packed)
+        backward = 4 * parameters * counts.calibration if packer.fisher else 0
+        out["compress"] += (2 * weights * counts.calibration * PASSES + hessian + solve + backward) / speed
     if recipe.tune.method != "none":
         out["tune"] = (6 * weights + 4 * (parameters - weights)) * counts.tuning / speed
     return {key: round(value, 1) for key, value in out.items()}
+
+
+def _start_seconds(target: compress.Target, quant: Quant) -> float:
+    """Of the search for a layer's grids, or of the k-means of its rows."""
+    n, k = target.shape
+    if not PACKERS[quant.packer].table:
+        return GRID * n * k
+    segments = -(-k // target.group)
+    return 0.0 if quant.start == "uniform" else n * (KMEANS * segments * min(target.group, kmeans.BUCKETS) ** 2 * (1 << quant.bits) + SORT * k)
+
+
+def _products(quant: Quant) -> int:
+    """Products of the weight's shape with H that a packer makes, in units of one sweep."""
+    if quant.packer != "sketch" or not quant.refit:
+        return 1
+    sweeps = learned.SWEEPS if quant.feedback else 1
+    return sweeps * 3 + (sweeps + learned.ROUNDS) * (1 << quant.bits) + learned.ROUNDS
 
 
 def matmul_speed(device: torch.device) -> float:

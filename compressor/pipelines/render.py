@@ -56,16 +56,24 @@ pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px;
 
 
 def scheme(report: Report) -> dict[str, Any]:
-    """bits as words, packer, group, symmetric and method, from the packed layers if there are any, else from the recipe."""
+    """bits as words, packers, whether any grid is asymmetric, whether values are tables, and method, from the packed layers, else from the recipe."""
     quant = report.recipe.get("quant")
     quant = quant if isinstance(quant, dict) else {}
     rows = dicts(report.layers)
     bits = sorted({int(b) for row in rows if (b := number(row, "bits")) is not None}) or [quant.get("bits", "?")]
     packers = list(Counter(str(row["packer"]) for row in rows if row.get("packer"))) or [str(quant.get("packer", "?"))]
     asymmetric = any(row.get("symmetric") is False for row in rows) if rows else quant.get("symmetric") is False
+    tables = bool(rows) and all(row.get("symmetric", True) is None for row in rows)
     tune = report.recipe.get("tune")
     method = str(tune.get("method", "none")) if isinstance(tune, dict) and report.tuned else "none"
-    return {"bits": " and ".join(str(b) for b in bits), "widths": bits, "packers": packers, "asymmetric": asymmetric, "method": method}
+    return {
+        "bits": " and ".join(str(b) for b in bits),
+        "widths": bits,
+        "packers": packers,
+        "asymmetric": asymmetric,
+        "tables": tables,
+        "method": method,
+    }
 
 
 def recipe_yaml(report: Report) -> str:
@@ -179,7 +187,7 @@ def _protocol(report: Report) -> str:
     return _table(("", *texts), rows + [row for row in rates if set(row[1:]) != {DASH}], "keys")
 
 
-_ZERO = {"True": "symmetric", "False": "asymmetric"}
+_ZERO = {"True": "symmetric", "False": "asymmetric", "None": "table"}
 
 
 def _layers(report: Report) -> str:
@@ -232,10 +240,10 @@ def _sample(sample: dict[str, Any]) -> str:
 # The model card.
 
 LOAD = """```sh
-pip install "transformers>=5.0" {ct}
+pip install "transformers>=5.0" {package}
 ```
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
 
 folder = "FOLDER"  # this folder, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -261,7 +269,7 @@ def card(report: Report) -> str:
         _about(report, plan),
         "## Load\n\n" + _load(report, plan),
         _part("Results", _grid(HEADS, results(report)) + _measured(report)),
-        _part("Sizes", _sizes(report)),
+        _part("Sizes", _sizes(report, plan)),
         _part("Recipe", _fence(recipe_yaml(report), "yaml") if report.recipe else ""),
         _part("Limits", "".join(f"- {line}\n" for line in [*_limits(report, plan), *(_md(r) for r in remarks(report))])),
     ]
@@ -315,12 +323,16 @@ def _about(report: Report, plan: dict[str, Any]) -> str:
 
 def _load(report: Report, plan: dict[str, Any]) -> str:
     own = "```sh\ncompressor eval FOLDER\ncompressor generate FOLDER\n```\n"
+    if report.export.get("format") == "compressor table":
+        first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
+        text = LOAD.format(package="compressor", first=first, config_import="", config="")
+        return text + "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\nOr with compressor itself:\n\n" + own
     if _other_format(report):
         return f"The folder is in the format {_md(report.export.get('format'))}; use a reader of that format.\n\n" + own
     asym, three = plan["asymmetric"], 3 in plan["widths"]
     config_import = ", CompressedTensorsConfig" if asym else ""
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asym else ""
-    text = LOAD.format(ct='"compressed-tensors>=0.18"', config_import=config_import, config=config)
+    text = LOAD.format(package='"compressed-tensors>=0.18"', first="", config_import=config_import, config=config)
     if three:
         text += "3-bit weights need compressed-tensors 0.18 or later: older versions pack 3 bits in another way and misread this folder.\n\n"
     if asym:
@@ -338,13 +350,14 @@ def _measured(report: Report) -> str:
     return "\nPerplexities compare only under the same protocol:\n\n" + "".join(lines) if lines else ""
 
 
-def _sizes(report: Report) -> str:
+def _sizes(report: Report, plan: dict[str, Any]) -> str:
     last = next(([s, *row] for s in ("tuned", "packed") for row in results(report) if row[0] == s), None)
     if not last:
         return ""
     dense = f"{size(number(report.model, 'dense_bytes'))} in {_md(report.model.get('dense_dtype'))}"
+    values = "tables" if plan["tables"] else "scales and zeros"
     return (
-        f"- packed linears: {last[4]} bits per weight, with scales and zeros\n- whole folder: {last[6]}, {last[5]} bits per parameter\n"
+        f"- packed linears: {last[4]} bits per weight, with {values}\n- whole folder: {last[6]}, {last[5]} bits per parameter\n"
         f"- dense model: {dense}; the folder is smaller by {last[7]}\n"
     )
 

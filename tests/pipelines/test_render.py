@@ -188,6 +188,18 @@ def test_card_says_how_to_load() -> None:
     assert "from_pretrained" not in render.card(report)
 
 
+def test_card_of_a_sketch_says_what_teaches_transformers_its_format() -> None:
+    report = full()
+    for row in report.layers:
+        row |= {"symmetric": None, "packer": "sketch", "group": 256}
+    report.export["format"] = "compressor table"
+    card = render.card(report)
+    assert "import compressor" in card and "compressed-tensors" not in card and "bits per weight, with tables" in card
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(code, "card", "exec")
+    assert "<td>table</td>" in render.page(report)
+
+
 def test_numbers_agree_everywhere() -> None:
     report = full()
     card, page, text = render.card(report), render.page(report), shown(report)
