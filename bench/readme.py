@@ -1,4 +1,4 @@
-"""Puts the numbers of bench/results into README.md, between the marks; with --check only says whether they are there already.
+"""Puts the numbers of bench/results into README.md and docs/sketches.md, between the marks; with --check only says whether they are there already.
 
 python bench/readme.py [--check]
 """
@@ -90,8 +90,40 @@ def decoding(rows: list[dict[str, str]]) -> list[str]:
     return out
 
 
+def sketches() -> str:
+    """The section between the marks of docs/sketches.md."""
+    rows, lines = read("sketch.csv"), []
+    notes = {"tiny": "tiny (rows of 128 and 384)", "babyllama": "babyllama (rows of 128 and 352)", "stories260K": "stories260K (rows of 64)"}
+    for model, bits in dict.fromkeys((r["model"], r["bits"]) for r in rows):
+        own = [r for r in rows if (r["model"], r["bits"]) == (model, bits)]
+        lines += [
+            f"**{notes[model]}, {bits} bits**",
+            "",
+            "| | bits per weight | output error | domain | out of domain | + tuned: domain | out of domain |",
+        ]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row in own:
+            if row["tune"] != "none":
+                continue
+            tuned = next((r for r in own if r["tune"] != "none" and r["arm"].split(" + ")[0] == row["arm"]), None)
+            error = f"{float(row['layer_error']):.4f}" if row["layer_error"] else "–"
+            after = [f"{float(tuned[k]):.2f}" if tuned else "–" for k in ("domain_ppl", "outside_ppl")]
+            before = [f"{float(row[k]):.2f}" for k in ("domain_ppl", "outside_ppl")]
+            lines.append(f"| {row['arm']} | {float(row['bits_per_weight']):.3f} | {error} | " + " | ".join(before + after) + " |")
+        released = [r for r in own if r["arm"].startswith("released")]
+        if released:
+            lines += ["", "| SketchTune's released setting | domain | out of domain |", "|---|---|---|"]
+            lines += [f"| {r['arm'].split(', ', 1)[1]} | {float(r['domain_ppl']):.2f} | {float(r['outside_ppl']):.2f} |" for r in released]
+        lines.append("")
+    speed = read("pack_speed.csv")
+    lines += [f"**Time to pack** rows of {speed[0]['k']} columns ({speed[0]['device']}, {speed[0]['threads']} threads), statistics given:", ""]
+    lines += ["| | bits | tables a row | seconds per 1000 rows | to GPTQ |", "|---|---|---|---|---|"]
+    lines += [f"| {r['packer']} | {r['bits']} | {r['gpr'] or '–'} | {r['seconds_per_1000_rows']} | {r['to_gptq']} |" for r in speed]
+    return "\n".join(lines)
+
+
 def text() -> str:
-    """The section between the marks."""
+    """The section between the marks of README.md."""
     rows = read("quality.csv")
     tiny = [r for r in rows if r["model"] == "tiny" and r["bits"] in ("", "3") and r["group"] in ("", "128") and r["symmetric"] == "True"]
     baby = [r for r in rows if r["model"] == "babyllama" and r["bits"] in ("", "3") and r["symmetric"] == "True"]
@@ -124,12 +156,14 @@ def text() -> str:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--check", action="store_true")
-    path = ROOT / "README.md"
-    old = path.read_text("utf-8")
-    new = old[: old.index(BEGIN)] + f"{BEGIN}\n{text()}\n" + old[old.index(END) :]
-    if ap.parse_args().check:
-        sys.exit(0 if new == old else "README.md differs from bench/results; run python bench/readme.py")
-    path.write_text(new, "utf-8")
+    check = ap.parse_args().check
+    for path, section in ((ROOT / "README.md", text()), (ROOT / "docs" / "sketches.md", sketches())):
+        old = path.read_text("utf-8")
+        new = old[: old.index(BEGIN)] + f"{BEGIN}\n{section}\n" + old[old.index(END) :]
+        if check and new != old:
+            sys.exit(f"{path.relative_to(ROOT)} differs from bench/results; run python bench/readme.py")
+        if not check:
+            path.write_text(new, "utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from compressor.errors import RecipeError
 from compressor.kernels import dispatch
+from compressor.packed import Table as TableValues
 from compressor.pipelines import data, evaluate, load, write
 from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
@@ -84,12 +85,13 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
     rows = []
     for name, weight in packed.items():
         row = {
-            "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "symmetric": weight.zero is None,
+            "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group,
+            "symmetric": None if isinstance(weight.values, TableValues) else weight.zero is None,
             "error": errors.get(name, {}).get("error"), "note": errors.get(name, {}).get("note", ""),
         }  # fmt: skip
         rows.append(row)
         error = "" if row["error"] is None else f"{row['error']:.4f}"
-        grid = "sym" if row["symmetric"] else "asym"
+        grid = {None: "table", True: "sym", False: "asym"}[row["symmetric"]]
         table.add_row(name, "×".join(map(str, weight.shape)), str(weight.bits), str(weight.group), grid, error, row["note"])
     return {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded) | {"layers": rows}, table
 

@@ -47,13 +47,13 @@ class EntryTuning(Snapped):
 class TableTuner(ValueTuner):
     """Trains every entry of the tables of every packed linear.
 
-    Default learning rates: of the relative change a placeholder, to be measured; of the entry itself that of SketchTune's scripts for LLaMA-2-7B
+    Default learning rates: of the relative change measured (docs/log.md); of the entry itself that of SketchTune's scripts for LLaMA-2-7B
     (github.com/LeanModels/SketchTune, train_script/), where it goes with AdamW's default betas, no weight decay, clipping at 1 and a linear
     schedule with 100 warm-up steps.
     """
 
     table, what = True, "table"
-    rates = {"relative": 2e-3, "absolute": 8e-5}
+    rates = {"relative": 5e-3, "absolute": 8e-5}
 
     def snapped(self, start: Tensor) -> EntryTuning:
         return EntryTuning(start, self.relative)

@@ -162,7 +162,7 @@ def test_lists_inside_a_block_are_not_the_blocks() -> None:
     assert find_blocks(model)[0] == "layers_of_another_kind"
 
 
-@pytest.mark.parametrize("packer", ["rtn", "gptq"])
+@pytest.mark.parametrize("packer", sorted(PACKERS))
 def test_work_folder_gives_back_the_same_weights(packer: str, tmp_path: Path) -> None:
     def run(work: Path | None, after: int | None = None) -> tuple[dict[str, torch.Tensor], list[dict], int]:
         model = fresh()
