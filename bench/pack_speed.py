@@ -6,14 +6,13 @@ Rows are independent, so some of them tell the time of all; the part that every 
 """
 
 import argparse
-import csv
-import os
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import write_rows
 
 from compressor import __version__
 from compressor.hessian import factorise, living, rounding_order
@@ -76,12 +75,7 @@ def main() -> None:
             "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "compressor": __version__,
         })  # fmt: skip
         print(rows[-1], flush=True)
-    temporary = a.out.with_suffix(".part")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, a.out)
+    write_rows(a.out, FIELDS, rows)
 
 
 if __name__ == "__main__":

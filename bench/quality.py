@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import write_rows
 
 from compressor import __version__
 from compressor.pipelines import compress, data, evaluate, load, write
@@ -120,15 +121,11 @@ def main() -> None:
     a = ap.parse_args()
     bench = Bench(a)
     bench.go()
-    a.out.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     if a.out.exists():
         with a.out.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["model"] != Path(a.model).name]
-    with a.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(kept + bench.rows)
+    write_rows(a.out, FIELDS, kept + bench.rows)
 
 
 if __name__ == "__main__":

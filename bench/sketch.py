@@ -16,13 +16,13 @@ import argparse
 import contextlib
 import csv
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import write_rows
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compressor import __version__
@@ -147,12 +147,7 @@ def main() -> None:
                 print(f"{arm}, {bits} bits: {error}", flush=True)
                 continue
             print({k: rows[-1].get(k) for k in ("model", "arm", "bits", "bits_per_weight", "layer_error", "domain_ppl", "outside_ppl")}, flush=True)
-            temporary = a.out.with_suffix(".part")
-            with temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(temporary, a.out)
+            write_rows(a.out, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The Python API: a loaded model, and the stages of a run as its methods, each of which changes it in place and returns at the end of it."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.linear import packed_linears
 from compressor.pipelines import compress as blocks
 from compressor.pipelines import data as texts
-from compressor.pipelines import evaluate, write
+from compressor.pipelines import evaluate, export, write
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
 from compressor.pipelines.journal import open_work
@@ -25,6 +26,7 @@ class Model:
     def __init__(self, loaded: loading.Loaded):
         self._loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self._about = export.about(loaded)  # what a task file says of the values
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -71,6 +73,7 @@ class Model:
             return train(self.model, parameters, windows.ids, windows.labels, chosen, seed, None, "", None, None)
         finally:
             tuner.detach(self.model)
+            self._about = {"model": self._about["model"], "recipe": asdict(chosen)}
 
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
         """Perplexity of the held-out part of `data`, with its protocol."""
@@ -89,6 +92,16 @@ class Model:
             publish(journal.folder / "folder", path, journal.folder)
         shutil.rmtree(journal.folder, ignore_errors=True)
         return facts
+
+    def save_task(self, path: str | Path) -> dict[str, Any]:
+        """Write the scales or tables alone, as one new safetensors file bound to the rest of the model (docs/format.md); returns its header."""
+        return export.save_task(self._loaded, Path(path), self._about)
+
+    def load_task(self, path: str | Path) -> "Model":
+        """Swap in the scales or tables of a task file; codes stay. ModelError, with nothing changed, for a damaged file or one of another base."""
+        found = export.load_task(self._loaded, Path(path))
+        self._about = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}
+        return self
 
 
 def load(name: str, device: str = "auto") -> Model:

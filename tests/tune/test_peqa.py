@@ -13,39 +13,6 @@ from compressor.tune.table import TableTuner
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def move(parameters, by=0.05, seed=3):
-    """Random relative changes, as training would make them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in parameters.items():
-            noise = torch.randn(p.shape, generator=generator) * by
-            p.add_(noise if name.endswith(".delta") else noise * p)
-
-
-@pytest.mark.parametrize("kind", ["relative", "absolute"])
-@pytest.mark.parametrize("dtype", STORED, ids=str)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_detach_keeps_outputs_codes_and_dtype(packed_llama, options, windows, kind, dtype, symmetric):
-    model = packed_llama(symmetric=symmetric, dtype=dtype)
-    ids = windows[0]
-    before = {name: {key: t.clone() for key, t in layer.packed().tensors().items()} for name, layer in packed_linears(model).items()}
-    start = model(ids).logits
-    tuner = Peqa(options(parametrization=kind))
-    parameters = tuner.attach(model)
-    assert torch.equal(model(ids).logits, start), "attaching changed the model"
-    move(parameters)
-    tuned = model(ids).logits
-    tuner.detach(model)
-    assert torch.equal(model(ids).logits, tuned), "detaching changed the model"
-    assert not torch.equal(tuned, start)
-    for name, layer in packed_linears(model).items():
-        after = layer.packed().tensors()
-        assert layer.tuned is None and layer.learned.dtype == dtype and layer.learned.is_contiguous()
-        assert after.keys() == before[name].keys() and ("zero" in after) == (not symmetric)
-        assert all(torch.equal(after[key], t) == (key != "scale") for key, t in before[name].items())
-    assert not any(p.requires_grad for p in model.parameters())
-
-
 def test_attach_freezes_all_but_what_it_returns(packed_llama, options):
     model = packed_llama()
     model.requires_grad_(True)
@@ -144,26 +111,6 @@ def test_both_parametrisations_learn(packed_llama, options, windows, kind, lr, d
     tuner.detach(model)
     with torch.no_grad():
         assert model(ids, labels=labels).loss.item() < losses[0] - 0.3
-
-
-@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
-@pytest.mark.parametrize("kind", ["relative", "absolute"])
-def test_casting_the_model_leaves_the_tuned_scales(packed_llama, options, windows, kind, cast):
-    model = packed_llama(dtype=torch.bfloat16 if cast == "half" else torch.float16)
-    tuner = Peqa(options(parametrization=kind))
-    parameters = tuner.attach(model)
-    move(parameters)
-    for p in parameters.values():
-        p.grad = torch.full_like(p, 1e-9)
-    expected = {name: layer.packed().learned for name, layer in packed_linears(model).items()}
-    getattr(model, cast)()
-    assert all(model.get_parameter(name) is p and p.dtype == p.grad.dtype == torch.float32 and p.grad.all() for name, p in parameters.items())
-    tuned = model(windows[0]).logits
-    assert tuned.dtype == model.get_input_embeddings().weight.dtype
-    tuner.detach(model)
-    assert torch.equal(model(windows[0]).logits, tuned), "what was trained is not what is served"
-    for name, layer in packed_linears(model).items():
-        assert layer.learned.dtype == expected[name].dtype and torch.equal(layer.learned, expected[name])
 
 
 def test_a_tuned_model_moves_devices(packed_layer):

@@ -30,15 +30,6 @@ def go(model, windows, options, folder=None, seed=5, **hooks):
     return train(model, parameters, *windows, options, seed, folder, "a", **hooks), parameters
 
 
-def move(parameters, by=0.05, seed=3):
-    """Random relative changes, as training would make them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in parameters.items():
-            noise = torch.randn(p.shape, generator=generator) * by
-            p.add_(noise if name.endswith(".delta") else noise * p)
-
-
 def bits_of(t):
     """The stored bits, so that the sign of a zero counts."""
     return t.contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()])
@@ -54,30 +45,6 @@ def random_table(dtype, seed=0):
 
 
 # --- what is trained -----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", STORED, ids=str)
-@pytest.mark.parametrize("group", [40, 64, -1])
-def test_detach_keeps_outputs_codes_and_dtype(sketched_llama, table_options, windows, kind, dtype, group):
-    model = sketched_llama(group=group, dtype=dtype)
-    ids = windows[0]
-    before = {name: {key: t.clone() for key, t in layer.packed().tensors().items()} for name, layer in packed_linears(model).items()}
-    start = model(ids).logits
-    tuner = TableTuner(table_options(parametrization=kind))
-    parameters = tuner.attach(model)
-    assert torch.equal(model(ids).logits, start), "attaching changed the model"
-    move(parameters)
-    tuned = model(ids).logits
-    tuner.detach(model)
-    assert torch.equal(model(ids).logits, tuned), "detaching changed the model"
-    assert not torch.equal(tuned, start)
-    for name, layer in packed_linears(model).items():
-        after = layer.packed().tensors()
-        assert layer.tuned is None and layer.learned.dtype == dtype and layer.learned.is_contiguous()
-        assert after.keys() == before[name].keys() == {"words", "table"}
-        assert all(torch.equal(after[key], t) == (key != "table") for key, t in before[name].items())
-    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("bits, group", [(2, 32), (3, 40), (4, -1)])
@@ -238,26 +205,6 @@ def test_a_float32_master_learns_where_bfloat16_parameters_would_stand(kind):
         moved.append(float((tuning() != start.float()).float().mean()))
     assert torch.equal(plain, start), "bfloat16 parameters would have to stand still for this to show anything"
     assert moved[9] == 0.0 and moved[-1] == 1.0 and bool((tuning() < start.float()).all())
-
-
-@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_casting_the_model_leaves_the_tuned_tables(sketched_llama, table_options, windows, kind, cast):
-    model = sketched_llama(dtype=torch.bfloat16 if cast == "half" else torch.float16)
-    tuner = TableTuner(table_options(parametrization=kind))
-    parameters = tuner.attach(model)
-    move(parameters)
-    for p in parameters.values():
-        p.grad = torch.full_like(p, 1e-9)
-    expected = {name: layer.packed().learned for name, layer in packed_linears(model).items()}
-    getattr(model, cast)()
-    assert all(model.get_parameter(name) is p and p.dtype == p.grad.dtype == torch.float32 and p.grad.all() for name, p in parameters.items())
-    tuned = model(windows[0]).logits
-    assert tuned.dtype == model.get_input_embeddings().weight.dtype
-    tuner.detach(model)
-    assert torch.equal(model(windows[0]).logits, tuned), "what was trained is not what is served"
-    for name, layer in packed_linears(model).items():
-        assert layer.learned.dtype == expected[name].dtype and torch.equal(layer.learned, expected[name])
 
 
 def test_a_tuned_model_moves_devices(sketched_layer):
