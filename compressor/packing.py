@@ -24,12 +24,14 @@ class Packer:
     """`packer(w [n, k] float32, stats, options, group, dtype)` -> packed weight with values stored in `dtype`, report row.
 
     `needs` are the sums its stats must hold; `resolve(k, options, name)` says which group size a layer of k in features gets, with a note for
-    the report, and raises RecipeError where none fits; `table` says that it makes sketches, `fisher` that it wants `stats.fisher`.
+    the report, and raises RecipeError where none fits; `reads` names the keys of Quant that it heeds, beside those of all packers (bits, packer,
+    scale_dtype, ignore); `table` says that it makes sketches, `fisher` that it wants `stats.fisher`.
     """
 
     pack: Pack
     resolve: Callable[[int, Quant, str], tuple[int, str]]
     needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     table: bool = False
     fisher: bool = False
 

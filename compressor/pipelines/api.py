@@ -55,14 +55,16 @@ class Model:
         loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids)
         return self
 
-    def tune(self, data: str | None = None, method: str = "peqa", seqlen: int | None = None, seed: int = 42, **options: Any) -> TrainLog:
+    def tune(self, data: str | None = None, method: str | None = None, seqlen: int | None = None, seed: int = 42, **options: Any) -> TrainLog:
         """Fine-tune the values on the training part of `data`; keys of `options` are those of recipe.Tune (lr, epochs, …).
 
-        method: peqa for scales, table for tables.
+        method: by default peqa for scales, table for tables.
         """
-        recipe = _recipe("tune", options | {"method": method})
-        if not packed_linears(self.model):
+        layers = packed_linears(self.model)
+        if not layers:
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
+        method = method or ("table" if any(layer.table for layer in layers.values()) else "peqa")
+        recipe = _recipe("tune", options | {"method": method})
         windows = texts.windows(
             texts.load("python" if data is None else data).train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen")
         )
@@ -81,7 +83,7 @@ class Model:
         return evaluate.measure(self.model, self.tokenizer, corpora, loading.context(self._loaded.config, window), max_tokens, None)["text"]
 
     def save(self, folder: str | Path) -> dict[str, Any]:
-        """Write a packed model as a compressed-tensors folder, proven by reading it back; the folder must be new or empty."""
+        """Write a packed model as a folder of its format (docs/format.md), proven by reading it back; the folder must be new or empty."""
         if not packed_linears(self.model):
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
         path = Path(folder).resolve()

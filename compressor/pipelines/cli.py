@@ -57,8 +57,32 @@ def emit(document: dict[str, Any]) -> None:
     print(json.dumps(document), flush=True)
 
 
+FLAGS = {  # parameters of `run` -> keys of the recipe
+    "tune": "tune__method", "data": "data__data", "outside": "data__outside", "calib": "data__calib", "group": "quant__group", "gpr": "quant__gpr",
+    "start": "quant__start", "exponent": "quant__exponent", "feedback": "quant__feedback", "refit": "quant__refit", "sym": "quant__symmetric",
+    "scale_dtype": "quant__scale_dtype", "ignore": "quant__ignore", "damp": "quant__damp", "nsamples": "data__nsamples",
+    "seqlen": "data__seqlen", "steps": "tune__steps", "epochs": "tune__epochs", "lr": "tune__lr", "batch": "tune__batch",
+    "accumulate": "tune__accumulate", "schedule": "tune__schedule", "absolute": "tune__parametrization",
+    "gradient_checkpointing": "tune__gradient_checkpointing", "train_on_prompt": "data__train_on_prompt", "window": "eval__window",
+    "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device",
+}  # fmt: skip
+
+
+def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
+    """The recipe that the flags ask for, on top of a recipe file if `model` is one; a flag that was not given says nothing."""
+    recipe = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
+    changes: dict[str, Any] = {} if quant is None else {f"quant__{k}": v for k, v in parse_quant(quant).items()}
+    for name, key in FLAGS.items():
+        value = given[name]
+        if value is None or value in ([], ()):
+            continue
+        changes[key] = ("absolute" if value else "relative") if name == "absolute" else tuple(value) if name == "ignore" else value
+    return recipe.with_(**changes)
+
+
 @app.command()
 def run(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="tiny, a model folder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
     quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
     tune: Annotated[Text, typer.Option(help="tuner: peqa (of scales), table (of sketches), or none")] = None,
@@ -97,18 +121,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes, memory and time, and stop")] = False,
 ) -> None:
     """Compress a model, tune it in packed form, measure it, and write a folder that servers load."""
-    recipe = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
-    flags = {
-        "tune__method": tune, "data__data": data, "data__outside": outside, "data__calib": calib, "quant__group": group, "quant__gpr": gpr,
-        "quant__start": start, "quant__exponent": exponent, "quant__feedback": feedback, "quant__refit": refit, "quant__symmetric": sym,
-        "quant__scale_dtype": scale_dtype, "quant__ignore": tuple(ignore) if ignore else None, "quant__damp": damp, "data__nsamples": nsamples,
-        "data__seqlen": seqlen, "tune__steps": steps, "tune__epochs": epochs, "tune__lr": lr, "tune__batch": batch, "tune__accumulate": accumulate,
-        "tune__schedule": schedule, "tune__parametrization": None if absolute is None else ("absolute" if absolute else "relative"),
-        "tune__gradient_checkpointing": gradient_checkpointing, "data__train_on_prompt": train_on_prompt, "eval__window": window,
-        "eval__max_tokens": max_tokens, "seed": seed, "device": device,
-    }  # fmt: skip
-    spec = {f"quant__{k}": v for k, v in parse_quant(quant).items()} if quant is not None else {}
-    recipe = recipe.with_(**(spec | {k: v for k, v in flags.items() if v is not None}))
+    recipe = recipe_of(model, quant, ctx.params)
     quiet()
     from compressor.pipelines import render
     from compressor.pipelines import run as pipeline

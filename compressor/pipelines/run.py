@@ -24,7 +24,7 @@ from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
-from compressor.recipe import Recipe
+from compressor.recipe import Quant, Recipe
 from compressor.tune import TUNERS, resolved
 from compressor.tune.loop import Batches, train
 
@@ -295,11 +295,17 @@ def source_name(model: str) -> str:
 
 
 def check_names(recipe: Recipe) -> None:
-    """RecipeError for a packer or tuner that does not exist."""
+    """RecipeError for a packer or tuner that does not exist, and for an option that the packer would ignore."""
     if recipe.quant.packer not in PACKERS:
         raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}")
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
+    given, usual = asdict(recipe.quant), asdict(Quant())
+    heeded = {"bits", "packer", "scale_dtype", "ignore", *PACKERS[recipe.quant.packer].reads}
+    idle = [key for key in given if key not in heeded and given[key] != usual[key]]
+    if idle:
+        hint = "; tables go by --gpr" if idle[0] == "group" else ""
+        raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")
 
 
 def check_methods(recipe: Recipe) -> None:

@@ -4,9 +4,10 @@ from compressor.packing import Packer
 from compressor.quant import gptq, rtn
 from compressor.quant.groups import resolve_group
 
+GRID = ("group", "gpr", "symmetric", "shrink")
 PACKERS: dict[str, Packer] = {
-    "rtn": Packer(rtn.pack, resolve_group),
-    "gptq": Packer(gptq.pack, resolve_group, needs=("hessian",)),
+    "rtn": Packer(rtn.pack, resolve_group, reads=GRID),
+    "gptq": Packer(gptq.pack, resolve_group, needs=("hessian",), reads=(*GRID, "damp", "act_order")),
 }
 
 __all__ = ["PACKERS", "resolve_group"]

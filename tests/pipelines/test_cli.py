@@ -4,14 +4,16 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 from compressor.linear import linears
 from compressor.pipelines import cli, compress, load, write
-from compressor.recipe import Quant
+from compressor.recipe import Quant, Recipe
 
 
 @pytest.fixture
@@ -158,3 +160,15 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     document = json.loads(out.strip().splitlines()[-1])
     assert document["torch"] == torch.__version__
     assert "torch" in document["kernels"] or "Triton" in document["kernels"]
+
+
+def test_every_flag_of_run_reaches_the_recipe() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    command = group.commands["run"]
+    names = {p.name for p in command.params}
+    assert names - set(cli.FLAGS) == {"model", "quant", "output", "overwrite", "dry_run"} and set(cli.FLAGS) <= names
+    given: dict[str, object] = dict.fromkeys(cli.FLAGS)
+    assert cli.recipe_of("tiny", None, given) == Recipe()
+    recipe = cli.recipe_of("tiny", "sketch2", given | {"refit": False, "exponent": 0.0, "absolute": False, "ignore": ["a", "b"], "seed": 0})
+    assert (recipe.quant.bits, recipe.quant.packer, recipe.quant.refit, recipe.quant.exponent) == (2, "sketch", False, 0.0)
+    assert recipe.tune.parametrization == "relative" and recipe.quant.ignore == ("a", "b") and recipe.seed == 0

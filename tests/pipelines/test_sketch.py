@@ -77,6 +77,22 @@ def test_tuners_that_do_not_fit_are_refused_before_any_work(packer: str, tuner: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"group": 64}, "group=64 means nothing to packer sketch: leave it out; tables go by --gpr"),
+        ({"symmetric": False}, "symmetric=False means nothing to packer sketch"),
+        ({"packer": "gptq", "refit": False}, "refit=False means nothing to packer gptq"),
+        ({"packer": "squeezellm", "exponent": 4.0}, "exponent=4.0 means nothing to packer squeezellm"),
+        ({"packer": "rtn", "damp": 0.1}, "damp=0.1 means nothing to packer rtn"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    recipe = SKETCH.with_(tune__method="none", **{f"quant__{key}": value for key, value in options.items()})
+    with pytest.raises(RecipeError, match=words):
+        run(recipe, tmp_path / "out")
+
+
 def test_too_many_tables_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="use a smaller --gpr"):
         run(SKETCH.with_(quant__gpr=16), tmp_path / "out")
