@@ -64,14 +64,14 @@ def relative_error(w: Tensor, packed: PackedWeight, stats: LayerStats | None) ->
     hessian = None if stats is None or stats.hessian is None else stats.hessian.to(w.device, torch.float32)
     wrong, whole = 0.0, 0.0
     for rows in panels(w.shape[0], w.shape[1], multiple=layout.ROWS):
-        wrong += _energy(w[rows] - _dense(packed, rows), hessian)
+        wrong += _energy(w[rows] - dense_rows(packed, rows), hessian)
         whole += _energy(w[rows], hessian)
     if wrong <= 0.0:
         return 0.0
     return math.sqrt(wrong / whole) if whole > 0 else math.inf
 
 
-def _dense(packed: PackedWeight, rows: slice) -> Tensor:
+def dense_rows(packed: PackedWeight, rows: slice) -> Tensor:
     """The rows [start, stop) of the dense weight, float32; start is a multiple of a tile's rows."""
     words = packed.words[rows.start // layout.ROWS : -(-rows.stop // layout.ROWS)]
     learned, zero = packed.learned[rows], None if packed.zero is None else packed.zero[rows]

@@ -17,8 +17,8 @@ from compressor.errors import CompressorError, ModelError
 from compressor.export import shards
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
-from compressor.packed import Affine, PackedWeight, Table
-from compressor.packing import PANEL, panels
+from compressor.packed import PackedWeight
+from compressor.packing import PANEL, dense_rows, panels
 
 NAME = "dense safetensors"
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16}  # by the name that users write
@@ -29,10 +29,7 @@ def row_panels(weight: PackedWeight) -> Iterator[Tensor]:
     """The dense rows of a packed weight, float32 [rows, k], in panels that bound the memory."""
     n, k = weight.shape
     for rows in panels(n, k, multiple=layout.ROWS):
-        words = weight.words[rows.start // layout.ROWS : -(-rows.stop // layout.ROWS)]
-        learned, zero = weight.learned[rows], None if weight.zero is None else weight.zero[rows]
-        values = Affine(learned, zero) if isinstance(weight.values, Affine) else Table(learned)
-        yield PackedWeight(words, values, weight.bits, weight.group, (rows.stop - rows.start, k)).dequantize()
+        yield dense_rows(weight, rows)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:

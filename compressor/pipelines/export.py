@@ -179,10 +179,7 @@ def finish(record: dict[str, Any], loaded: load.Loaded, folder: Path, output: Pa
 
     `error` in it sums up the layers: the largest, and the mean over weights of mean errors or of layers' relative errors.
     """
-    for pattern in load.COMPANIONS:
-        for path in loaded.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    write.copy_companions(loaded.folder, folder)
     found = [(row.get("largest", row.get("error")), row.get("mean", row.get("error")), math.prod(row["shape"])) for row in record["layers"]]
     if found and found[0][0] is not None:
         average = sum(mean * size for _, mean, size in found) / sum(size for _, _, size in found)

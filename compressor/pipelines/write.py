@@ -54,10 +54,7 @@ def write_folder(loaded: Loaded, folder: Path) -> dict[str, Any]:
     config = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(loaded.dtype).removeprefix("torch.")
     native.write(folder, config, stream(), sorted(linear.linears(loaded.model)))
-    for pattern in COMPANIONS:
-        for path in loaded.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    copy_companions(loaded.folder, folder)
     prove(folder, dense, packed)
     return {"format": native.NAME, "verified": True, "layers": len(packed)}
 
@@ -71,6 +68,14 @@ def pick_format(packed: dict[str, PackedWeight]) -> Format:
             return choice
         reasons.append(f"{choice.NAME}: {why}")
     raise CompressorError(f"no format can hold the model; {'; '.join(reasons)}")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer files and what else a server needs beside config and weights."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
 
 
 def prove(folder: Path, dense: dict[str, Tensor], packed: dict[str, PackedWeight]) -> None:
