@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Test the kernels on a GPU, then time them alone and in a whole model. Needs torch, triton, transformers, numpy and pytest, nothing else.
+# Test the kernels on a GPU, then time them alone and in a whole model, and the packers. Needs torch, triton, transformers, numpy and pytest, nothing else.
 #
-#   bench/gpu_suite.sh [OUT] [--quick]      OUT: folder for test.log, gpu_kernels.csv and gpu_decode.csv, default bench/results
+#   bench/gpu_suite.sh [OUT] [--quick]      OUT: folder for test.log, gpu_kernels.csv, gpu_decode.csv and
+#                                       gpu_pack_speed.csv, default bench/results
 #
-# SUITE_SECONDS (default 570) is shared: a third at most for the tests, 110 s for the model, the rest for the kernels; what does not fit is written
+# SUITE_SECONDS (default 570) is shared: a third at most for the tests, 110 s for the model, 40 s for the packers, the rest for the kernels; what does not fit is written
 # as not reached. Timings run even if tests fail or run out of time (test.log says which). Exit status: that of the first part that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -29,16 +30,19 @@ tested=$?
 echo "tests: status $tested, $(left) s left"
 
 # bounds from outside a little above the budgets from inside: a kernel that hangs must not cost the rows of the model
-budget=$(but 125)
+budget=$(but 165)
 timeout -k 5 $((budget + 15)) "$python" bench/gpu_kernels.py --out "$out/gpu_kernels.csv" --seconds "$budget" "$@"
 timed=$?
 echo "kernels: status $timed, $(left) s left"
 
-budget=$(but 15)
+budget=$(but 55)
 timeout -k 5 $((budget + 10)) "$python" bench/gpu_decode.py --out "$out/gpu_decode.csv" --seconds "$budget"
 decoded=$?
 echo "decode: status $decoded, $(left) s left"
-for status in $tested $timed $decoded; do
+timeout -k 5 "$(but 10)" "$python" bench/pack_speed.py --rows 1024 --out "$out/gpu_pack_speed.csv"
+packed=$?
+echo "packers: status $packed, $(left) s left"
+for status in $tested $timed $decoded $packed; do
     [ "$status" -ne 0 ] && exit "$status"
 done
 exit 0

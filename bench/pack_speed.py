@@ -45,6 +45,10 @@ def main() -> None:
     a = ap.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    small = LayerStats(256)
+    small.add(torch.randn(512, 256, device=device))
+    for packer, bits, gpr in ARMS:  # libraries that load on their first call
+        PACKERS[packer](torch.randn(64, 256, device=device), small, Quant(bits=bits, packer=packer, gpr=gpr), 256 // (gpr or 2), torch.float16)
     stats = LayerStats(a.k)
     shared = torch.randn(64, a.k, device=device)  # directions that inputs have in common
     for part in range(0, a.tokens, 2048):

@@ -52,7 +52,7 @@ def factorise(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | Non
 
 
 def _inverse_factor(backward: Tensor) -> Tensor | None:
-    """Upper U with UT U the inverse of the matrix whose rows and columns come reversed, or None; holds no more than two matrices at a time."""
+    """Upper U with UT U the inverse of the matrix whose rows and columns come reversed, or None."""
     lower, failed = torch.linalg.cholesky_ex(backward)
     del backward
     if bool(failed):

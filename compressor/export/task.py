@@ -120,6 +120,8 @@ def read(path: Path, packed: Mapping[str, PackedWeight], base: str, where: str |
 def read_header(path: Path, where: str | None = None) -> Task:
     """The task of a file without its values; ModelError for a file that is none, is damaged, or is of a later version."""
     where = where or str(path)
+    if path.is_dir():
+        raise ModelError(f"{where} is a folder, not a task file")
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(ENTRY)

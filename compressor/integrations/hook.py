@@ -1,7 +1,7 @@
 """Registers our folders with transformers, whichever of the two is imported first, and never imports transformers itself.
 
 transformers has a registry of quantizers and no entry points that fill it. So: if its registry module is imported already, register at once;
-if not, an import finder waits for that one module, registers right after it has run, and removes itself. Every other import it passes by.
+and an import finder waits for that one module, and registers right after it has run, or has run again. Every other import it passes by.
 A registration that fails is a warning, because a process that uses transformers for something else must not fail for our sake.
 """
 
@@ -19,7 +19,7 @@ def install() -> None:
     """Register now, or as soon as transformers is imported; calling it again changes nothing."""
     if TARGET in sys.modules:
         _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -54,8 +54,6 @@ class _Finder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
             _register()
 
         setattr(loader, "exec_module", exec_module)  # noqa: B010  (an attribute of this one loader: modules are loaded by loaders of their own)

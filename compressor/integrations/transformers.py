@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers import auto  # its registries are looked up in it at each call: a reload makes new ones
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -32,10 +32,10 @@ from compressor.packed import PackedWeight, Table
 
 def register() -> None:
     """Make transformers know the quantization method `compressor`; calling it again changes nothing."""
-    if table.METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(table.METHOD)(CompressorConfig)
-    if table.METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(table.METHOD)(CompressorQuantizer)
+    if table.METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(table.METHOD)(CompressorConfig)
+    if table.METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(table.METHOD)(CompressorQuantizer)
 
 
 class CompressorConfig(QuantizationConfigMixin):

@@ -1,6 +1,5 @@
 """The Python API: a loaded model, and the stages of a run as its methods, each of which changes it in place and returns at the end of it."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from compressor.pipelines import data as texts
 from compressor.pipelines import evaluate, export, write
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
-from compressor.pipelines.journal import open_work
-from compressor.pipelines.output import check_output, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS, resolved
@@ -26,7 +23,8 @@ class Model:
     def __init__(self, loaded: loading.Loaded):
         self._loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self._about = export.about(loaded)  # what a task file says of the values
+        self._about = export.about(loaded)  # what a task file says of the values, and which values they are
+        self._values = export.values(loaded)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -75,7 +73,7 @@ class Model:
             return train(self.model, parameters, windows.ids, windows.labels, chosen, seed, None, "", None, None)
         finally:
             tuner.detach(self.model)
-            self._about = {"model": self._about["model"], "recipe": asdict(chosen)}
+            self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, export.values(self._loaded)
 
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
         """Perplexity of the held-out part of `data`, with its protocol."""
@@ -86,23 +84,19 @@ class Model:
         """Write a packed model as a folder of its format (docs/format.md), proven by reading it back; the folder must be new or empty."""
         if not packed_linears(self.model):
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
-        path = Path(folder).resolve()
-        check_output(path, overwrite=False)
-        with open_work(path.with_name(path.name + ".saving")) as journal:
-            shutil.rmtree(journal.folder / "folder", ignore_errors=True)
-            facts = write.write_folder(self._loaded, journal.folder / "folder")
-            publish(journal.folder / "folder", path, journal.folder)
-        shutil.rmtree(journal.folder, ignore_errors=True)
-        return facts
+        path = export.new_place(Path(folder))
+        with export.published(path, 0) as place:
+            return write.write_folder(self._loaded, place)
 
     def save_task(self, path: str | Path) -> dict[str, Any]:
         """Write the scales or tables alone, as one new safetensors file bound to the rest of the model (docs/format.md); returns its header."""
-        return export.save_task(self._loaded, Path(path), self._about)
+        told = self._about if export.values(self._loaded) == self._values else {"model": self._about["model"]}  # moved by other hands
+        return export.save_task(self._loaded, Path(path), told)
 
     def load_task(self, path: str | Path) -> "Model":
         """Swap in the scales or tables of a task file; codes stay. ModelError, with nothing changed, for a damaged file or one of another base."""
         found = export.load_task(self._loaded, Path(path))
-        self._about = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}
+        self._about, self._values = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}, export.values(self._loaded)
         return self
 
 

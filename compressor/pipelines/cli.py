@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 the command or its input is at fault (one senten
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.recipe import Recipe, parse_quant
+from compressor.recipe import Quant, Recipe, parse_quant
 
-ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and serve exactly those weights."
+ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
 console = Console(stderr=True)
 Text = str | None
@@ -29,19 +30,24 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"error: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except CompressorError as error:
-        console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"failed: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except OSError as error:  # a folder without rights, a disk that failed: nothing that the code could know
-        console.print(f"failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"failed: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         console.print("failed: out of memory; try a smaller --batch or --seqlen, or --gradient-checkpointing", style="red", highlight=False)
         sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; names in it may come from strangers' files, and control characters do not reach the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(str(error).split()))
 
 
 def quiet() -> None:
@@ -69,15 +75,32 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
 
 
 def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
-    """The recipe that the flags ask for, on top of a recipe file if `model` is one; a flag that was not given says nothing."""
-    recipe = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
+    """The recipe that the flags ask for, on top of a recipe file if `model` is one; a flag that was not given says nothing.
+
+    What a file says of another packer or tuner than the one now asked for does not carry over: options that the new packer does not read, and the
+    learning rate. RecipeError for a flag that the packer does not read.
+    """
+    base = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
     changes: dict[str, Any] = {} if quant is None else {f"quant__{k}": v for k, v in parse_quant(quant).items()}
     for name, key in FLAGS.items():
         value = given[name]
         if value is None or value in ([], ()):
             continue
         changes[key] = ("absolute" if value else "relative") if name == "absolute" else tuple(value) if name == "ignore" else value
-    return recipe.with_(**changes)
+    from compressor.pipelines.packers import PACKERS
+
+    packer = changes.get("quant__packer", base.quant.packer)
+    if packer in PACKERS:
+        usual = {f"quant__{key}": value for key, value in asdict(Quant()).items()}
+        idle = [key for key in usual if key.removeprefix("quant__") not in PACKERS[packer].heeds]
+        if wrong := next((key for key in changes if key in idle), None):
+            flag = next((name for name, key in FLAGS.items() if key == wrong), "quant")
+            raise RecipeError(f"--{flag.replace('_', '-')} means nothing to packer {packer}: leave it out")
+        if packer != base.quant.packer:
+            changes |= {key: usual[key] for key in idle}
+    now = base.with_(**changes)
+    other = (now.tune.method, now.tune.parametrization) != (base.tune.method, base.tune.parametrization)
+    return now.with_(tune__lr=None) if other and "tune__lr" not in changes else now
 
 
 @app.command()
@@ -235,10 +258,10 @@ def export(
     bits: Annotated[Count, typer.Option(help="projection: bits of a weight; default: those of each layer")] = None,
     group: Annotated[Count, typer.Option("--group", "--group-size", help="projection: weights that share a scale; default 128; -1: a row")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="projection: symmetric (default) or asymmetric grids")] = None,
-    data: Annotated[str, typer.Option("--data", "--dataset", help="projection: text to measure its loss on")] = "python",
-    window: Annotated[Count, typer.Option(help="tokens of a window; default: what the model was made for, at most 2048")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="stop measuring after this many tokens; 0: the whole text")] = 0,
-    max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share, such as 0.05")] = None,
+    data: Annotated[Text, typer.Option("--data", "--dataset", help="projection: text to measure its loss on; default: Python's own manual")] = None,
+    window: Annotated[Count, typer.Option(help="projection: tokens of a window; default: what the model was made for, at most 2048")] = None,
+    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="projection: stop measuring after this many tokens; default: never")] = None,
+    max_loss: Annotated[Number, typer.Option("--max-loss", help="projection: refuse if perplexity grows by more than this share (0.05)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
     """Write a packed folder for servers that know no tables, and say what is lost by it."""

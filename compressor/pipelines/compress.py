@@ -195,8 +195,9 @@ def compress(
     assert isinstance(blocks, nn.ModuleList)
     packer = PACKERS[quant.packer]
     fisher: dict[str, Tensor] = {}
-    if packer.fisher and ids is not None and any(_block_rows(work, index) is None for index in range(len(blocks))):
-        fisher = squared_gradients(model, [t.name for t in todo.packed()], ids)
+    missing = [t.name for i, row in enumerate(todo.targets) if _block_rows(work, i) is None for t in row if not t.reason]
+    if packer.fisher and ids is not None and missing:
+        fisher = squared_gradients(model, missing, ids)
     calibration = Calibration(model, blocks, ids) if packer.needs and ids is not None else None
     rows: list[dict[str, Any]] = []
     resumed = 0

@@ -95,14 +95,18 @@ def _memory(
     dense, small = BASE + parameters * size, BASE + compiled + (parameters - weights) * size + packed_bytes
     logits = min(evaluate.LOGIT_BYTES, evaluate.BATCH_TOKENS * vocab * size)
     out = {"load": dense, "evaluate": max(dense, small) + 2 * logits + 3 * evaluate.CHUNK_BYTES, "compress": dense}
-    if PACKERS[recipe.quant.packer].needs:
+    kept = hidden if recipe.tune.gradient_checkpointing else 12 * hidden + 4 * inner  # numbers a token and block, from forward to backward
+    packer = PACKERS[recipe.quant.packer]
+    if packer.needs:
         widest = max(m.in_features for m in linear.linears(model).values())
-        out["compress"] += counts.calibration * hidden * size + 4 * widest * widest * 4
-    if PACKERS[recipe.quant.packer].table:
+        out["compress"] += counts.calibration * hidden * size + (5 if packer.table else 4) * widest * widest * 4
+    if packer.table:
         largest = max(m.in_features * m.out_features for m in linear.linears(model).values())
-        out["compress"] += SKETCHING * min(learned.PANEL, largest) + (weights * 4 if PACKERS[recipe.quant.packer].fisher else 0)
+        buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
+        out["compress"] += SKETCHING * min(learned.PANEL, largest) + 4 * largest + buckets
+    if packer.fisher:
+        out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * ((12 * hidden + 4 * inner) * layers + 4 * vocab) * size
     if recipe.tune.method != "none":
-        kept = hidden if recipe.tune.gradient_checkpointing else 12 * hidden + 4 * inner  # numbers a token and block
         steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
         out["tune"] = small + TUNING * values + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out

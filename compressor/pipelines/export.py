@@ -6,7 +6,9 @@ model has lost part of what its tables had won. Limit: blind to the inputs; no c
 """
 
 import contextlib
+import hashlib
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +38,14 @@ from compressor.recipe import Quant, Recipe
 PACKED = "compressed-tensors"
 TARGETS = (PACKED, *dense.DTYPES)
 RECORD = "export.json"
+TABLES = """
+The folder holds learned tables. transformers loads it, packed, once this line has run; without it the weights would be random:
+
+```python
+import compressor
+```
+"""
+LICENSE = "\nThe license and the terms of use of the base model apply.\n"
 PARTS = (*compressed_tensors.PARTS, *table.PARTS)
 
 
@@ -47,9 +57,9 @@ class Target:
     bits: int | None = None  # the layer's own
     group: int | None = None  # 128
     symmetric: bool | None = None  # symmetric
-    data: str = "python"
+    data: str | None = None  # python
     window: int | None = None
-    max_tokens: int = 0
+    max_tokens: int | None = None  # the whole text
     max_loss: float | None = None  # relative growth of perplexity above which nothing is written
     device: str = "auto"
 
@@ -59,9 +69,17 @@ class Target:
             raise RecipeError(f"--to {self.to!r} is unknown; choose {', '.join(TARGETS)}")
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise RecipeError(f"max-loss={self.max_loss} is a share by which perplexity may grow: 0 or more, for example 0.05")
-        if self.to != PACKED and any(v is not None for v in (self.bits, self.group, self.symmetric, self.max_loss)):
-            raise RecipeError(f"--bits, --group, --sym, --asym and --max-loss are for the projection of tables; --to {self.to} has none")
-        Recipe().with_(quant=self.quant(3), eval__window=self.window, eval__max_tokens=self.max_tokens)
+        if self.to != PACKED:
+            self.refuse(f"--to {self.to} has none")
+        Recipe().with_(quant=self.quant(3), eval__window=self.window, eval__max_tokens=self.max_tokens or 0)
+
+    def refuse(self, why: str) -> None:
+        """RecipeError if anything is asked for that only a projection heeds."""
+        names = ("bits", "group", "symmetric", "data", "window", "max_tokens", "max_loss")
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            flag = "sym or --asym" if given[0] == "symmetric" else given[0].replace("_", "-")
+            raise RecipeError(f"--{flag} is for the projection of tables, and {why}: leave it out")
 
     def quant(self, bits: int) -> Quant:
         """Options of round-to-nearest for a layer of `bits` bits."""
@@ -79,10 +97,11 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     target.check()
     show, place = show or Show(), new_place(output)
     loaded = load_source(source, target.device)
+    outside(place, loaded)
     tables = target.to == PACKED and task.kind_of(load.packed_weights(loaded.model), source) == "table"
     record = opening(source, loaded, target.to)
-    if target.to == PACKED and not tables and any(v is not None for v in (target.bits, target.group, target.symmetric)):
-        raise RecipeError(f"{source} holds scales, which are written as they are: leave out --bits, --group, --sym and --asym")
+    if target.to == PACKED and not tables:
+        target.refuse(f"{source} holds scales, which are written as they are")
     if tables:
         record |= {"exact": False} | measured_projection(loaded, target, show)
     packed = load.packed_weights(loaded.model)
@@ -106,12 +125,12 @@ def load_source(name: str, device: str) -> load.Loaded:
 
 def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict[str, Any]:
     """Projects the model in place, measured before and after: rows per layer and perplexity, for the record. UserError if the loss is too large."""
-    corpus, window = data.load_text(target.data), load.context(loaded.config, target.window)
+    corpus, window = data.load_text("python" if target.data is None else target.data), load.context(loaded.config, target.window)
     chosen = {name: _group(name, layer, target) for name, layer in linear.packed_linears(loaded.model).items()}  # before anything slow
 
     def measure(label: str) -> dict[str, Any]:
         with show.task(label, 1) as advance:
-            found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, target.max_tokens)
+            found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, target.max_tokens or 0)
             advance(1, "")
         return found
 
@@ -137,7 +156,8 @@ def _group(name: str, layer: linear.PackedLinear, target: Target) -> tuple[int, 
 
 def project(loaded: load.Loaded, name: str, target: Target, group: int) -> dict[str, Any]:
     """Replaces one packed layer by its projection onto even grids; returns its row, whose error is the norm of the change over that of the weight."""
-    layer = linear.packed_linears(loaded.model)[name]
+    layer = loaded.model.get_submodule(name)
+    assert isinstance(layer, linear.PackedLinear)
     sketch = layer.packed()
     exact = dense.dequantize(sketch)
     weight, _ = rtn.pack(exact, None, target.quant(sketch.bits), group, load.scale_dtype("auto", loaded.dtype))
@@ -180,6 +200,8 @@ def finish(record: dict[str, Any], loaded: load.Loaded, folder: Path, output: Pa
     `error` in it sums up the layers: the largest, and the mean over weights of mean errors or of layers' relative errors.
     """
     write.copy_companions(loaded.folder, folder)
+    note = f"{record['source']} as {record['to']}, made by compressor {__version__}; what was done is in `{RECORD}`.\n"
+    (folder / "README.md").write_text(note + (TABLES if record.get("format") == table.NAME else "") + LICENSE, "utf-8")
     found = [(row.get("largest", row.get("error")), row.get("mean", row.get("error")), math.prod(row["shape"])) for row in record["layers"]]
     if found and found[0][0] is not None:
         average = sum(mean * size for _, mean, size in found) / sum(size for _, _, size in found)
@@ -210,6 +232,12 @@ def new_place(output: Path) -> Path:
         raise OutputError(f"{output} already holds files; choose another folder with -o")
     check_output(place, overwrite=False)
     return place
+
+
+def outside(place: Path, loaded: load.Loaded) -> None:
+    """OutputError for an output inside the model's own folder, which would then hold what is not of it."""
+    if loaded.folder.resolve() in place.resolve().parents:
+        raise OutputError(f"{place} lies inside the model's own folder {loaded.folder}; choose another place with -o")
 
 
 @contextlib.contextmanager
@@ -243,6 +271,14 @@ def about(loaded: load.Loaded) -> dict[str, Any]:
     return out | {"recipe": recipe, "metrics": task.finite(found)}
 
 
+def values(loaded: load.Loaded) -> str:
+    """The digest of a model's scales or tables; of a dense model that of nothing."""
+    found = hashlib.sha256()
+    for name, layer in linear.packed_linears(loaded.model).items():
+        found.update(name.encode() + layer.learned.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def base_digest(loaded: load.Loaded) -> str:
     """The digest of the model's base, alike for a model in memory and the folder it is saved as: dense tensors count in the folder's dtype."""
     kept = write.dense_tensors(loaded)
@@ -255,8 +291,9 @@ def save_task(loaded: load.Loaded, path: Path, told: dict[str, Any]) -> dict[str
     """Write the learned values of a packed model as a task file, which must not exist; returns its header, size and place. `told`: see `about`."""
     packed = load.packed_weights(loaded.model)
     kind = task.kind_of(packed, loaded.name)
-    if path.exists() or not path.name:
+    if os.path.lexists(path) or not path.name:
         raise OutputError(f"{path} already exists; choose another file with -o")
+    outside(path, loaded)
     found = task.Task(kind, base_digest(loaded), {name: weight.learned for name, weight in packed.items()}, **told)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +318,7 @@ def load_task(loaded: load.Loaded, path: Path) -> task.Task:
 
 def extract(source: str, path: Path) -> dict[str, Any]:
     """`compressor task`: the learned values of a packed folder as a task file."""
-    if path.exists():
+    if os.path.lexists(path):
         raise OutputError(f"{path} already exists; choose another file with -o")
     loaded = load_source(source, "cpu")
     return {"source": source_name(source)} | save_task(loaded, path, about(loaded))
@@ -292,6 +329,7 @@ def apply(base: str, path: Path, output: Path) -> dict[str, Any]:
     place = new_place(output)
     task.read_header(path)
     loaded = load_source(base, "cpu")
+    outside(place, loaded)
     header = load_task(loaded, path).header()
     packed = load.packed_weights(loaded.model)
     record = opening(base, loaded, "apply") | {"task": header, "file": path.name}

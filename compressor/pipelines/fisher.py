@@ -4,44 +4,44 @@ For packers that weigh each weight by what the model's loss feels of it (Squeeze
 and a backward pass of the dense model a window, and four bytes a weight while packing lasts; each gradient lives only until it is squared.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import NumericError
 from compressor.tune.loss import loss_function
 
 
-def squared_gradients(model: nn.Module, names: list[str], ids: Tensor, on_window: Callable[[int], None] | None = None) -> dict[str, Tensor]:
+@torch.enable_grad()
+def squared_gradients(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, Tensor]:
     """For each named linear the float32 [n, k] sum over windows ids [count, seqlen] of the squared gradient of the window's summed loss.
 
-    The model is in eval mode; its requires_grad flags are as before afterwards, and no gradient is left behind.
+    The requires_grad flags of the model are as before afterwards, and no gradient is left behind. Raises NumericError, naming the layer, when a sum
+    is not finite.
     """
     device = next(model.parameters()).device
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.requires_grad_(False)
-    sums: dict[str, Tensor] = {}
+    weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
+    sums: dict[Tensor, Tensor] = {w: torch.zeros(w.shape, device=w.device) for w in weights.values()}  # one for layers that share a weight
+
+    def square(p: Tensor) -> None:
+        assert p.grad is not None
+        sums[p].addcmul_(p.grad.float(), p.grad.float())
+        p.grad = None
+
     hooks = []
-    for name in names:
-        weight = model.get_submodule(name).get_parameter("weight").requires_grad_(True)
-        sums[name] = torch.zeros(weight.shape, device=weight.device)
-
-        def square(p: Tensor, total: Tensor = sums[name]) -> None:
-            assert p.grad is not None
-            total.addcmul_(p.grad.float(), p.grad.float())
-            p.grad = None
-
-        hooks.append(weight.register_post_accumulate_grad_hook(square))
     try:
+        model.requires_grad_(False)
+        hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(square) for weight in sums]
         loss = loss_function(model, ids[:1, :8].to(device))
-        for done, window in enumerate(ids.split(1), 1):
-            window = window.to(device)
+        for window in ids.to(device).split(1):
             loss(window, window).backward()
-            if on_window is not None:
-                on_window(done)
     finally:
         for hook in hooks:
             hook.remove()
         for p, flag in flags:
             p.requires_grad_(flag)
-    return sums
+            p.grad = None
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(sums[weight]).all()):
+            raise NumericError(f"the squared gradients of {name} are not finite; use another packer, or a device that computes in float32")
+    return {name: sums[weight] for name, weight in weights.items()}

@@ -146,7 +146,7 @@ def _indexed(index: Path) -> list[str]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        strange = [n for n in names if Path(n).name != n]
+        strange = [n for n in names if Path(n).name != n or n in ("", ".", "..")]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index} is damaged: it maps no tensor names to files") from None
     if strange:
@@ -160,6 +160,8 @@ def _check_whole(path: Path) -> None:
         end = max((v["data_offsets"][1] for v in header.values()), default=0)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing although the index names it") from None
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a folder, where a file of weights should be") from None
     except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
         raise ModelError(f"{path} is damaged or truncated: its header cannot be read") from None
     size = path.stat().st_size

@@ -325,7 +325,7 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
     own = "```sh\ncompressor eval FOLDER\ncompressor generate FOLDER\n```\n"
     if report.export.get("format") == "compressor table":
         first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
-        text = LOAD.format(package="compressor", first=first, config_import="", config="")
+        text = LOAD.format(package="# and compressor itself, from its source", first=first, config_import="", config="")
         return text + "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\nOr with compressor itself:\n\n" + own
     if _other_format(report):
         return f"The folder is in the format {_md(report.export.get('format'))}; use a reader of that format.\n\n" + own

@@ -301,8 +301,10 @@ def check_names(recipe: Recipe) -> None:
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
     given, usual = asdict(recipe.quant), asdict(Quant())
-    heeded = {"bits", "packer", "scale_dtype", "ignore", *PACKERS[recipe.quant.packer].reads}
+    heeded = PACKERS[recipe.quant.packer].heeds
     idle = [key for key in given if key not in heeded and given[key] != usual[key]]
+    if "group" in heeded and given["gpr"] is not None and given["group"] != usual["group"]:
+        raise RecipeError(f"group={given['group']} and gpr={given['gpr']} both say how long groups are: give one of them")
     if idle:
         hint = "; tables go by --gpr" if idle[0] == "group" else ""
         raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")

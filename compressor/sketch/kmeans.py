@@ -4,16 +4,16 @@ In one dimension a cluster is a stretch of the sorted row, its error a differenc
 programming: error(c, j) = min over i of error(c - 1, i) + cost(i, j). That is exact up to BUCKETS weights a row. Longer rows are first cut into
 BUCKETS stretches, narrow where sensitive weights lie dense (the density (weight * density)**(1/3) of an optimal quantiser: Panter and Dite,
 1951), then Lloyd's iteration on the whole row settles the borders, each a binary search. There are no random starts, and no cluster stays
-empty while a row has enough different weights.
+empty while a row has enough different columns that count.
 
-Price: a sort, BUCKETS**2 k steps a row, and k log(L) per row and iteration; about 70 bytes a weight of the panel. All in float64.
+Price: a sort, BUCKETS**2 steps a row and value, and log(L) per row, value and iteration; about 90 bytes a weight of the panel. All in float64.
 """
 
 import torch
 from torch import Tensor
 
 BUCKETS = 128
-CELLS = {"cpu": 1 << 17, "cuda": 1 << 25}  # numbers of the cost tables of some rows; on a CPU they should stay in cache
+CELLS = {"cpu": 1 << 17, "cuda": 1 << 23}  # numbers of the cost tables of some rows, of which seven live; in cache on a CPU
 ITERATIONS = 50
 SETTLED = 1e-6  # relative change of all rows' errors that ends the iteration
 
@@ -25,7 +25,7 @@ def fit(w: Tensor, weight: Tensor, count: int) -> Tensor:
     """
     rows = _Sorted(w, weight)
     buckets = rows.buckets(min(w.shape[1], BUCKETS))
-    size = max(1, CELLS[w.device.type] // buckets.shape[1] ** 2)
+    size = max(1, CELLS.get(w.device.type, CELLS["cpu"]) // buckets.shape[1] ** 2)
     parts = zip(*(t.split(size) for t in (buckets, *(sums.gather(1, buckets) for sums in rows.sums))), strict=True)
     edges = torch.cat([_best_edges(part, sums, count) for part, *sums in parts])
     return (_lloyd(rows, rows.means(edges)) + rows.center).float()
@@ -41,7 +41,7 @@ class _Sorted:
     """Rows about their weighted mean in ascending order, float64 [R, L]; prefix sums of weight, weight * w, weight * w**2, [R, L + 1]."""
 
     def __init__(self, w: Tensor, weight: Tensor):
-        x, order = w.double().sort(dim=1)
+        x, order = w.double().contiguous().sort(dim=1)
         share = weight.double().expand_as(x).gather(1, order)
         total = share.sum(1, keepdim=True)
         self.share = torch.where(total > 0, share / total.clamp(min=torch.finfo(torch.float64).tiny), 1 / w.shape[1])
@@ -62,7 +62,7 @@ class _Sorted:
 
     def edges(self, values: Tensor) -> Tensor:
         """Cluster c of ascending values [R, K] is columns edges[c] to edges[c + 1] - 1; int64 [R, K + 1]."""
-        return _closed(torch.searchsorted(self.x, (values[:, 1:] + values[:, :-1]) / 2), self.x.shape[1])
+        return _closed(torch.searchsorted(self.x, ((values[:, 1:] + values[:, :-1]) / 2).contiguous()), self.x.shape[1])
 
     def means(self, edges: Tensor, otherwise: Tensor | None = None) -> Tensor:
         """Weighted means of the clusters, kept inside them against cancellation; `otherwise`, or the next weight, where one has no weight."""

@@ -6,16 +6,16 @@
     2. Codes: column after column, by descending diagonal of H, takes the nearest entry of its segment's table, and its error, as in GPTQ, is made
        up for by the columns behind it.
     3. Tables given the codes by least squares, codes given the tables by a new sweep, SWEEPS times in turn; from each row's best pair on, codes and
-       tables move together, every move a descent on the output error (refit.py).
+       tables move together, every move a descent on the error under the damped H (refit.py).
 
-Source: LeanQuant (Zhang and Shrivastava, 2024, arXiv 2407.10032) for 1 and 2 with one table a row; SketchTune (Zhang et al., 2024, arXiv
-2410.06364) for segments. Both end at 2, as `refit` off does here; with `start` "uniform" step 1 is an even spacing, with `feedback` off codes
-are the nearest entries of the original weights and no sweep follows.
+Source: LeanQuant (Zhang and Shrivastava, 2024, arXiv 2407.10032) for 1 and 2 with one table a row, which is where it ends, as `refit` off does
+here; SketchTune (Zhang et al., 2024, arXiv 2410.06364) for segments: how its sketches are made is not published. With `start` "uniform" step 1 is
+an even spacing; with `feedback` off codes are the nearest entries of the original weights, and no sweep follows.
 
-A row whose output error step 3 did not lower, with tables as they will be stored, keeps what step 2 gave: the refit never costs. Price: the
-k-means (kmeans.py), SWEEPS + 1 sweeps, and SWEEPS + ROUNDS refits of some 2**b products with H each; memory, beside some panels of rows, three
-k x k float32 matrices. Limits: a layer without calibration tokens, or whose H stays indefinite, gets plain k-means of its weights, and its report
-row says so.
+A row whose output error on the calibration inputs step 3 did not lower, with tables as they will be stored, keeps what step 2 gave. Price: the
+k-means (kmeans.py), SWEEPS + 1 sweeps, and SWEEPS + ROUNDS refits of some 2**b products with H each; memory, beside some panels of rows, five
+k x k float32 matrices while U is made. Limits: a layer without calibration tokens, or whose H stays indefinite, gets plain k-means of its
+weights, and its report row says so.
 """
 
 from dataclasses import dataclass
@@ -52,13 +52,15 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
     factor, damp, note = factorise(hessian, order, options.damp)
     if factor is None:
         return _unseen(w, options, group, dtype, note)
-    w = w.masked_fill(dead, 0)
     moments = _Moments(raw, damped(hessian, damp * hessian.diagonal().mean()), factor, order, group)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     table = torch.empty(w.shape[0], -(-w.shape[1] // group), 1 << options.bits, dtype=dtype, device=w.device)
     for rows in panels(w.shape[0], w.shape[1], PANEL):
-        start = start_tables(w[rows], moments.sensitivity(options.exponent), options, group)
-        table[rows], codes[rows] = _pack_panel(w[rows], storable(start, dtype), moments, options)
+        part = w[rows].masked_fill(dead, 0)
+        start = start_tables(part, moments.sensitivity(options.exponent), options, group)
+        table[rows], codes[rows] = _pack_panel(part, storable(start, dtype), moments, options)
+    if float(w.abs().max()) > torch.finfo(dtype).max:
+        note = "; ".join(filter(None, (note, f"weights beyond the range of {str(dtype).removeprefix('torch.')} were cut to it")))
     return PackedWeight.pack(codes, Table(table), options.bits, group), {"damp": damp, "note": note}
 
 
@@ -115,7 +117,7 @@ class _Moments:
     def error(self, w: Tensor, table: Tensor, codes: Tensor) -> Tensor:
         """The output error of each row as seen, [n]; w [k, n]."""
         e = w - refit.spread(table, codes, self.group)
-        return ((self.raw @ e) * e).sum(0)
+        return ((self.raw @ e).double() * e).sum(0)
 
     def sweep(self, w: Tensor, table: Tensor) -> Tensor:
         """Codes uint8 [k, n] of w [k, n] with ascending tables [S, K, n]; what a column loses, the columns behind it make up for."""

@@ -5,7 +5,7 @@ With P the one-hot matrix of a row's codes (k x S 2**b), t its tables and w its 
 solved in float64.
 
 A code moves to the entry nearest to w + (E H)[j] / H[j, j] without its own column (coordinate descent, as in quant/refine.py; Behdin et al.,
-2023, arXiv 2309.01885), which never raises the error either. LeanQuant and SketchTune (Zhang et al., 2024) stop after the sweep.
+2023, arXiv 2309.01885), which never raises the error either. LeanQuant (Zhang and Shrivastava, 2024) stops after the sweep.
 
 Everything is transposed, so that a column of the weight is contiguous: codes [k, n], tables [S, 2**b, n].
 """
@@ -34,7 +34,7 @@ def refit_tables(table: Tensor, codes: Tensor, pull: Tensor, hessian: Tensor, gr
     Entries that no code uses stay as they are.
     """
     out = torch.empty_like(table)
-    for columns in panels(codes.shape[1], len(codes) * table.shape[1], SYSTEMS):
+    for columns in panels(codes.shape[1], len(codes) * table[..., 0].numel(), SYSTEMS):
         out[..., columns] = _solved(table[..., columns], codes[:, columns], pull[:, columns], hessian, group)
     return out
 

@@ -11,17 +11,17 @@ def resolve_segment(k: int, options: Quant, name: str) -> tuple[int, str]:
 
     Segments are contiguous and equal but for the last, which may be shorter: k / gpr, rounded up to the largest of 256, 128, 64 and 32 with which
     there still are gpr segments and the last is at least half full; if with none, rounded up to a whole number, which the fast kernels do not
-    take. Raises RecipeError when a segment would have no more columns than a table has entries.
+    take. Raises RecipeError when there cannot be so many segments, or one has no more columns than its table has entries.
     """
-    count = options.gpr or 1
-    if count * (1 << options.bits) >= k:
-        raise RecipeError(f"gpr={count} tables of {1 << options.bits} values are no smaller than the {k} columns of {name}; use a smaller --gpr")
-    if count == 1:
+    count, entries = options.gpr or 1, 1 << options.bits
+    if count == 1 and k > entries:
         return k, ""
     for step in STEPS:
         length = -(-k // (count * step)) * step
         last = k - (count - 1) * length
-        if 2 * last >= length:
+        if 2 * last >= length and last > entries:
             return length, "" if last == length else f"{k} in features in {count} segments: {length} columns each, the last {last}"
     length = -(-k // count)
+    if k - (count - 1) * length <= entries:
+        raise RecipeError(f"gpr={count} tables of {entries} values are too many for the {k} columns of {name}; use a smaller --gpr")
     return length, f"{k} in features in {count} segments of {length} columns run in plain torch, the kernels want multiples of {STEPS[-1]}"

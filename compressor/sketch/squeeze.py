@@ -23,7 +23,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
     Raises NumericError when w is not finite.
     """
     require_finite(w)
-    if stats is None or stats.fisher is None:
-        unseen = "no calibration tokens reached this layer; all weights count alike"
+    if stats is None or stats.fisher is None or not bool(stats.fisher.any()):
+        unseen = "no gradient reached this layer; all weights count alike"
         return blind(w, torch.ones(w.shape[1], device=w.device), options, group, dtype), {"note": unseen}
     return blind(w, stats.fisher.to(w.device, torch.float32), options, group, dtype), {"note": ""}

@@ -184,7 +184,7 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes | None) -> N
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot be read" if content is not None else "is a folder"):
         task.read(path, tables(), "0" * 64)
     with pytest.raises(ModelError, match="there is no task file"):
         task.read_header(tmp_path / "nothing")

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import typer
+import yaml
 from safetensors.torch import load_file, save_file
 
+from compressor.errors import RecipeError
 from compressor.linear import linears
 from compressor.pipelines import cli, compress, load, write
 from compressor.recipe import Quant, Recipe
@@ -172,3 +174,27 @@ def test_every_flag_of_run_reaches_the_recipe() -> None:
     recipe = cli.recipe_of("tiny", "sketch2", given | {"refit": False, "exponent": 0.0, "absolute": False, "ignore": ["a", "b"], "seed": 0})
     assert (recipe.quant.bits, recipe.quant.packer, recipe.quant.refit, recipe.quant.exponent) == (2, "sketch", False, 0.0)
     assert recipe.tune.parametrization == "relative" and recipe.quant.ignore == ("a", "b") and recipe.seed == 0
+
+
+def test_flags_on_top_of_a_recipe_of_another_method(at: Path) -> None:
+    given: dict[str, Any] = dict.fromkeys(cli.FLAGS)
+    grids = Recipe().with_(quant__group=64, quant__symmetric=False, tune__method="peqa", tune__lr=5e-3)
+    (at / "grids.yaml").write_text(yaml.safe_dump(grids.to_dict()))
+    same = cli.recipe_of("grids.yaml", None, given)
+    assert same == grids
+    tables = cli.recipe_of("grids.yaml", "sketch3", given | {"tune": "table"})
+    assert (tables.quant.group, tables.quant.symmetric, tables.tune.lr) == (128, True, None), "what belonged to grids and to PEQA stays behind"
+    assert cli.recipe_of("grids.yaml", None, given | {"absolute": True}).tune.lr is None
+    assert cli.recipe_of("grids.yaml", None, given | {"absolute": True, "lr": 0.1}).tune.lr == 0.1
+    assert cli.recipe_of("grids.yaml", "2bit", given).quant.group == 64
+    for flags, words in (({"sym": True}, "--sym means nothing to packer sketch"), ({"group": 128}, "--group means nothing to packer sketch")):
+        with pytest.raises(RecipeError, match=words):
+            cli.recipe_of("tiny", "sketch3", given | flags)
+    with pytest.raises(RecipeError, match="--refit means nothing to packer gptq"):
+        cli.recipe_of("tiny", "3bit", given | {"refit": True})
+    with pytest.raises(RecipeError, match="--group means nothing to packer sketch"):
+        cli.recipe_of("tiny", "w3g64:sketch", given)
+
+
+def test_names_from_files_do_not_steer_the_terminal() -> None:
+    assert cli.one_line(ValueError("a\nb \x1b[31mred\x07")) == "a b \N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"

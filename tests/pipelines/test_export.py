@@ -61,7 +61,12 @@ def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def target(to: str, **options: Any) -> export.Target:
-    return export.Target(to, **{"data": "text.txt", "window": 64, "device": "cpu"} | options)
+    """A projection is measured on text.txt, in windows of 64; nothing else is."""
+    return export.Target(to, **{"device": "cpu"} | options)
+
+
+def projection(**options: Any) -> export.Target:
+    return target("compressed-tensors", **{"data": "text.txt", "window": 64} | options)
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def test_dense_folders_are_ordinary(at: Path, request: pytest.FixtureRequest, ki
 
 
 def test_scales_are_written_again_exactly(at: Path, scales: Path) -> None:
-    document, _ = export.export(str(scales), at / "out", target("compressed-tensors", max_loss=0.0))
+    document, _ = export.export(str(scales), at / "out", target("compressed-tensors"))
     assert (document["exact"], document["format"], document["error"]) == (True, "compressed-tensors pack-quantized", {"largest": 0.0, "mean": 0.0})
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (at / "out" / name).read_bytes() == (scales / name).read_bytes()
@@ -121,7 +126,7 @@ def test_scales_are_written_again_exactly(at: Path, scales: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bits": 4, "group": 32}, {"symmetric": False}, {"group": -1}])
 def test_tables_are_projected_with_their_loss(at: Path, tables: Path, options: dict[str, Any]) -> None:
-    document, shown = export.export(str(tables), at / "out", target("compressed-tensors", **options))
+    document, shown = export.export(str(tables), at / "out", projection(**options))
     again, was = load.load(str(at / "out"), "cpu"), load.load(str(tables), "cpu")
     assert again.config["quantization_config"]["quant_method"] == "compressed-tensors"
     sketches = load.packed_weights(was.model)
@@ -149,7 +154,7 @@ def test_tables_are_projected_with_their_loss(at: Path, tables: Path, options: d
 def test_even_tables_lose_nothing(at: Path) -> None:
     """Tables that hold an even grid are projected onto that very grid."""
     source = table_folder(at / "even", 0.0)
-    document, _ = export.export(str(source), at / "out", target("compressed-tensors", group=-1))
+    document, _ = export.export(str(source), at / "out", projection(group=-1))
     assert document["error"]["largest"] < 1e-3, "what is left is the rounding of table entries to float16"
     assert abs(document["perplexity"]["growth"]) < 1e-3
 
@@ -174,8 +179,8 @@ def test_a_loss_too_large_is_refused(at: Path, tables: Path, monkeypatch: pytest
         (["export", "tiny", "--to", "bf16", "-o", "out"], "tiny is dense"),
         (["export", "nowhere", "--to", "bf16", "-o", "out"], "nowhere"),
         (["export", "TABLES", "--to", "gguf", "-o", "out"], "--to 'gguf' is unknown"),
-        (["export", "TABLES", "--to", "bf16", "--bits", "3", "-o", "out"], "are for the projection of tables"),
-        (["export", "TABLES", "--to", "bf16", "--max-loss", "1", "-o", "out"], "are for the projection of tables"),
+        (["export", "TABLES", "--to", "bf16", "--bits", "3", "-o", "out"], "is for the projection of tables, and --to bf16 has none"),
+        (["export", "TABLES", "--to", "bf16", "--max-loss", "1", "-o", "out"], "is for the projection of tables, and --to bf16 has none"),
         (["export", "TABLES", "--to", "compressed-tensors", "--max-loss", "-1", "-o", "out"], "max-loss=-1.0"),
         (["export", "TABLES", "--to", "compressed-tensors", "--max-loss", "nan", "-o", "out"], "max-loss=nan"),
         (["export", "TABLES", "--to", "compressed-tensors", "--bits", "5", "-o", "out"], "bits=5 is not supported"),
@@ -190,6 +195,12 @@ def test_a_loss_too_large_is_refused(at: Path, tables: Path, monkeypatch: pytest
         (["export", "TABLES", "--to", "bf16", "-o", "/"], "is the current folder or a mount point"),
         (["export", "TABLES", "--to", "bf16", "-o", "TABLES"], "already holds files"),
         (["export", "TABLES", "--to", "bf16", "-o", "taken"], "holds files that are not of a run"),
+        (["export", "TABLES", "--to", "bf16", "--data", "missing.txt", "-o", "out"], "--data is for the projection of tables"),
+        (["export", "SCALES", "--to", "compressed-tensors", "--max-loss", "0.1", "-o", "out"], "--max-loss is for the projection of tables"),
+        (["export", "TABLES", "--to", "bf16", "-o", "TABLES/sub"], "lies inside the model's own folder"),
+        (["apply", "SCALES", "s.safetensors", "-o", "SCALES/sub"], "lies inside the model's own folder"),
+        (["task", "TABLES", "-o", "TABLES/model.task"], "lies inside the model's own folder"),
+        (["apply", "TABLES", "theirs", "-o", "out"], "is a folder, not a task file"),
         (["task", "tiny", "-o", "t"], "tiny is dense"),
         (["task", "TABLES", "-o", "text.txt"], "already exists"),
         (["task", "TABLES", "-o", "text.txt/t"], "cannot be written"),
@@ -208,7 +219,7 @@ def test_bad_inputs(
         (at / name / "thesis.tex").write_text("mine")
     export.extract(str(scales), at / "s.safetensors")
     before = sorted(at.rglob("*"))
-    code, out, err = call(monkeypatch, capsys, *({"TABLES": str(tables), "SCALES": str(scales)}.get(a, a) for a in args))
+    code, out, err = call(monkeypatch, capsys, *(a.replace("TABLES", str(tables)).replace("SCALES", str(scales)) for a in args))
     assert (code, out) == (2, ""), err
     assert words in " ".join(err.split())
     assert "Traceback" not in err
@@ -351,5 +362,5 @@ def test_options_of_a_projection() -> None:
     assert export.Target("compressed-tensors").quant(3) == Quant(packer="rtn")
     assert export.Target("compressed-tensors", bits=4, group=64, symmetric=False).quant(3) == Quant(packer="rtn", bits=4, group=64, symmetric=False)
     with pytest.raises(RecipeError, match="max_tokens=-1"):
-        export.Target("bf16", max_tokens=-1).check()
+        export.Target("compressed-tensors", max_tokens=-1).check()
     assert "export.json" not in output.WRITTEN, "a run does not overwrite exports"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from compressor.errors import RecipeError
+from compressor.errors import NumericError, RecipeError
 from compressor.linear import packed_linears
 from compressor.pipelines import compress, fisher, load
 from compressor.pipelines.run import dry_run, run
@@ -84,6 +84,7 @@ def test_tuners_that_do_not_fit_are_refused_before_any_work(packer: str, tuner: 
         ({"symmetric": False}, "symmetric=False means nothing to packer sketch"),
         ({"packer": "gptq", "refit": False}, "refit=False means nothing to packer gptq"),
         ({"packer": "squeezellm", "exponent": 4.0}, "exponent=4.0 means nothing to packer squeezellm"),
+        ({"packer": "gptq", "group": 64}, "group=64 and gpr=2 both say how long groups are"),
         ({"packer": "rtn", "damp": 0.1}, "damp=0.1 means nothing to packer rtn"),
     ],
 )
@@ -113,6 +114,22 @@ def test_squared_gradients_are_those_of_autograd_window_by_window() -> None:
             loss = nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum")
             wanted += torch.autograd.grad(loss, weight)[0].square()
         assert torch.allclose(found[name], wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
+
+
+def test_squared_gradients_leave_nothing_behind_and_are_finite() -> None:
+    model = load.load("tiny", "cpu").model
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AttributeError):
+        fisher.squared_gradients(model, ["model.layers.0.mlp.down_proj", "model.layers.9.mlp.down_proj"], torch.ones(1, 8, dtype=torch.int64))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    name = "model.layers.0.mlp.down_proj"
+    with torch.no_grad():
+        assert fisher.squared_gradients(model, [name, name], torch.ones(1, 8, dtype=torch.int64))[name].any()
+        model.get_parameter("model.norm.weight").fill_(1e30)
+        model.get_parameter("lm_head.weight").mul_(1e30)
+    with pytest.raises(NumericError, match=name):
+        fisher.squared_gradients(model, [name], torch.randint(1, 2000, (2, 8)))
+    assert not any(hasattr(p, "grad") and p.grad is not None for p in model.parameters())
 
 
 def test_squeezellm_heeds_the_gradients() -> None:

@@ -9,8 +9,10 @@ from compressor.hessian import damped, factorise, living, rounding_order
 from compressor.packed import PackedWeight, Table
 from compressor.packing import relative_error
 from compressor.recipe import Quant, Recipe
-from compressor.sketch import PACKERS, learned
+from compressor.sketch import PACKERS, kmeans, learned, refit
 from compressor.stats import LayerStats
+
+real = learned._pack_panel
 
 
 def inputs(k: int, tokens: int = 600) -> LayerStats:
@@ -47,21 +49,92 @@ def textbook(w: Tensor, table: Tensor, hessian: Tensor, order: list[int], group:
     return codes
 
 
-@pytest.mark.parametrize(("k", "group", "bits"), [(96, 96, 3), (150, 60, 2), (300, 300, 4)])
-def test_the_sweep_is_the_textbooks(k: int, group: int, bits: int) -> None:
-    w, stats = torch.randn(7, k), inputs(k)
+def moments_of(stats: LayerStats, group: int, damp: float = 0.01) -> learned._Moments:
+    """As `pack` makes them."""
     assert stats.hessian is not None
     hessian, _ = living(stats.hessian.clone())
     order = rounding_order(hessian, True)
-    factor, damp, _ = factorise(hessian, order, 0.01)
+    factor, damp, _ = factorise(hessian, order, damp)
     assert factor is not None
-    hessian = damped(hessian, damp * hessian.diagonal().mean())
-    moments = learned._Moments(stats.hessian, hessian, factor, order, group)
+    return learned._Moments(stats.hessian, damped(hessian, damp * hessian.diagonal().mean()), factor, order, group)
+
+
+@pytest.mark.parametrize(("k", "group", "bits"), [(96, 96, 3), (150, 60, 2), (300, 300, 4)])
+def test_the_sweep_is_the_textbooks(k: int, group: int, bits: int) -> None:
+    w, stats = torch.randn(7, k), inputs(k)
+    moments = moments_of(stats, group)
     table = torch.randn(7, -(-k // group), 1 << bits).sort(dim=2).values
     found = moments.sweep(w.T.contiguous(), table.permute(1, 2, 0).contiguous()).T
-    wanted = textbook(w, table, hessian, order.tolist(), group)
+    wanted = textbook(w, table, moments.hessian, moments.order.tolist(), group)
     same = (found == wanted).float().mean(1)
     assert float(same.median()) == 1.0 and float(same.min()) > 0.5, "a code at a border may turn by rounding, and all behind it with it"
+
+
+@pytest.mark.parametrize("exponent", [0.0, 2.0, 4.0])
+def test_sensitivity_is_the_factors_diagonal_in_the_order_of_the_columns(exponent: float) -> None:
+    stats = inputs(80)
+    moments = moments_of(stats, 80)
+    assert stats.hessian is not None
+    order = stats.hessian.diagonal().argsort(descending=True, stable=True)
+    full = stats.hessian.double() + 0.01 * stats.hessian.diagonal().double().mean() * torch.eye(80)
+    upper = torch.linalg.cholesky(torch.linalg.inv(full[order][:, order])).T
+    wanted = torch.empty(80, dtype=torch.float64)
+    wanted[order] = upper.diagonal() ** -exponent
+    assert torch.allclose(moments.sensitivity(exponent).double(), wanted / wanted.sum(), rtol=1e-3)
+    assert exponent == 0 or float(wanted.max() / wanted.min()) > 3, "the columns must differ for this to test anything"
+
+
+def test_pack_damps_and_weighs_by_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, seen = inputs(48), []
+    monkeypatch.setattr(learned, "_pack_panel", lambda w, start, moments, options: seen.append((start, moments)) or real(w, start, moments, options))
+    w = torch.randn(5, 48)
+    sketch(w, stats, bits=2, exponent=3.0)
+    start, moments = seen[0]
+    wanted = moments_of(stats, 48)
+    assert torch.equal(moments.hessian, wanted.hessian) and not torch.equal(moments.hessian, moments.raw)
+    assert stats.hessian is not None and torch.equal(moments.raw, stats.hessian)
+    assert torch.equal(start[:, 0], kmeans.fit(w, wanted.sensitivity(3.0), 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_that_a_table_holds_exactly_stay_exact(dtype: torch.dtype) -> None:
+    w, stats = torch.randint(-4, 4, (50, 96)).float(), inputs(96)
+    assert torch.equal(sketch(w, stats, bits=3, dtype=dtype).dequantize(), w), "the refit would blur them by its rounding"
+
+
+def test_the_guard_judges_by_the_inputs_as_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = LayerStats(32)
+    stats.add(torch.eye(32)[:16].repeat(4, 1) + 1e-4 * torch.randn(64, 32))  # half of the inputs hardly matter, but for the damping
+    w = torch.randn(6, 32)
+    plain = sketch(w, stats, bits=2, refit=False, damp=0.9)
+
+    def worse(w: Tensor, table: Tensor, codes: Tensor, moments: learned._Moments, sweeps: int) -> tuple[Tensor, Tensor]:
+        """Better where nothing is read, slightly worse where it is."""
+        best = kmeans.fit(w[16:].T, torch.ones(16), 4).T.unsqueeze(0)
+        return best.contiguous(), refit.nearest_codes(w, best, 32)
+
+    monkeypatch.setattr(learned, "_refined", worse)
+    kept = sketch(w, stats, bits=2, damp=0.9)
+    damped_error = lambda p: (w - p.dequantize()).square().sum(1)
+    assert bool((row_errors(w, kept, stats) <= row_errors(w, plain, stats)).all())
+    assert torch.equal(kept.words, plain.words) and bool((damped_error(kept) > 0).all())
+
+
+def test_each_row_keeps_its_best_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, w = inputs(64), torch.randn(8, 64)
+    moments = moments_of(stats, 64)
+    start = kmeans.fit(w, torch.ones(64), 4).unsqueeze(1).permute(1, 2, 0).contiguous()
+    codes = moments.sweep(w.T.contiguous(), start)
+    once = learned._refined(w.T.contiguous(), start, codes, moments, 1)
+    monkeypatch.setattr(learned._Moments, "sweep", lambda self, w, table: torch.zeros_like(w, dtype=torch.uint8))
+    spoiled = learned._refined(w.T.contiguous(), start, codes, moments, 4)
+    assert all(torch.equal(a, b) for a, b in zip(once, spoiled, strict=True)), "bad sweeps must not replace good ones"
+
+
+def test_weights_beyond_the_stored_range_are_cut_and_named() -> None:
+    w, stats = torch.randn(6, 64) * 1e6, inputs(64)
+    packed, row = PACKERS["sketch"](w, stats, Quant(bits=2, packer="sketch"), 64, torch.float16)
+    assert bool(torch.isfinite(packed.dequantize()).all()) and "beyond the range of float16" in row["note"]
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 128), (3, 64), (3, 96), (4, 128)])
@@ -175,3 +248,5 @@ def test_squeezellm_follows_the_fisher_information() -> None:
     stats.fisher = None
     unseen, row = PACKERS["squeezellm"](w, stats, Quant(bits=2, packer="squeezellm"), 128, torch.float32)
     assert "count alike" in row["note"] and torch.equal(unseen.words, alike.words)
+    stats.fisher = torch.zeros(24, 128)
+    assert "no gradient" in PACKERS["squeezellm"](w, stats, Quant(bits=2, packer="squeezellm"), 128, torch.float32)[1]["note"]

@@ -26,6 +26,17 @@ def test_one_segment_unless_asked() -> None:
     assert resolve_segment(300, Quant(), "q_proj") == (300, "")
 
 
-def test_a_table_smaller_than_its_segment() -> None:
-    with pytest.raises(RecipeError, match="gpr=8 tables of 16 values are no smaller than the 128 columns of q_proj"):
-        resolve_segment(128, Quant(bits=4, gpr=8), "q_proj")
+@pytest.mark.parametrize(("k", "bits", "gpr"), [(128, 4, 8), (34, 2, 8), (36, 2, 8), (514, 2, 64), (8, 3, 1), (528, 3, 32)])
+def test_more_tables_than_columns_can_bear(k: int, bits: int, gpr: int) -> None:
+    with pytest.raises(RecipeError, match=f"gpr={gpr} tables of {1 << bits} values are too many for the {k} columns of q_proj; use a smaller --gpr"):
+        resolve_segment(k, Quant(bits=bits, gpr=gpr), "q_proj")
+
+
+def test_every_width_gets_what_it_asked_for_or_an_error() -> None:
+    for k in [*range(5, 700), 2048, 11008]:
+        for gpr in (1, 2, 3, 4, 8, 20):
+            try:
+                length, _ = resolve_segment(k, Quant(bits=2, gpr=gpr), "q_proj")
+            except RecipeError:
+                continue
+            assert -(-k // length) == gpr and 4 < k - (gpr - 1) * length <= length
