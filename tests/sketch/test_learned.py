@@ -102,22 +102,16 @@ def test_rows_that_a_table_holds_exactly_stay_exact(dtype: torch.dtype) -> None:
     assert torch.equal(sketch(w, stats, bits=3, dtype=dtype).dequantize(), w), "the refit would blur them by its rounding"
 
 
-def test_the_guard_judges_by_the_inputs_as_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    stats = LayerStats(32)
-    stats.add(torch.eye(32)[:16].repeat(4, 1) + 1e-4 * torch.randn(64, 32))  # half of the inputs hardly matter, but for the damping
-    w = torch.randn(6, 32)
-    plain = sketch(w, stats, bits=2, refit=False, damp=0.9)
-
-    def worse(w: Tensor, table: Tensor, codes: Tensor, moments: learned._Moments, sweeps: int) -> tuple[Tensor, Tensor]:
-        """Better where nothing is read, slightly worse where it is."""
-        best = kmeans.fit(w[16:].T, torch.ones(16), 4).T.unsqueeze(0)
-        return best.contiguous(), refit.nearest_codes(w, best, 32)
-
-    monkeypatch.setattr(learned, "_refined", worse)
-    kept = sketch(w, stats, bits=2, damp=0.9)
-    damped_error = lambda p: (w - p.dequantize()).square().sum(1)
-    assert bool((row_errors(w, kept, stats) <= row_errors(w, plain, stats)).all())
-    assert torch.equal(kept.words, plain.words) and bool((damped_error(kept) > 0).all())
+def test_the_guard_judges_by_the_inputs_as_seen() -> None:
+    stats = inputs(40)
+    moments, table = moments_of(stats, 40, damp=0.9), torch.randn(1, 4, 6).sort(dim=1).values
+    w = torch.randn(40, 6)
+    codes = refit.nearest_codes(w, table, 40)
+    e = (w - refit.spread(table, codes, 40)).double()
+    assert stats.hessian is not None
+    seen = ((stats.hessian.double() @ e) * e).sum(0)
+    assert torch.allclose(moments.error(w, table, codes).double(), seen, rtol=1e-4)
+    assert not torch.allclose(((moments.hessian.double() @ e) * e).sum(0), seen, rtol=1e-2), "the damping must show for this to test anything"
 
 
 def test_each_row_keeps_its_best_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
