@@ -1,6 +1,7 @@
 """Seconds per thousand rows that packers take on a layer of a large model, statistics given; on a CPU, or on a GPU where there is one.
 
-Rows are independent, so some of them tell the time of all; the part that every layer pays once (the factor of H) is listed apart.
+Rows are independent, so some of them tell the time of all; the part that every layer pays once (the factor of H) is listed apart. Weights and
+inputs are random (normal; inputs share 64 directions), GPTQ has groups of 128, so the errors compare packers at long rows, nothing more.
 
     python bench/pack_speed.py --rows 512 --out bench/results/pack_speed.csv
 """
@@ -22,8 +23,8 @@ from compressor.recipe import Quant
 from compressor.stats import LayerStats
 
 FIELDS = [
-    "packer", "bits", "gpr", "k", "rows", "seconds", "once_seconds", "seconds_per_1000_rows", "to_gptq", "layer_error", "device", "threads", "torch",
-    "compressor",
+    "packer", "bits", "gpr", "bits_per_weight", "k", "rows", "seconds", "once_seconds", "seconds_per_1000_rows", "to_gptq", "layer_error", "device",
+    "threads", "torch", "compressor",
 ]  # fmt: skip
 ARMS = [("gptq", b, None) for b in (2, 3, 4)] + [("sketch", b, 1) for b in (2, 3, 4)] + [("sketch", 3, 4)]
 
@@ -74,9 +75,10 @@ def main() -> None:
         per = (seconds - once) / a.rows * 1000
         like = next((r["seconds_per_1000_rows"] for r in rows if r["packer"] == "gptq" and r["bits"] == bits), per)
         rows.append({
-            "packer": packer, "bits": bits, "gpr": gpr or "", "k": a.k, "rows": a.rows, "seconds": round(seconds, 1), "once_seconds": round(once, 1),
-            "seconds_per_1000_rows": round(per, 1), "to_gptq": round(per / like, 2), "layer_error": round(relative_error(w, packed, stats), 5),
-            "device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "compressor": __version__,
+            "packer": packer, "bits": bits, "gpr": gpr or "", "bits_per_weight": round(packed.stored_bits() / w.numel(), 4), "k": a.k,
+            "rows": a.rows, "seconds": round(seconds, 1), "once_seconds": round(once, 1), "seconds_per_1000_rows": round(per, 1),
+            "to_gptq": round(per / like, 2), "layer_error": round(relative_error(w, packed, stats), 5), "device": name,
+            "threads": torch.get_num_threads(), "torch": torch.__version__, "compressor": __version__,
         })  # fmt: skip
         print(rows[-1], flush=True)
     write_rows(a.out, FIELDS, rows)

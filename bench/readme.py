@@ -116,9 +116,15 @@ def sketches() -> str:
             lines += [f"| {r['arm'].split(', ', 1)[1]} | {float(r['domain_ppl']):.2f} | {float(r['outside_ppl']):.2f} |" for r in released]
         lines.append("")
     speed = read("pack_speed.csv")
-    lines += [f"**Time to pack** rows of {speed[0]['k']} columns ({speed[0]['device']}, {speed[0]['threads']} threads), statistics given:", ""]
-    lines += ["| | bits | tables a row | seconds per 1000 rows | to GPTQ |", "|---|---|---|---|---|"]
-    lines += [f"| {r['packer']} | {r['bits']} | {r['gpr'] or '–'} | {r['seconds_per_1000_rows']} | {r['to_gptq']} |" for r in speed]
+    lines += [
+        f"**Long rows**: {speed[0]['k']} columns, random weights and inputs ({speed[0]['device']}, {speed[0]['threads']} threads), statistics given:",
+        "",
+    ]
+    lines += ["| | bits | tables a row | bits per weight | output error | seconds per 1000 rows | to GPTQ |", "|---|---|---|---|---|---|---|"]
+    for r in speed:
+        name = r["packer"] if r["gpr"] else f"{r['packer']}, groups of 128"
+        cells = [name, r["bits"], r["gpr"] or "–", f"{float(r['bits_per_weight']):.3f}", f"{float(r['layer_error']):.4f}"]
+        lines.append(f"| {' | '.join(cells)} | {r['seconds_per_1000_rows']} | {r['to_gptq']} |")
     return "\n".join(lines)
 
 
