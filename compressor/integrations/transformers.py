@@ -10,7 +10,7 @@ The hooks of transformers.quantizers.HfQuantizer that are used:
 
 `dtype=` decides about everything that is not packed; the tables keep the dtype they were learned in. compressor's hook registers this module
 (hook.py), so `import compressor` must come somewhere before from_pretrained: transformers ignores quantization methods that it does not know.
-Limits: no tensor parallelism, and buffers must not be offloaded.
+`device_map=` needs accelerate, as everywhere in transformers. Limits: no tensor parallelism, and buffers must not be offloaded.
 """
 
 # transformers is not typed for mypy: its classes are Any here, and two of them are bases
