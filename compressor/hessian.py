@@ -1,14 +1,17 @@
-"""The second moment of a layer's inputs, made ready for rounding with error feedback: dead inputs, order of columns, inverse factor.
+"""The second moment H of a layer's inputs at work: dead inputs, order of columns, inverse factor, and the two walks over columns of all packers.
 
 U is one Cholesky factor of H with rows and columns reversed and one triangular inverse, instead of the textbook's Cholesky, inverse and second
 Cholesky (Frantar et al., 2022, arXiv 2210.17323, section 4, step 3): half the work, and nothing has to stay positive definite after rounding in
 float32. Memory beside the caller's H: three k x k float32 matrices while U is made (9.9 GB for the widest layer of a 70B model).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 DAMP_LIMIT = 1.0
+BLOCK = 128  # columns whose effect on the others is put off and then applied at once
 
 
 def living(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,3 +66,38 @@ def _inverse_factor(backward: Tensor) -> Tensor | None:
     torch.linalg.solve_triangular(reverse, upper, upper=True, out=upper)
     del reverse
     return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def sweep(w: Tensor, factor: Tensor, order: Tensor, choose: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Codes uint8 [k, n] of w [k, n], a column of the weight after the other; what a column loses, the columns behind it make up for.
+
+    factor upper [k, k] in the order of rounding, order [k]; `choose(j, rest [n])` gives codes and their values for column j, each [n].
+    """
+    rest, columns = w[order], order.tolist()  # [k, n] in the order of rounding, each less the errors before it
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, len(columns), BLOCK):
+        stop = min(start + BLOCK, len(columns))
+        block, local = rest[start:stop], factor[start:stop, start:stop]  # block turns into errors row by row
+        for i, j in enumerate(columns[start:stop]):
+            code, value = choose(j, block[i])
+            codes[j] = code.to(torch.uint8)
+            block[i] -= value
+            block[i] /= local[i, i]
+            block[i + 1 :].addr_(local[i, i + 1 :], block[i], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
+    return codes
+
+
+def descend(pull: Tensor, hessian: Tensor, move: Callable[[int, Tensor], Tensor]) -> None:
+    """Moves the columns one after the other to what is best given all others; pull = H (w - packed) [k, n] follows in place.
+
+    `move(j, gain [n])` changes column j, whose best value is its own plus the gain, and returns by how much, [n].
+    """
+    diagonal = hessian.diagonal().tolist()
+    for start in range(0, len(diagonal), BLOCK):
+        stop = min(start + BLOCK, len(diagonal))
+        block, moved = pull[start:stop].clone(), torch.empty_like(pull[start:stop])
+        for i, j in enumerate(range(start, stop)):
+            moved[i] = move(j, block[i] / diagonal[j])
+            block.addr_(hessian[start:stop, j], moved[i], alpha=-1)
+        pull.addmm_(hessian[:, start:stop], moved, alpha=-1)

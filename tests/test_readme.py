@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -24,7 +25,7 @@ def test_numbers_come_from_the_results() -> None:
 
 
 def test_every_command_and_flag_exists() -> None:
-    group = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(cli.app)
     seen = 0
     lines = [part.strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
     lines += re.findall(r"`(compressor [^`]+)`", README)
@@ -32,7 +33,7 @@ def test_every_command_and_flag_exists() -> None:
         words = shlex.split(line, comments=True)
         if not words or words[0] != "compressor":
             continue
-        command = group.commands[words[1]]  # type: ignore[attr-defined]
+        command = group.commands[words[1]]
         known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
         assert {w for w in words[2:] if w.startswith("-")} <= known, line
         seen += 1
@@ -40,8 +41,8 @@ def test_every_command_and_flag_exists() -> None:
 
 
 def test_flags_named_in_the_text_exist() -> None:
-    group = typer.main.get_command(cli.app)
-    known = {n for c in group.commands.values() for p in c.params for n in (*p.opts, *p.secondary_opts)}  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(cli.app)
+    known = {n for c in group.commands.values() for p in c.params for n in (*p.opts, *p.secondary_opts)}
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known | {"--help"}
 

@@ -70,10 +70,11 @@ class Model:
         tuner = TUNERS[method](chosen)
         parameters = tuner.attach(self.model)
         try:
-            return train(self.model, parameters, windows.ids, windows.labels, chosen, seed, None, "", None, None)
+            log = train(self.model, parameters, windows.ids, windows.labels, chosen, seed, None, "", None, None)
         finally:
             tuner.detach(self.model)
-            self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, export.values(self._loaded)
+        self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, export.values(self._loaded)
+        return log
 
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
         """Perplexity of the held-out part of `data`, with its protocol."""

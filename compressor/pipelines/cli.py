@@ -124,7 +124,7 @@ def run(
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="symmetric or asymmetric grids")] = None,
     scale_dtype: Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, bfloat16 or float32")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="regular expression of layers to leave dense (may be repeated)")] = None,
-    damp: Annotated[Number, typer.Option("--damp", "--damp-percent", "--damp_percent", help="GPTQ damping, share of the mean diagonal")] = None,
+    damp: Annotated[Number, typer.Option("--damp", "--damp-percent", "--damp_percent", help="damping of H, share of its mean diagonal")] = None,
     nsamples: Annotated[Count, typer.Option(help="calibration windows")] = None,
     seqlen: Annotated[Count, typer.Option(help="tokens of a calibration or tuning window")] = None,
     steps: Annotated[Count, typer.Option(help="tuning steps; overrides --epochs")] = None,

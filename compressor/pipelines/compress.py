@@ -195,9 +195,9 @@ def compress(
     assert isinstance(blocks, nn.ModuleList)
     packer = PACKERS[quant.packer]
     fisher: dict[str, Tensor] = {}
-    missing = [t.name for i, row in enumerate(todo.targets) if _block_rows(work, i) is None for t in row if not t.reason]
-    if packer.fisher and ids is not None and missing:
-        fisher = squared_gradients(model, missing, ids)
+    if packer.fisher and ids is not None:
+        missing = [t.name for i, row in enumerate(todo.targets) if _block_rows(work, i) is None for t in row if not t.reason]
+        fisher = squared_gradients(model, missing, ids) if missing else {}
     calibration = Calibration(model, blocks, ids) if packer.needs and ids is not None else None
     rows: list[dict[str, Any]] = []
     resumed = 0

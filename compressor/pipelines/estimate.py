@@ -95,7 +95,7 @@ def _memory(
     dense, small = BASE + parameters * size, BASE + compiled + (parameters - weights) * size + packed_bytes
     logits = min(evaluate.LOGIT_BYTES, evaluate.BATCH_TOKENS * vocab * size)
     out = {"load": dense, "evaluate": max(dense, small) + 2 * logits + 3 * evaluate.CHUNK_BYTES, "compress": dense}
-    kept = hidden if recipe.tune.gradient_checkpointing else 12 * hidden + 4 * inner  # numbers a token and block, from forward to backward
+    alive = 12 * hidden + 4 * inner  # numbers a token and block, from forward to backward
     packer = PACKERS[recipe.quant.packer]
     if packer.needs:
         widest = max(m.in_features for m in linear.linears(model).values())
@@ -105,8 +105,9 @@ def _memory(
         buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
         out["compress"] += SKETCHING * min(learned.PANEL, largest) + 4 * largest + buckets
     if packer.fisher:
-        out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * ((12 * hidden + 4 * inner) * layers + 4 * vocab) * size
+        out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * (alive * layers + 4 * vocab) * size
     if recipe.tune.method != "none":
+        kept = hidden if recipe.tune.gradient_checkpointing else alive
         steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
         out["tune"] = small + TUNING * values + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out

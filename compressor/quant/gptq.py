@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.hessian import damped, factorise, living, rounding_order
+from compressor.hessian import damped, factorise, living, rounding_order, sweep
 from compressor.packed import Affine, PackedWeight
 from compressor.packing import panels, require_finite
 from compressor.quant import grid, rtn
@@ -23,7 +23,6 @@ from compressor.quant.refine import refine
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
 
-BLOCK = 128
 PANEL = 1 << 26  # weights swept at a time: large, for every column of a panel costs a few kernel launches
 ROUNDS = 3  # of refinement; measured in docs/log.md
 
@@ -66,21 +65,12 @@ def _rows(zero: Tensor | None, rows: slice) -> Tensor | None:
 
 def _sweep(w: Tensor, factor: Tensor, order: Tensor, values: Affine, bits: int, group: int) -> Tensor:
     """Codes uint8 [n, k] of w [n, k]; inside, everything is transposed so that a column is contiguous."""
-    rest = w.T[order].contiguous()  # [k, n], the columns in the order of rounding, each less the errors before it
     scale = values.scale.float().T.contiguous()  # [G, n]
     zero = torch.full_like(scale, grid.midpoint(bits)) if values.zero is None else values.zero.float().T.contiguous()
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    at = (order // group).tolist()
-    for start in range(0, len(at), BLOCK):
-        stop = min(start + BLOCK, len(at))
-        block, local = rest[start:stop], factor[start:stop, start:stop]  # block turns into errors row by row
-        for i, g in enumerate(at[start:stop]):
-            code = grid.encode(block[i], scale[g], zero[g], bits)
-            codes[start + i] = code.to(torch.uint8)
-            block[i] -= scale[g] * (code - zero[g])
-            block[i] /= local[i, i]
-            block[i + 1 :].addr_(local[i, i + 1 :], block[i], alpha=-1)
-        rest[stop:].addmm_(factor[start:stop, stop:].T, block, alpha=-1)
-    out = torch.empty_like(codes)
-    out[order] = codes
-    return out.T
+
+    def choose(j: int, rest: Tensor) -> tuple[Tensor, Tensor]:
+        s, z = scale[j // group], zero[j // group]
+        code = grid.encode(rest, s, z, bits)
+        return code, s * (code - z)
+
+    return sweep(w.T, factor, order, choose).T

@@ -12,10 +12,10 @@ Limits: a local minimum; what is minimised is the damped error on the calibratio
 import torch
 from torch import Tensor
 
+from compressor.hessian import descend
 from compressor.packed import Affine
 from compressor.quant import grid
 
-BLOCK = 128
 REACH = 2.0  # a scale stays within this factor of where it started: strongly correlated inputs would else pull some to zero or below
 
 
@@ -51,16 +51,13 @@ def _move_scales(steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, pull: 
 
 def _move_codes(steps: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, hessian: Tensor, bits: int) -> None:
     """In place: every column to the codes that are best given all others."""
-    k, group = pull.shape[0], steps.shape[1]
-    flat = steps.view(k, -1)  # [k, n]
-    diagonal = hessian.diagonal().tolist()
-    for start in range(0, k, BLOCK):
-        stop = min(start + BLOCK, k)
-        block, moved = pull[start:stop].clone(), torch.empty_like(pull[start:stop])
-        for i, j in enumerate(range(start, stop)):
-            s, z = scale[j // group], zero[j // group]
-            step = grid.encode(flat[j] * s + block[i] / diagonal[j], s, z, bits) - z
-            moved[i] = (step - flat[j]) * s
-            flat[j] = step
-            block.addr_(hessian[start:stop, j], moved[i], alpha=-1)
-        pull.addmm_(hessian[:, start:stop], moved, alpha=-1)
+    group, flat = steps.shape[1], steps.view(pull.shape)  # [k, n]
+
+    def move(j: int, gain: Tensor) -> Tensor:
+        s, z = scale[j // group], zero[j // group]
+        step = grid.encode(flat[j] * s + gain, s, z, bits) - z
+        moved = (step - flat[j]) * s
+        flat[j] = step
+        return moved
+
+    descend(pull, hessian, move)

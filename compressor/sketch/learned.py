@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.hessian import damped, factorise, living, rounding_order
+from compressor.hessian import damped, factorise, living, rounding_order, sweep
 from compressor.packed import PackedWeight, Table
 from compressor.packing import panels, require_finite
 from compressor.recipe import Quant
 from compressor.sketch import kmeans, refit
 from compressor.stats import LayerStats
 
-BLOCK = 128
 PANEL = 1 << 24  # weights swept at a time
 SWEEPS = 5  # refits that a new sweep, or at last the descent, follows; measured in docs/log.md
 ROUNDS = 2  # of the descent
@@ -121,20 +120,13 @@ class _Moments:
 
     def sweep(self, w: Tensor, table: Tensor) -> Tensor:
         """Codes uint8 [k, n] of w [k, n] with ascending tables [S, K, n]; what a column loses, the columns behind it make up for."""
-        rest = w[self.order]  # the columns in the order of rounding, each less the errors before it
-        borders, columns = refit.borders_of(table), self.order.tolist()
-        codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-        for start in range(0, len(columns), BLOCK):
-            stop = min(start + BLOCK, len(columns))
-            block, local = rest[start:stop], self.factor[start:stop, start:stop]  # block turns into errors row by row
-            for i, j in enumerate(columns[start:stop]):
-                code = refit.nearest(block[i], borders[j // self.group])
-                codes[j] = code[0]
-                block[i] -= table[j // self.group].gather(0, code)[0]
-                block[i] /= local[i, i]
-                block[i + 1 :].addr_(local[i, i + 1 :], block[i], alpha=-1)
-            rest[stop:].addmm_(self.factor[start:stop, stop:].T, block, alpha=-1)
-        return codes
+        borders = refit.borders_of(table)
+
+        def choose(j: int, rest: Tensor) -> tuple[Tensor, Tensor]:
+            code = refit.nearest(rest, borders[j // self.group])
+            return code[0], table[j // self.group].gather(0, code)[0]
+
+        return sweep(w, self.factor, self.order, choose)
 
     def pull(self, w: Tensor, table: Tensor, codes: Tensor) -> Tensor:
         """H (w - P t), damped, [k, n]."""

@@ -13,9 +13,9 @@ Everything is transposed, so that a column of the weight is contiguous: codes [k
 import torch
 from torch import Tensor
 
+from compressor.hessian import descend
 from compressor.packing import panels
 
-BLOCK = 128
 SYSTEMS = 1 << 23  # numbers of H P at a time
 
 
@@ -85,16 +85,12 @@ def nearest_codes(w: Tensor, table: Tensor, group: int) -> Tensor:
 def move_codes(table: Tensor, codes: Tensor, pull: Tensor, hessian: Tensor, group: int) -> None:
     """In place, codes and pull: every column to the codes that are best given all others; tables ascending."""
     borders = borders_of(table)
-    diagonal = hessian.diagonal().tolist()
-    k = len(codes)
-    for start in range(0, k, BLOCK):
-        stop = min(start + BLOCK, k)
-        block, moved = pull[start:stop].clone(), torch.empty_like(pull[start:stop])
-        for i, j in enumerate(range(start, stop)):
-            entries = table[j // group]
-            now = entries.gather(0, codes[j : j + 1].long())[0]
-            code = nearest(now + block[i] / diagonal[j], borders[j // group])
-            moved[i] = entries.gather(0, code)[0] - now
-            codes[j] = code[0].to(torch.uint8)
-            block.addr_(hessian[start:stop, j], moved[i], alpha=-1)
-        pull.addmm_(hessian[:, start:stop], moved, alpha=-1)
+
+    def move(j: int, gain: Tensor) -> Tensor:
+        entries = table[j // group]
+        now = entries.gather(0, codes[j : j + 1].long())[0]
+        code = nearest(now + gain, borders[j // group])
+        codes[j] = code[0].to(torch.uint8)
+        return entries.gather(0, code)[0] - now
+
+    descend(pull, hessian, move)

@@ -9,6 +9,7 @@ the value in use, which the linear keeps from the forward to the backward pass (
 rounding pass over the values each forward and one each backward, whose temporaries are of one layer.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -74,7 +75,7 @@ class Snapped(nn.Module):
         return super()._apply(same_dtype(fn), recurse)
 
 
-class ValueTuner:
+class ValueTuner(ABC):
     """Trains one kind of values, scales or tables, of every packed linear; the parametrisation comes from the options.
 
     Subclasses say which: `table`, `what` in words, `rates` (the default learning rate of each parametrisation), and `snapped`.
@@ -87,9 +88,9 @@ class ValueTuner:
     def __init__(self, options: Tune):
         self.relative = options.parametrization == "relative"
 
+    @abstractmethod
     def snapped(self, start: Tensor) -> Snapped:
         """The module that is to return the values of a layer, which now are `start`."""
-        raise NotImplementedError
 
     def attach(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Freeze the model, give each PackedLinear its module, and return the parameters, float32 of the values' shapes, by their name in the model.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_kill_9_while_compressing_and_while_tuning_then_resume(quick: tuple[Path
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1.3 MB, where the user may mount one."""
     place = tmp_path / "disk"
     place.mkdir()

@@ -42,8 +42,8 @@ def energy(w: Tensor, dense: Tensor, hessian: Tensor) -> float:
     return float(((e @ hessian.double()) * e).sum())
 
 
-def pack(w: Tensor, stats: LayerStats | None, group: int, dtype: torch.dtype = torch.float16, **options: object) -> tuple[PackedWeight, dict]:
-    return PACKERS["gptq"](w, stats, Quant(**options), group, dtype)  # type: ignore[arg-type]
+def pack(w: Tensor, stats: LayerStats | None, group: int, dtype: torch.dtype = torch.float16, **options: Any) -> tuple[PackedWeight, dict]:
+    return PACKERS["gptq"](w, stats, Quant(**options), group, dtype)
 
 
 def textbook(w: Tensor, hessian: Tensor, values: Affine, bits: int, group: int, order: Tensor, damp: float) -> Tensor:

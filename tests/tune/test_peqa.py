@@ -9,6 +9,7 @@ from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 from compressor.tune.peqa import Peqa, ScaleTuning
 from compressor.tune.table import TableTuner
+from tests.tune.helpers import backward, dense_backward
 
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,19 +32,16 @@ def test_gradient_is_that_of_the_dense_fake_quantised_layer(packed_layer, kind, 
     n, k = layer.out_features, layer.in_features
     layer.tuned = tuning = ScaleTuning(layer.learned, kind == "relative")
     _, parameter = tuning.parameter()
-    x = torch.randn(5, 7, k, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    wanted = torch.randn(5, 7, n, generator=torch.Generator().manual_seed(4))
-    (layer(x) * wanted).sum().backward()
+    x, wanted = backward(layer)
 
     scale = layer.learned.double().requires_grad_(True)
     zero = torch.tensor(float(1 << (bits - 1))) if symmetric else layer.zero.double().unsqueeze(-1)
     steps = layer.packed().codes().double().view(n, k // group, group) - zero
-    dense_x = x.detach().double().requires_grad_(True)
-    (nn.functional.linear(dense_x, (scale.unsqueeze(-1) * steps).view(n, k)) * wanted.double()).sum().backward()
+    dense_grad = dense_backward(x, (scale.unsqueeze(-1) * steps).view(n, k), wanted)
 
     expected = scale.grad * layer.learned.double() if kind == "relative" else scale.grad
     torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    torch.testing.assert_close(x.grad.double(), dense_x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), dense_grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)

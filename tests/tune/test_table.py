@@ -13,7 +13,7 @@ from compressor.recipe import Recipe, Tune
 from compressor.tune import TUNERS, resolved
 from compressor.tune.loop import train
 from compressor.tune.table import LEAST_UNIT, EntryTuning, TableTuner, sizes
-from tests.tune.helpers import Killed, kill_at, same
+from tests.tune.helpers import Killed, backward, dense_backward, kill_at, same
 
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("relative", "absolute")
@@ -71,20 +71,17 @@ def test_gradient_is_that_of_a_dense_gather(sketched_layer, kind, bits, group, k
     n = layer.out_features
     layer.tuned = tuning = EntryTuning(layer.learned, kind == "relative")
     _, parameter = tuning.parameter()
-    x = torch.randn(5, 7, k, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    wanted = torch.randn(5, 7, n, generator=torch.Generator().manual_seed(4))
-    (layer(x) * wanted).sum().backward()
+    x, wanted = backward(layer)
 
     values = layer.learned.double().requires_grad_(True)
     weight = values.reshape(n, -1).gather(1, reference.flat_codes(layer.words, bits, layer.group, n, k))
-    dense_x = x.detach().double().requires_grad_(True)
-    (nn.functional.linear(dense_x, weight) * wanted.double()).sum().backward()
+    dense_grad = dense_backward(x, weight, wanted)
 
     unit = layer.learned.double().square().mean(-1, keepdim=True).sqrt() if kind == "relative" else 1.0
     expected = values.grad * unit
     assert parameter.grad.dtype == torch.float32 and int((expected != 0).sum()) > 0.9 * expected.numel()
     torch.testing.assert_close(parameter.grad.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    torch.testing.assert_close(x.grad.double(), dense_x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), dense_grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
