@@ -25,6 +25,7 @@ from compressor.pipelines import compress, data, evaluate, load, write
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe, Tune
 from compressor.tune import TUNERS, Tuner, resolved
+from compressor.tune.batches import CausalLM
 from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 
@@ -78,7 +79,7 @@ class Bench:
         windows = data.windows(self.domain.train, loaded.tokenizer, load.context(loaded.config))
         tuner: Tuner = Dense(recipe.tune) if recipe.tune.method == "full" else TUNERS[recipe.tune.method](recipe.tune)
         start = time.perf_counter()
-        log = train(loaded.model, tuner.attach(loaded.model), windows.ids, windows.labels, recipe.tune, recipe.seed, None, "")
+        log = train(loaded.model, tuner.attach(loaded.model), CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed, None, "")
         tuner.detach(loaded.model)
         return self.measure(loaded), time.perf_counter() - start, log.steps
 

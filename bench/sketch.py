@@ -29,6 +29,7 @@ from compressor import __version__
 from compressor.pipelines import compress, data, evaluate, load, write
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS, resolved
+from compressor.tune.batches import CausalLM
 from compressor.tune.loop import train
 
 FIELDS = [
@@ -103,7 +104,7 @@ class Bench:
             windows = data.windows(self.domain.train, loaded.tokenizer, window)
             tuner, start = TUNERS[options.method](options), time.perf_counter()
             with bfloat16_parameters(rounded):
-                log = train(loaded.model, tuner.attach(loaded.model), windows.ids, windows.labels, options, recipe.seed, None, "")
+                log = train(loaded.model, tuner.attach(loaded.model), CausalLM(windows.ids, windows.labels), options, recipe.seed, None, "")
             tuner.detach(loaded.model)
             facts |= {"tune": options.method, "lr": options.lr, "steps": log.steps, "tune_seconds": round(time.perf_counter() - start, 1)}
         corpora = {"domain": self.domain.test, "outside": self.outside}

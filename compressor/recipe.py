@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from compressor.errors import RecipeError
 
-STAGES = ("compress", "tune")
+STAGES = ("prune", "compress", "tune")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,36 @@ class Quant:
     feedback: bool = True  # sketches: codes by a sweep with error feedback; else each weight takes its nearest entry
     refit: bool = True  # sketches: tables by least squares under H given the codes, and codes given the tables
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
+
+
+@dataclass(frozen=True)
+class Prune:
+    """What is removed before linears are packed, and the training that goes with it; None: the method's own."""
+
+    method: str = "none"  # loraprune | taylor | wanda | magnitude | depth | obert
+    ratio: float = 0.0  # share of the prunable parameters (linears of the blocks) that goes
+    pattern: str | None = None  # structured | unstructured | 4block | N:M
+    unit: str = "auto"  # heads: group, a key and value head with its query heads; query, a query head in every group; auto, what fits the ratio
+    multiple: int = 64  # FFN channels are kept in multiples of this
+    uniform: bool = True  # one width for all blocks, as config.json can say it; else each block gets its own, which only we load
+    one_shot: bool = False  # all at once before training starts, instead of gradually
+    steps: int | None = None  # training steps while and after pruning; overrides epochs; 0: none
+    epochs: float = 2.0
+    lr: float | None = None
+    batch: int = 8
+    rank: int = 8  # of the LoRA paths that train and score
+    alpha: float = 16.0  # their product is scaled by alpha / rank
+    every: int = 10  # LoRAPrune: steps between prunes
+    begin: float = 0.1  # the ramp's first and last step, as shares of the steps; after the last nothing more goes and the model heals
+    end: float = 0.9
+    initial: float | None = None  # oBERT: ratio of the first prune
+    prunes: int = 7  # oBERT: prunes of the ramp, the learning rate starts again at each
+    gradients: int = 256  # oBERT: mini-batch gradients of an inverse Fisher estimate
+    recompute: int = 1  # oBERT: estimates a prune, each for a part of what it removes
+    damp: float = 1e-7  # oBERT: added to the diagonal of the Fisher
+    block: int | None = None  # oBERT: weights a block of the inverse Fisher
+    distill: float = 1.0  # encoders: share of the dense model's answers in the loss while pruning
+    temperature: float = 2.0  # encoders: of these answers
 
 
 @dataclass(frozen=True)
@@ -82,6 +112,7 @@ class Recipe:
     model: str = "tiny"
     seed: int = 42
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    prune: Prune = field(default_factory=Prune)
     quant: Quant = field(default_factory=Quant)
     data: Data = field(default_factory=Data)
     tune: Tune = field(default_factory=Tune)
@@ -107,10 +138,14 @@ class Recipe:
         return out
 
     def digest(self, upto: str = "tune") -> str:
-        """Hex fingerprint of the keys that decide the result of stage `upto` (compress or tune); texts and models are known by their content."""
+        """Hex fingerprint of the keys that decide the result of stage `upto`, one of STAGES; texts and models are known by their content."""
         values = self.to_dict()
         data = values["data"]
-        keys = {"quant": values["quant"], "seed": self.seed, "nsamples": data["nsamples"], "seqlen": data["seqlen"]}
+        keys: dict[str, Any] = {"seed": self.seed, "nsamples": data["nsamples"], "seqlen": data["seqlen"]}
+        if self.prune.method != "none":
+            keys |= {"prune": values["prune"]}
+        if STAGES.index(upto) >= STAGES.index("compress"):
+            keys |= {"quant": values["quant"]}
         if STAGES.index(upto) >= STAGES.index("tune"):
             tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every")}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
@@ -126,6 +161,23 @@ def parse_quant(text: str) -> dict[str, Any]:
     if m := re.fullmatch(r"sketch[-_:]?(\d+)(?:[-_]?bits?)?", text, re.IGNORECASE):
         return {"bits": int(m[1]), "packer": "sketch"}
     raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, sketch3, w3g64 or W3A16")
+
+
+def parse_prune(text: str) -> dict[str, Any]:
+    """ "loraprune:30%", "obert:0.9", "obert:80%:4block" or "obert:2:4" -> keys of Prune."""
+    method, _, rest = text.lower().partition(":")
+    if m := re.fullmatch(r"(\d+):(\d+)", rest):
+        keep, of = int(m[1]), int(m[2])
+        if not 0 < keep < of:
+            raise RecipeError(f"--prune {text!r} keeps {keep} of {of}: write for example {method}:2:4")
+        return {"method": method, "ratio": 1 - keep / of, "pattern": rest}
+    m = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)(?::(structured|unstructured|4block))?", rest)
+    if m is None or not re.fullmatch(r"[a-z]+", method):
+        raise RecipeError(f"--prune {text!r} is not understood; write for example loraprune:30%, obert:90%, obert:80%:4block or obert:2:4")
+    share = float(m[1]) / (100 if m[2] else 1)
+    if not 0 < share < 1:
+        raise RecipeError(f"--prune {text!r} asks for {share:g} of the parameters: give a share between 0 and 1, or a percentage such as 30%")
+    return {"method": method, "ratio": share} | ({"pattern": m[3]} if m[3] else {})
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
@@ -161,9 +213,32 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
+def _pruning_rules(p: Prune) -> list[tuple[bool, str]]:
+    none = p.method == "none"
+    return [
+        (none or 0 < p.ratio < 1, f"prune.ratio={p.ratio} is a share of the parameters, above 0 and below 1"),
+        (p.pattern in (None, "structured", "unstructured", "4block") or re.fullmatch(r"[1-9]\d*:[1-9]\d*", p.pattern) is not None,
+         f"prune.pattern={p.pattern!r}: choose structured, unstructured, 4block or N:M such as 2:4"),
+        (p.unit in ("auto", "group", "query"), f"prune.unit={p.unit!r}: choose auto, group or query"),
+        (p.multiple > 0, f"prune.multiple={p.multiple} must be positive"),
+        (p.steps is None or p.steps >= 0, f"prune.steps={p.steps} must not be negative"),
+        (0 < p.epochs < math.inf, f"prune.epochs={p.epochs} must be positive and finite"),
+        (p.lr is None or 0 < p.lr < math.inf, f"prune.lr={p.lr} must be positive"),
+        (p.batch > 0 and p.rank > 0 and p.every > 0 and p.prunes > 0, "prune.batch, rank, every and prunes must be positive"),
+        (0 < p.alpha < math.inf, f"prune.alpha={p.alpha} must be positive"),
+        (0 <= p.begin <= p.end <= 1, f"prune.begin={p.begin} and end={p.end} are shares of the steps, in this order"),
+        (p.initial is None or 0 <= p.initial <= p.ratio, f"prune.initial={p.initial} must be between 0 and the ratio, {p.ratio}"),
+        (p.gradients > 0 and p.recompute > 0, f"prune.gradients={p.gradients} and recompute={p.recompute} must be positive"),
+        (0 < p.damp < math.inf, f"prune.damp={p.damp} must be positive"),
+        (p.block is None or p.block > 0, f"prune.block={p.block} must be positive"),
+        (0 <= p.distill <= 1 and 0 < p.temperature < math.inf, "prune.distill is a share from 0 to 1, and prune.temperature positive"),
+    ]  # fmt: skip
+
+
 def _check(r: Recipe) -> None:
     q, d, t, e = r.quant, r.data, r.tune, r.eval
     rules = [
+        *_pruning_rules(r.prune),
         (len(r.model) < 1024, f"model {r.model[:60]!r}… is no name: it has {len(r.model)} characters"),
         (q.bits in (2, 3, 4), f"bits={q.bits} is not supported; choose 2, 3 or 4"),
         (q.group == -1 or q.group > 0, f"group={q.group} is not a group size; give a positive number, or -1 for one scale per row"),

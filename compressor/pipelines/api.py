@@ -14,6 +14,7 @@ from compressor.pipelines import run as job
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Recipe
 from compressor.tune import TUNERS, resolved
+from compressor.tune.batches import CausalLM
 from compressor.tune.loop import TrainLog, train
 
 
@@ -70,7 +71,7 @@ class Model:
         tuner = TUNERS[method](chosen)
         parameters = tuner.attach(self.model)
         try:
-            log = train(self.model, parameters, windows.ids, windows.labels, chosen, seed, None, "", None, None)
+            log = train(self.model, parameters, CausalLM(windows.ids, windows.labels), chosen, seed, None, "", None, None)
         finally:
             tuner.detach(self.model)
         self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, export.values(self._loaded)

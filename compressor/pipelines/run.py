@@ -26,7 +26,8 @@ from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
 from compressor.recipe import Quant, Recipe
 from compressor.tune import TUNERS, resolved
-from compressor.tune.loop import Batches, train
+from compressor.tune.batches import Batches, CausalLM
+from compressor.tune.loop import train
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -164,7 +165,7 @@ class Run:
         tuner = TUNERS[recipe.tune.method](recipe.tune)
         parameters = tuner.attach(loaded.model)
         folder = journal.subfolder("tune", self.key_tune)
-        steps = Batches(windows.ids, windows.labels, recipe.tune, recipe.seed).steps
+        steps = Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed).steps
         with self._stage("tune"), self.show.task("tune", steps) as advance:
             done = 0
 
@@ -174,7 +175,7 @@ class Run:
                 done = row["step"]
 
             log = train(
-                loaded.model, parameters, windows.ids, windows.labels, recipe.tune, recipe.seed, folder, self.key_tune,
+                loaded.model, parameters, CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed, folder, self.key_tune,
                 self._domain_perplexity(loaded), on_step,
             )  # fmt: skip
         journal.resumed |= log.resumed_from > 0
@@ -275,7 +276,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     cap = recipe.eval.max_tokens or 1 << 62
     read = [evaluate.stream(corpus, tokenizer).numel() for corpus in (job.domain.test, job.outside)]
     ids, windows = job.texts(tokenizer)
-    steps = 0 if windows is None else Batches(windows.ids, windows.labels, recipe.tune, recipe.seed).steps
+    steps = 0 if windows is None else Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed).steps
     counts = estimate.Counts(
         calibration=0 if ids is None else ids.numel(), tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
         step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, tokens) for tokens in read),

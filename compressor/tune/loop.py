@@ -1,8 +1,8 @@
-"""The one training loop: causal language modelling on windows of tokens, for whatever parameters a tuner attached.
+"""The one training loop, for whatever objective, whatever parameters a tuner attached, and a pruner that may work beside it.
 
-A step minimises the mean loss over all its unmasked tokens, however they are spread over micro-batches. Which windows a step sees, and the
-seed of its dropout, follow from (seed, step) alone, so on a CPU a run that was interrupted continues as if it had not been. On a GPU it
-continues from the same state with the same data, but not to the last bit: sums there run in no fixed order.
+A step minimises the mean loss over all that its rows teach (tokens, labels), however they are spread over micro-batches. Which rows a step
+sees, and the seed of its dropout, follow from (seed, step) alone, so on a CPU a run that was interrupted continues as if it had not been. On a
+GPU it continues from the same state with the same data, but not to the last bit: sums there run in no fixed order.
 
 Non-finite numbers never reach the parameters. A step is applied only when its loss and every gradient are finite, which also proves the
 parameters that they were computed from; that state, parameters and Adam moments, is the *good* one. The update of the last step is proven by
@@ -36,9 +36,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressor.errors import DataError, ModelError, NumericError, OutputError, RecipeError
+from compressor.errors import ModelError, NumericError, OutputError, RecipeError
+from compressor.prune import Pruner
 from compressor.recipe import Tune
-from compressor.tune.loss import MASKED, Loss, loss_function
+from compressor.tune.batches import Batches, Objective, rate
 
 CHECKPOINT = "tune.safetensors"
 STRIKES = 3  # non-finite steps, or evaluations, in a row that end the run
@@ -58,54 +59,51 @@ class TrainLog:
 def train(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
-    ids: Tensor,
-    labels: Tensor,
+    objective: Objective,
     options: Tune,
     seed: int,
     folder: Path | None,
     fingerprint: str,
     evaluate: Callable[[], float] | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    pruner: Pruner | None = None,
 ) -> TrainLog:
     """Train `parameters` (what a tuner attached to `model`, float32) in place and return the log.
 
-    model: a transformers causal language model, everything but `parameters` frozen; ids, labels int64 [count, seqlen], labels not shifted,
-    -100 where a token is not to be learnt. folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is
-    continued, any other is overwritten. evaluate runs every options.eval_every steps and at the end, in eval mode without gradients.
-    on_step gets each step's record; that of a dropped step has loss None and a note, and is not in the curve.
+    model: a transformers model, everything but `parameters` frozen; objective: the examples and their loss (CausalLM for windows of tokens).
+    folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is continued, any other is overwritten.
+    evaluate runs every options.eval_every steps and at the end, in eval mode without gradients. on_step gets each step's record; that of a
+    dropped step has loss None and a note, and is not in the curve. pruner: what removes parts of the model on the way (compressor.prune).
 
-    DataError for windows that cannot be learnt from, ModelError for parameters that cannot be trained, NumericError after three non-finite
-    steps or evaluations in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
+    ModelError for parameters that cannot be trained, NumericError after three non-finite steps or evaluations in a row (the parameters are then
+    the last good ones), OutputError when a checkpoint cannot be written.
     """
-    batches, peak = Batches(ids, labels, options, seed), _peak(options)
-    state, log = _State(parameters, options.weight_decay), TrainLog(batches.steps, notes=batches.notes)
+    batches, peak = Batches(objective, options, seed), _peak(options)
+    state, log = _State(parameters, options.weight_decay, pruner), TrainLog(batches.steps, notes=batches.notes)
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
         log = _resume(path, fingerprint, state, log)
     with _training(model, options, state.device):
-        loss = loss_function(model, ids[:1, :8].to(state.device))
+        loss = objective.loss(model)
         for step in range(log.resumed_from, batches.steps):
             torch.manual_seed(seed * 1_000_003 + step)
             last = step + 1 == batches.steps
+            state.pruner.prune(step)
             value, fault = _gradient(model, loss, batches, step, state)
             record: dict[str, Any] = {}
             if fault is None:
                 state.keep()
                 if path is not None and step > log.resumed_from and step % options.checkpoint_every == 0:
                     _save(path, fingerprint, state, log, step)
-                lr = peak * rate(step, batches.steps, options) * state.multiplier
+                state.pruner.observe(step)
+                lr = peak * rate(step, batches.steps, options, state.pruner.restarts) * state.multiplier
                 norm = state.update(lr, options.clip)
                 record = {"step": step + 1, "loss": value, "lr": lr, "grad_norm": norm, "tokens": batches.tokens(step)}
                 fault = _unproven(model, loss, batches, step, state) if last else None
             if fault is not None:
                 record = _strike(state, log, step + 1, "steps", fault)
-            while evaluate is not None and (last or _due(step + 1, options.eval_every)):
-                fault = _evaluate(model, evaluate, state, log, step + 1)
-                if fault is None:
-                    break
-                record = _strike(state, log, step + 1, "evaluations", fault)
-                if not last:  # the last evaluation is owed: it is that of the good state then
-                    break
+            if evaluate is not None and (last or _due(step + 1, options.eval_every)):
+                record = _evaluated(model, evaluate, state, log, step + 1, last) or record
             if record["loss"] is not None:
                 log.curve.append(record)
             if on_step is not None:
@@ -116,66 +114,35 @@ def train(
     return log
 
 
+class _Unpruned:
+    """The pruner of a run that prunes nothing."""
+
+    restarts = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def prune(self, step: int) -> None:
+        pass
+
+    def observe(self, step: int) -> None:
+        pass
+
+    def hold(self) -> None:
+        pass
+
+
 def _peak(options: Tune) -> float:
     if options.lr is None:
         raise RecipeError("the options of the training loop name no learning rate: give one, or the tuner's own with compressor.tune.resolved")
     return options.lr
 
 
-def rate(step: int, total: int, options: Tune) -> float:
-    """Share of the learning rate that step 0 <= step < total uses: a linear warm-up that ends at 1, then the schedule, which ends above 0."""
-    warm = round(options.warmup * total)
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
-
-
-class Batches:
-    """Which windows each step sees: a stream of seeded permutations of all windows, one an epoch, cut into steps.
-
-    Windows without a token to learn are left out. A step sees at most all windows once, so a set smaller than a batch is one step an epoch.
-    """
-
-    def __init__(self, ids: Tensor, labels: Tensor, options: Tune, seed: int):
-        if ids.shape != labels.shape or ids.dim() != 2 or ids.shape[1] < 2:
-            raise DataError(f"windows must be [count, at least 2] with labels alike, not {tuple(ids.shape)} and {tuple(labels.shape)}")
-        self.ids, self.labels, self.seed, self.batch = ids, labels, seed, options.batch
-        self.counts = (labels[:, 1:] != MASKED).sum(1)
-        self.usable = self.counts.nonzero().flatten()
-        count, dropped = len(self.usable), len(ids) - len(self.usable)
-        if not count:
-            raise DataError(f"none of the {len(ids)} training windows holds a token to learn: give more text, or train on the prompt too")
-        self.notes = [f"{dropped} of {len(ids)} training windows hold no token to learn and were left out"] if dropped else []
-        self.size = min(options.batch * options.accumulate, count)
-        self.steps = options.steps or max(1, math.ceil(options.epochs * count / self.size - 1e-9))
-
-    def windows(self, step: int) -> Tensor:
-        """Row numbers of the windows of a step, int64 [size]."""
-        count = len(self.usable)
-        first, last = step * self.size, (step + 1) * self.size - 1
-        rows = []
-        for epoch in range(first // count, last // count + 1):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-            rows.append(order[max(first - epoch * count, 0) : last + 1 - epoch * count])
-        return self.usable[torch.cat(rows)]
-
-    def tokens(self, step: int) -> int:
-        """Tokens that a step learns from."""
-        return int(self.counts[self.windows(step)].sum())
-
-    def micro(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """ids and labels [<= batch, t], without the columns after the last label, which no loss depends on."""
-        for rows in self.windows(step).split(self.batch):
-            labels = self.labels[rows]
-            used = int((labels != MASKED).any(0).nonzero().max()) + 1
-            yield self.ids[rows, :used], labels[:, :used]
-
-
 class _State:
-    """The parameters, their Adam moments, and the good copy of both."""
+    """The parameters, their Adam moments and the pruner's tensors, and the good copy of all."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float, pruner: Pruner | None = None):
+        self.pruner = _Unpruned() if pruner is None else pruner
         for name, p in parameters.items():
             if p.dtype != torch.float32 or not p.requires_grad:
                 raise ModelError(f"{name} cannot be trained: trainables are float32 and require a gradient, this one is {p.dtype}")
@@ -196,7 +163,7 @@ class _State:
         out = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             out |= {f"{key}/{name}": t for key, t in self.optimizer.state[p].items()}
-        return out
+        return out | {f"pruned/{name}": t for name, t in self.pruner.tensors().items()}
 
     def keep(self) -> None:
         """The state as it is now is good."""
@@ -211,6 +178,7 @@ class _State:
             raise ValueError("it belongs to other parameters")
         for key, t in live.items():
             t.copy_(tensors[key])
+        self.pruner.hold()
 
     def update(self, lr: float, clip: float) -> float:
         """One AdamW step on the gradients at hand; returns their norm before clipping."""
@@ -219,23 +187,24 @@ class _State:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, norm)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
+        self.pruner.hold()
         return float(norm)
 
     def norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
 
-def _gradient(model: nn.Module, loss: Loss, batches: Batches, step: int, state: _State) -> tuple[float, str | None]:
+def _gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: _State) -> tuple[float, str | None]:
     """Fill the gradients of one step; returns its mean loss and, if a number is not finite, a sentence about where."""
     total = batches.tokens(step)
     state.optimizer.zero_grad(set_to_none=False)
     summed = torch.zeros((), device=state.device)
-    for ids, labels in batches.micro(step):
-        ids, labels = ids.to(state.device), labels.to(state.device)
-        part = loss(ids, labels)
+    for rows in batches.micro(step):
+        rows = tuple(t.to(state.device) for t in rows)
+        part = loss(*rows)
         value = part.detach()
         if not bool(torch.isfinite(value)):
-            return float(value), f"the loss is {float(value)}, first seen in {first_nonfinite(model, partial(loss, ids, labels))}"
+            return float(value), f"the loss is {float(value)}, first seen in {first_nonfinite(model, partial(loss, *rows))}"
         part.backward()
         summed += value
     for p in state.parameters.values():
@@ -250,13 +219,13 @@ def _gradient(model: nn.Module, loss: Loss, batches: Batches, step: int, state: 
 
 
 @torch.no_grad()
-def _unproven(model: nn.Module, loss: Loss, batches: Batches, step: int, state: _State) -> str | None:
+def _unproven(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: _State) -> str | None:
     """What is not finite after the update of `step`, a parameter or the loss of the same windows; None if nothing is."""
     for name, p in state.parameters.items():
         if not bool(torch.isfinite(p).all()):
             return f"its update left non-finite numbers in {_layer(name)}"
-    for ids, labels in batches.micro(step):
-        again = partial(loss, ids.to(state.device), labels.to(state.device))
+    for rows in batches.micro(step):
+        again = partial(loss, *(t.to(state.device) for t in rows))
         value = float(again())
         if not math.isfinite(value):
             return f"after its update the loss is {value}, first seen in {first_nonfinite(model, again)}"
@@ -305,6 +274,16 @@ def _strike(state: _State, log: TrainLog, step: int, kind: str, fault: str) -> d
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
+
+
+def _evaluated(model: nn.Module, evaluate: Callable[[], float], state: _State, log: TrainLog, step: int, owed: bool) -> dict[str, Any] | None:
+    """Evaluate; the record of the strike if that failed. An evaluation that is `owed` is repeated on the good state until it is there."""
+    record = None
+    while (fault := _evaluate(model, evaluate, state, log, step)) is not None:
+        record = _strike(state, log, step, "evaluations", fault)
+        if not owed:
+            break
+    return record
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import torch
 
+from compressor.tune.batches import CausalLM
 from compressor.tune.loop import train
 from compressor.tune.peqa import Peqa
 
@@ -14,7 +15,7 @@ def run(make, windows, options, folder=None, fingerprint="a", model=None, seed=5
     """Attach and train a fresh model; returns (log, parameters)."""
     model = make() if model is None else model
     parameters = Peqa(options).attach(model)
-    log = train(model, parameters, *windows, options, seed, folder, fingerprint, **hooks)
+    log = train(model, parameters, CausalLM(*windows), options, seed, folder, fingerprint, **hooks)
     return log, parameters
 
 

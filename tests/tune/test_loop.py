@@ -8,7 +8,8 @@ from safetensors import safe_open
 from compressor.errors import DataError, OutputError, RecipeError
 from compressor.tune import loop
 from compressor.tune import loss as losses
-from compressor.tune.loop import CHECKPOINT, Batches, rate
+from compressor.tune.batches import Batches, CausalLM, rate
+from compressor.tune.loop import CHECKPOINT
 from compressor.tune.loss import loss_function
 from tests.tune.helpers import Killed, kill_at, run, same
 
@@ -34,7 +35,7 @@ def test_schedule_is_what_the_optimiser_gets(packed_llama, options, windows):
 @pytest.mark.parametrize("count, batch, accumulate", [(20, 4, 1), (7, 2, 2), (3, 4, 2), (1, 1, 1)])
 def test_every_epoch_sees_every_window_once(options, count, batch, accumulate):
     ids = torch.arange(count * 2).view(count, 2)
-    batches = Batches(ids, ids, options(steps=None, epochs=3.0, batch=batch, accumulate=accumulate), seed=1)
+    batches = Batches(CausalLM(ids, ids), options(steps=None, epochs=3.0, batch=batch, accumulate=accumulate), seed=1)
     assert batches.size == min(batch * accumulate, count)
     assert batches.steps == math.ceil(3 * count / batches.size)
     rows = torch.cat([batches.windows(s) for s in range(batches.steps)]).tolist()
@@ -42,9 +43,9 @@ def test_every_epoch_sees_every_window_once(options, count, batch, accumulate):
         assert sorted(rows[epoch * count : (epoch + 1) * count]) == list(range(count))
     if count > 3:
         assert rows[:count] != rows[count : 2 * count], "epochs must be shuffled differently"
-        other = Batches(ids, ids, options(batch=batch, accumulate=accumulate), seed=2)
+        other = Batches(CausalLM(ids, ids), options(batch=batch, accumulate=accumulate), seed=2)
         assert other.windows(0).tolist() != batches.windows(0).tolist()
-    again = Batches(ids, ids, options(steps=None, epochs=3.0, batch=batch, accumulate=accumulate), seed=1)
+    again = Batches(CausalLM(ids, ids), options(steps=None, epochs=3.0, batch=batch, accumulate=accumulate), seed=1)
     assert again.windows(batches.steps - 1).tolist() == rows[-batches.size :]
 
 

@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from compressor.errors import ModelError, NumericError
 from compressor.tune import loop
-from compressor.tune.loop import CHECKPOINT, Batches, train
+from compressor.tune.batches import Batches, CausalLM
+from compressor.tune.loop import CHECKPOINT, train
 from compressor.tune.peqa import Peqa
 from tests.tune.helpers import Killed, kill_at, run, same
 
@@ -39,7 +40,7 @@ def test_a_failed_evaluation_costs_one_step_and_its_update(packed_llama, options
         records.append(record)
         seen.append(copy())
 
-    log = train(model, parameters, *windows, chosen, 5, None, "", evaluate, on_step)
+    log = train(model, parameters, CausalLM(*windows), chosen, 5, None, "", evaluate, on_step)
     assert log.evals == [{"step": 2, "value": 1.0}, {"step": 5, "value": 4.0}], "the last value is that of what is kept"
     assert [row["step"] for row in log.curve] == [1, 2, 3] and [row["loss"] is None for row in records] == [False] * 3 + [True] * 2
     assert "step 4 was dropped: the evaluation failed (the loss of windows 0 to 3" in log.notes[0]
@@ -93,7 +94,7 @@ def test_one_bad_window_costs_one_step(packed_llama, options, windows, monkeypat
     ids = windows[0].clone()
     model = packed_llama()
     chosen = options(batch=2, steps=5, schedule="constant")
-    batches = Batches(ids, windows[1], chosen, 5)
+    batches = Batches(CausalLM(ids, windows[1]), chosen, 5)
     ids[batches.windows(2)[0], 0] = 63
     with torch.no_grad():
         model.get_input_embeddings().weight[63] = float("nan")
@@ -104,7 +105,7 @@ def test_one_bad_window_costs_one_step(packed_llama, options, windows, monkeypat
         records.append(record)
         seen.append({key: t.clone() for key, t in states[0].tensors().items()})
 
-    log = train(model, parameters, ids, windows[1], chosen, 5, None, "", on_step=on_step)
+    log = train(model, parameters, CausalLM(ids, windows[1]), chosen, 5, None, "", on_step=on_step)
     assert [row["step"] for row in log.curve] == [1, 2, 4, 5] and len(log.notes) == 1
     assert "step 3 was dropped" in log.notes[0] and "model.embed_tokens" in log.notes[0]
     assert records[2] == {"step": 3, "loss": None, "note": log.notes[0]}
@@ -131,7 +132,7 @@ def test_an_update_that_breaks_the_model_is_undone_and_the_scale_named(packed_ll
         if record["step"] == 4:
             assert record["loss"] is None and same(good, parameters)
 
-    log = train(model, parameters, *windows, chosen, 5, None, "", on_step=on_step)
+    log = train(model, parameters, CausalLM(*windows), chosen, 5, None, "", on_step=on_step)
     assert len(log.notes) == 1 and "first seen in model.layers.1.self_attn.v_proj;" in log.notes[0]
     assert len(log.curve) == 5 and all(torch.isfinite(p).all() for p in parameters.values())
 
@@ -143,7 +144,7 @@ def test_three_bad_losses_in_a_row_raise_and_name_the_layer(packed_llama, option
     parameters = Peqa(options()).attach(model)
     steps = []
     with pytest.raises(NumericError, match=r"3 non-finite steps in a row.*model\.layers\.1\.input_layernorm"):
-        train(model, parameters, *windows, options(), 5, None, "", on_step=steps.append)
+        train(model, parameters, CausalLM(*windows), options(), 5, None, "", on_step=steps.append)
     assert len(steps) == 2 and not any(p.any() for p in parameters.values()) and not model.training
 
 
@@ -151,19 +152,19 @@ def test_bad_gradients_name_the_layer(packed_llama, options, windows, poison):
     model = packed_llama()
     parameters = Peqa(options()).attach(model)
     poison(parameters["model.layers.1.mlp.down_proj.tuned.delta"], {0, 1, 3})
-    log = train(model, parameters, *windows, options(schedule="constant"), 5, None, "")
+    log = train(model, parameters, CausalLM(*windows), options(schedule="constant"), 5, None, "")
     assert [row["step"] for row in log.curve] == [3, 5, 6] and len(log.notes) == 3
     assert all("gradient of model.layers.1.mlp.down_proj (1 of 14 parameters)" in note for note in log.notes)
     assert [row["lr"] for row in log.curve] == pytest.approx([1e-2 / 4, 1e-2 / 8, 1e-2 / 8])
     poison(parameters["model.layers.0.mlp.gate_proj.tuned.delta"], {1, 2, 3})
     with pytest.raises(NumericError, match=r"model\.layers\.0\.mlp\.gate_proj"):
-        train(model, parameters, *windows, options(), 5, None, "")
+        train(model, parameters, CausalLM(*windows), options(), 5, None, "")
 
 
 def test_a_resume_after_a_dropped_step_is_exact_too(packed_llama, options, windows, tmp_path):
     ids, chosen = windows[0].clone(), options(batch=2, steps=8, checkpoint_every=2)
     for step in (2, 4):  # the checkpoint due at step 4 has to wait for step 6
-        ids[Batches(ids, windows[1], chosen, 5).windows(step)[1], 0] = 63
+        ids[Batches(CausalLM(ids, windows[1]), chosen, 5).windows(step)[1], 0] = 63
 
     def make():
         model = packed_llama()
@@ -183,8 +184,8 @@ def test_parameters_that_cannot_be_trained_are_refused(packed_llama, options, wi
     model = packed_llama()
     parameters = Peqa(options()).attach(model)
     with pytest.raises(ModelError, match="nothing to train"):
-        train(model, {}, *windows, options(), 0, None, "")
+        train(model, {}, CausalLM(*windows), options(), 0, None, "")
     name = next(iter(parameters))
     for bad in (torch.nn.Parameter(torch.ones(2).half()), torch.nn.Parameter(torch.ones(2), requires_grad=False)):
         with pytest.raises(ModelError, match=name):
-            train(model, parameters | {name: bad}, *windows, options(), 0, None, "")
+            train(model, parameters | {name: bad}, CausalLM(*windows), options(), 0, None, "")

@@ -5,6 +5,7 @@ from torch import nn
 from compressor.errors import ModelError, NumericError
 from compressor.linear import packed_linears
 from compressor.tune import TUNERS
+from compressor.tune.batches import CausalLM
 from compressor.tune.dense import Dense
 from compressor.tune.loop import train
 from compressor.tune.peqa import Peqa, ScaleTuning
@@ -103,7 +104,7 @@ def test_both_parametrisations_learn(packed_llama, options, windows, kind, lr, d
     model = packed_llama(dtype=dtype)
     ids, labels = windows[0][:4], windows[0][:4]
     tuner = Peqa(options(parametrization=kind))
-    log = train(model, tuner.attach(model), ids, labels, options(steps=25, lr=lr, schedule="constant"), 0, None, "")
+    log = train(model, tuner.attach(model), CausalLM(ids, labels), options(steps=25, lr=lr, schedule="constant"), 0, None, "")
     losses = [row["loss"] for row in log.curve]
     assert losses[-1] < losses[0] - 0.3, losses
     tuner.detach(model)
@@ -146,7 +147,7 @@ def test_dense_control_trains_and_detaches_exactly(dense_model, options, windows
     tuner = Dense(options())
     parameters = tuner.attach(model)
     assert len(parameters) == 14 and all(p.dtype == torch.float32 for p in parameters.values())
-    log = train(model, parameters, windows[0][:4], windows[0][:4], options(steps=8, lr=3e-3), 0, None, "")
+    log = train(model, parameters, CausalLM(windows[0][:4], windows[0][:4]), options(steps=8, lr=3e-3), 0, None, "")
     assert log.curve[-1]["loss"] < log.curve[0]["loss"] - 0.3
     tuned = model(windows[0]).logits
     tuner.detach(model)

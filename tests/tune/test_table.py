@@ -11,6 +11,7 @@ from compressor.pipelines.run import Run, check_methods, check_names
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe, Tune
 from compressor.tune import TUNERS, resolved
+from compressor.tune.batches import CausalLM
 from compressor.tune.loop import train
 from compressor.tune.table import LEAST_UNIT, EntryTuning, TableTuner, sizes
 from tests.tune.helpers import Killed, backward, dense_backward, kill_at, same
@@ -27,7 +28,7 @@ def table_options(options):
 def go(model, windows, options, folder=None, seed=5, **hooks):
     """Attach and train; returns (log, parameters)."""
     parameters = TableTuner(options).attach(model)
-    return train(model, parameters, *windows, options, seed, folder, "a", **hooks), parameters
+    return train(model, parameters, CausalLM(*windows), options, seed, folder, "a", **hooks), parameters
 
 
 def bits_of(t):
@@ -92,7 +93,7 @@ def test_codes_stay_and_tables_learn(sketched_llama, table_options, windows, kin
     tuner = TableTuner(table_options(parametrization=kind))
     ids = windows[0][:4]
     chosen = table_options(steps=20, lr=2e-2 if kind == "relative" else 2e-3, schedule="constant")
-    log = train(model, tuner.attach(model), ids, ids, chosen, 0, None, "")
+    log = train(model, tuner.attach(model), CausalLM(ids, ids), chosen, 0, None, "")
     assert log.curve[-1]["loss"] < log.curve[0]["loss"] - 0.3, log.curve
     tuner.detach(model)
     for name, layer in packed_linears(model).items():

@@ -1,0 +1,31 @@
+"""Pruners: what of a model is removed while the one training loop runs, and how the rest is written back smaller.
+
+The loop (compressor.tune.loop.train) calls a pruner at fixed points of every step:
+
+    prune(step)     before the gradients of the step: bring the masks to what the schedule wants now
+    observe(step)   the gradients of the step are there and finite, nothing has been clipped or applied
+    hold()          after the update, and after a step was undone: what is pruned stays pruned
+
+`tensors` are the pruner's state beside the trained parameters (masks, scores): the loop keeps a good copy of them and writes them into its
+checkpoint, so that an interrupted run goes on as if it had not been. `finish`, called by whoever called the loop, makes the masks real.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Pruner(Protocol):
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Steps at which the learning-rate schedule starts again, ascending; none for one schedule over the whole run."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The live state by name; the loop copies from it and into it."""
+
+    def prune(self, step: int) -> None: ...
+
+    def observe(self, step: int) -> None: ...
+
+    def hold(self) -> None: ...

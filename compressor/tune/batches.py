@@ -1,0 +1,99 @@
+"""What a run learns from, and in which order: objectives, batches, and the learning rate of each step."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import DataError
+from compressor.recipe import Tune
+from compressor.tune.loss import MASKED, loss_function
+
+
+class Objective(Protocol):
+    """Rows of examples, and the loss of some of them."""
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [rows]: how much each row teaches (tokens, labels); rows that teach nothing are left out of the run."""
+
+    def rows(self, which: Tensor) -> tuple[Tensor, ...]:
+        """The examples of these rows, tensors on the CPU whose first axis is the rows."""
+
+    def loss(self, model: nn.Module) -> Callable[..., Tensor]:
+        """A function of such tensors, on the model's device: their summed loss, float32, of as many terms as their counts say."""
+
+
+class CausalLM:
+    """Next-token prediction on windows: ids, labels int64 [count, seqlen], labels not shifted, -100 where a token is not to be learnt.
+
+    DataError for windows that cannot be learnt from.
+    """
+
+    def __init__(self, ids: Tensor, labels: Tensor):
+        if ids.shape != labels.shape or ids.dim() != 2 or ids.shape[1] < 2:
+            raise DataError(f"windows must be [count, at least 2] with labels alike, not {tuple(ids.shape)} and {tuple(labels.shape)}")
+        self.ids, self.labels = ids, labels
+        self.counts = (labels[:, 1:] != MASKED).sum(1)
+
+    def rows(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """ids and labels [rows, t], without the columns after the last label, which no loss depends on."""
+        labels = self.labels[which]
+        used = int((labels != MASKED).any(0).nonzero().max()) + 1
+        return self.ids[which, :used], labels[:, :used]
+
+    def loss(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        return loss_function(model, self.ids[:1, :8].to(next(model.parameters()).device))
+
+
+class Batches:
+    """Which rows each step sees: a stream of seeded permutations of all rows, one an epoch, cut into steps.
+
+    Rows that teach nothing are left out. A step sees at most all rows once, so a set smaller than a batch is one step an epoch.
+    """
+
+    def __init__(self, objective: Objective, options: Tune, seed: int):
+        self.objective, self.counts, self.seed, self.batch = objective, objective.counts, seed, options.batch
+        self.usable = self.counts.nonzero().flatten()
+        count, dropped = len(self.usable), len(self.counts) - len(self.usable)
+        if not count:
+            raise DataError(f"none of the {len(self.counts)} training windows holds a token to learn: give more text, or train on the prompt too")
+        self.notes = [f"{dropped} of {len(self.counts)} training windows hold no token to learn and were left out"] if dropped else []
+        self.size = min(options.batch * options.accumulate, count)
+        self.steps = options.steps or max(1, math.ceil(options.epochs * count / self.size - 1e-9))
+
+    def windows(self, step: int) -> Tensor:
+        """Row numbers of a step, int64 [size]."""
+        count = len(self.usable)
+        first, last = step * self.size, (step + 1) * self.size - 1
+        rows = []
+        for epoch in range(first // count, last // count + 1):
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            rows.append(order[max(first - epoch * count, 0) : last + 1 - epoch * count])
+        return self.usable[torch.cat(rows)]
+
+    def tokens(self, step: int) -> int:
+        """How much a step learns from: tokens, or labels."""
+        return int(self.counts[self.windows(step)].sum())
+
+    def micro(self, step: int) -> Iterator[tuple[Tensor, ...]]:
+        """The rows of a step in micro-batches."""
+        for rows in self.windows(step).split(self.batch):
+            yield self.objective.rows(rows)
+
+
+def rate(step: int, total: int, options: Tune, restarts: Sequence[int] = ()) -> float:
+    """Share of the learning rate that step 0 <= step < total uses: a linear warm-up that ends at 1, then the schedule, which ends above 0.
+
+    `restarts`: steps at which the schedule begins again, warm-up included; each cycle runs to the next of them, the last to the end.
+    """
+    begin = max((r for r in restarts if r <= step), default=0)
+    end = min((r for r in restarts if r > step), default=total)
+    step, total = step - begin, end - begin
+    warm = round(options.warmup * total)
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[options.schedule]
