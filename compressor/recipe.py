@@ -45,6 +45,8 @@ class Prune:
     ratio: float = 0.0  # share of the prunable parameters (linears of the blocks) that goes
     pattern: str | None = None  # structured | unstructured | 4block | N:M
     unit: str = "auto"  # heads: group, a key and value head with its query heads; query, a query head in every group; auto, what fits the ratio
+    estimate: str = "projected"  # LoRAPrune's gradient of W: projected, what the paths' gradients show of it; paper, the change of B A in a step
+    parts: str | None = None  # a unit is scored by all its linears, as published, or by its gate, the last of them (LoRAPrune)
     multiple: int = 64  # FFN channels are kept in multiples of this
     uniform: bool = True  # one width for all blocks, as config.json can say it; else each block gets its own, which only we load
     one_shot: bool = False  # all at once before training starts, instead of gradually
@@ -52,19 +54,32 @@ class Prune:
     epochs: float = 2.0
     lr: float | None = None
     batch: int = 8
-    rank: int = 8  # of the LoRA paths that train and score
+    rank: int = 16  # of the LoRA paths that train and score
     alpha: float = 16.0  # their product is scaled by alpha / rank
+    start: str = "inputs"  # of the paths: inputs, in the directions where these are strongest; random, as in the paper
     every: int = 10  # LoRAPrune: steps between prunes
-    begin: float = 0.1  # the ramp's first and last step, as shares of the steps; after the last nothing more goes and the model heals
-    end: float = 0.9
+    begin: float | None = None  # the ramp's first and last step, as shares of the steps; after the last nothing more goes and the model heals
+    end: float | None = None
     initial: float | None = None  # oBERT: ratio of the first prune
     prunes: int = 7  # oBERT: prunes of the ramp, the learning rate starts again at each
     gradients: int = 256  # oBERT: mini-batch gradients of an inverse Fisher estimate
     recompute: int = 1  # oBERT: estimates a prune, each for a part of what it removes
     damp: float = 1e-7  # oBERT: added to the diagonal of the Fisher
     block: int | None = None  # oBERT: weights a block of the inverse Fisher
-    distill: float = 1.0  # encoders: share of the dense model's answers in the loss while pruning
+    gradient_batch: int = 16  # encoders: examples of a mini-batch gradient
+    distill: float = 1.0  # encoders: share of the dense model's answers in the loss while pruning and tuning
     temperature: float = 2.0  # encoders: of these answers
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Encoders: training of the whole dense model on its task, before anything else; it is then reference and teacher."""
+
+    when: str = "auto"  # auto, where the head is fresh | always | never
+    steps: int | None = None  # overrides epochs
+    epochs: float = 3.0
+    lr: float = 5e-5
+    batch: int = 32
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ class Recipe:
     model: str = "tiny"
     seed: int = 42
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    finetune: Finetune = field(default_factory=Finetune)
     prune: Prune = field(default_factory=Prune)
     quant: Quant = field(default_factory=Quant)
     data: Data = field(default_factory=Data)
@@ -130,12 +146,12 @@ class Recipe:
         return _build(cls, values, "")
 
     def with_(self, **changes: Any) -> "Recipe":
-        """A copy with changed keys; keys of a section are written section__key."""
-        out = self
+        """A copy with changed keys, checked as a whole; keys of a section are written section__key."""
+        top: dict[str, Any] = {}
         for key, value in changes.items():
             section, _, leaf = key.rpartition("__")
-            out = replace(out, **({section: replace(getattr(out, section), **{leaf: value})} if section else {leaf: value}))
-        return out
+            top |= {section: replace(top.get(section, getattr(self, section)), **{leaf: value})} if section else {leaf: value}
+        return replace(self, **top)
 
     def digest(self, upto: str = "tune") -> str:
         """Hex fingerprint of the keys that decide the result of stage `upto`, one of STAGES; texts and models are known by their content."""
@@ -220,26 +236,33 @@ def _pruning_rules(p: Prune) -> list[tuple[bool, str]]:
         (p.pattern in (None, "structured", "unstructured", "4block") or re.fullmatch(r"[1-9]\d*:[1-9]\d*", p.pattern) is not None,
          f"prune.pattern={p.pattern!r}: choose structured, unstructured, 4block or N:M such as 2:4"),
         (p.unit in ("auto", "group", "query"), f"prune.unit={p.unit!r}: choose auto, group or query"),
+        (p.start in ("inputs", "random"), f"prune.start={p.start!r}: choose inputs or random"),
+        (p.estimate in ("projected", "paper"), f"prune.estimate={p.estimate!r}: choose projected or paper"),
+        (p.parts in (None, "all", "gate"), f"prune.parts={p.parts!r}: choose all or gate"),
         (p.multiple > 0, f"prune.multiple={p.multiple} must be positive"),
         (p.steps is None or p.steps >= 0, f"prune.steps={p.steps} must not be negative"),
         (0 < p.epochs < math.inf, f"prune.epochs={p.epochs} must be positive and finite"),
         (p.lr is None or 0 < p.lr < math.inf, f"prune.lr={p.lr} must be positive"),
         (p.batch > 0 and p.rank > 0 and p.every > 0 and p.prunes > 0, "prune.batch, rank, every and prunes must be positive"),
         (0 < p.alpha < math.inf, f"prune.alpha={p.alpha} must be positive"),
-        (0 <= p.begin <= p.end <= 1, f"prune.begin={p.begin} and end={p.end} are shares of the steps, in this order"),
+        (0 <= (p.begin or 0) <= (1 if p.end is None else p.end) <= 1, f"prune.begin={p.begin} and end={p.end} are shares, in this order"),
         (p.initial is None or 0 <= p.initial <= p.ratio, f"prune.initial={p.initial} must be between 0 and the ratio, {p.ratio}"),
         (p.gradients > 0 and p.recompute > 0, f"prune.gradients={p.gradients} and recompute={p.recompute} must be positive"),
         (0 < p.damp < math.inf, f"prune.damp={p.damp} must be positive"),
         (p.block is None or p.block > 0, f"prune.block={p.block} must be positive"),
+        (p.gradient_batch > 0, f"prune.gradient_batch={p.gradient_batch} must be positive"),
         (0 <= p.distill <= 1 and 0 < p.temperature < math.inf, "prune.distill is a share from 0 to 1, and prune.temperature positive"),
     ]  # fmt: skip
 
 
 def _check(r: Recipe) -> None:
-    q, d, t, e = r.quant, r.data, r.tune, r.eval
+    q, d, t, e, f = r.quant, r.data, r.tune, r.eval, r.finetune
     rules = [
         *_pruning_rules(r.prune),
         (len(r.model) < 1024, f"model {r.model[:60]!r}… is no name: it has {len(r.model)} characters"),
+        (f.when in ("auto", "always", "never"), f"finetune.when={f.when!r}: choose auto, always or never"),
+        (f.steps is None or f.steps > 0, f"finetune.steps={f.steps} must be positive"),
+        (0 < f.epochs < math.inf and 0 < f.lr < math.inf and f.batch > 0, "finetune.epochs, lr and batch must be positive"),
         (q.bits in (2, 3, 4), f"bits={q.bits} is not supported; choose 2, 3 or 4"),
         (q.group == -1 or q.group > 0, f"group={q.group} is not a group size; give a positive number, or -1 for one scale per row"),
         (q.scale_dtype in ("auto", "float16", "bfloat16", "float32"), f"scale_dtype={q.scale_dtype!r}: choose auto, float16, bfloat16 or float32"),

@@ -17,8 +17,9 @@ class LayerStats:
     """Streaming sums over the inputs of a layer of `width` in features; `needs` names the sums to keep (see SUMS).
 
     `tokens` counts the vectors seen; `hessian` is mean(x xT), [width, width] in `dtype` on the data's device, None before the first token or
-    when not asked for. `fisher` [n, width], the squared gradients of one layer's weight, is no sum over inputs: the caller puts it here for the
-    layer that is packed next. Raises ValueError for a sum that nobody knows.
+    when not asked for. `fisher` [n, width], the squared gradients of one layer's weight, and `keep`, bool [n, width], false where a weight was
+    pruned and must stay exactly zero, are no sums over inputs: the caller puts them here for the layer that is packed next. Raises ValueError for
+    a sum that nobody knows.
     """
 
     def __init__(self, width: int, needs: tuple[str, ...] = ("hessian",), dtype: torch.dtype = torch.float32):
@@ -29,6 +30,7 @@ class LayerStats:
         self.tokens = 0
         self.hessian: Tensor | None = None
         self.fisher: Tensor | None = None
+        self.keep: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:

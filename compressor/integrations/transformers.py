@@ -1,21 +1,24 @@
-"""`AutoModelForCausalLM.from_pretrained(folder)` for `table` folders: packed layers from the file to the forward, never a dense weight.
+"""`AutoModel….from_pretrained(folder)` for `table` and `sparse` folders: packed layers from the file to the forward, never a dense weight.
 
 The hooks of transformers.quantizers.HfQuantizer that are used:
 
     _process_model_before_weight_loading   reads the headers of the folder's files, checks every packed tensor against config.json and the model, and
-                                           puts a StoredLinear with tensors of the stored names, shapes and dtypes in the place of each packed linear;
+                                           puts a Stored… layer with tensors of the stored names, shapes and dtypes in the place of each such linear;
                                            transformers then fills it as it fills any module, and casts nothing: the dtypes agree already
-    _process_model_after_weight_loading    turns the stored tensors into codes in the kernels' layout and a table
+    _process_model_after_weight_loading    turns the stored tensors into codes in the kernels' layout and a table or scales; sparse dense weights
+                                           become ordinary nn.Linear layers, with their zeros, in the dtype that the model has
     get_state_dict_and_metadata            for save_pretrained: the stored tensors again, and a quantization_config of the layers as they are now
 
-`dtype=` decides about everything that is not packed; the tables keep the dtype they were learned in. compressor's hook registers this module
+`dtype=` decides about everything that is not packed; tables and scales keep the dtype they were learned in. compressor's hook registers this module
 (hook.py), so `import compressor` must come somewhere before from_pretrained: transformers ignores quantization methods that it does not know.
-`device_map=` needs accelerate, as everywhere in transformers. Limits: no tensor parallelism, and buffers must not be offloaded.
+`device_map=` needs accelerate, as everywhere in transformers. Limits: no tensor parallelism, and buffers must not be offloaded, nor may layers with
+sparse dense weights; an automatic device map counts those at their size on disk.
 """
 
 # transformers is not typed for mypy: its classes are Any here, and two of them are bases
 # mypy: allow-subclassing-any
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor import linear
 from compressor.errors import ModelError
-from compressor.export import shards, table
-from compressor.packed import PackedWeight, Table
+from compressor.export import bitmask, shards, sparse, table
+from compressor.packed import Affine, PackedWeight, Table
 
 
 def register() -> None:
-    """Make transformers know the quantization method `compressor`; calling it again changes nothing."""
-    if table.METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(table.METHOD)(CompressorConfig)
-    if table.METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(table.METHOD)(CompressorQuantizer)
+    """Make transformers know the quantization methods `compressor` and `compressor_sparse`; calling it again changes nothing."""
+    for method, config, quantizer in ((table.METHOD, CompressorConfig, CompressorQuantizer), (sparse.METHOD, SparseConfig, SparseQuantizer)):
+        if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            auto.register_quantization_config(method)(config)
+        if method not in auto.AUTO_QUANTIZER_MAPPING:
+            auto.register_quantizer(method)(quantizer)
 
 
 class CompressorConfig(QuantizationConfigMixin):
@@ -43,6 +47,14 @@ class CompressorConfig(QuantizationConfigMixin):
 
     def __init__(self, **values: Any):
         self.quant_method = table.METHOD
+        self.__dict__.update(values)
+
+
+class SparseConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a sparse folder, kept as it was read (see export/sparse.py)."""
+
+    def __init__(self, **values: Any):
+        self.quant_method = sparse.METHOD
         self.__dict__.update(values)
 
 
@@ -79,6 +91,66 @@ class StoredLinear(linear.PackedLinear):
         object.__setattr__(self, "__class__", linear.PackedLinear)
 
 
+class StoredAffine(linear.PackedLinear):
+    """What becomes a PackedLinear with scales: it holds a sparse folder's tensors as buffers until they are loaded and `unpack` is called."""
+
+    def __init__(self, layer: nn.Linear, parts: dict[str, Tensor], scheme: bitmask.Scheme):
+        """parts: tensors on the meta device with the names, shapes and dtypes of the folder; the bias stays the layer's own parameter."""
+        shape = (layer.out_features, layer.in_features)
+        super().__init__(PackedWeight(parts["weight_codes"], Affine(parts["weight_scale"]), scheme.bits, scheme.group, shape))
+        self.bias, self.scheme, self.stored_dtype = layer.bias, scheme, parts["weight_scale"].dtype
+        self.register_buffer("words", None)
+        self.register_buffer("learned", None)
+        for part in scheme.parts:
+            self.register_buffer(part, parts[part])
+
+    def unpack(self, where: str) -> None:
+        """Stored tensors -> words int32 (tile64x256), scale [n, G] and zero [n, G] or None, on the device they are on."""
+        weight = _decoded(self, self.scheme, where)
+        assert isinstance(weight, PackedWeight)
+        self.words, self.zero = weight.words, weight.zero
+        self.learned = weight.learned.to(self.stored_dtype)
+        del self.stored_dtype, self.scheme
+        object.__setattr__(self, "__class__", linear.PackedLinear)
+
+
+class StoredDense(nn.Module):
+    """What becomes an nn.Linear with zeros: it holds a sparse folder's tensors as buffers until they are loaded and `unpack` is called."""
+
+    forward = nn.Linear.forward  # what a device map's hook wraps
+
+    def __init__(self, layer: nn.Linear, parts: dict[str, Tensor], scheme: bitmask.Scheme):
+        """parts: tensors on the meta device with the names, shapes and dtypes of the folder; the bias stays the layer's own parameter."""
+        super().__init__()
+        self.in_features, self.out_features, self.dtype, self.scheme = layer.in_features, layer.out_features, layer.weight.dtype, scheme
+        self.register_parameter("bias", layer.bias)
+        for part in scheme.parts:
+            self.register_buffer(part, parts[part])
+
+    def unpack(self, where: str) -> None:
+        """Stored tensors -> weight [n, k], a parameter in the dtype of the model, on the device they are on."""
+        if getattr(getattr(self, "_hf_hook", None), "offload", False):
+            raise ModelError(f"{where} cannot be offloaded: load the model with a device_map that keeps sparse layers on CPUs or GPUs")
+        weight = _decoded(self, self.scheme, where)
+        assert isinstance(weight, Tensor)
+        self.register_parameter("weight", nn.Parameter(weight.to(self.dtype)))
+        del self.dtype, self.scheme
+        object.__setattr__(self, "__class__", nn.Linear)
+
+
+def _decoded(layer: Any, scheme: bitmask.Scheme, where: str) -> Tensor | PackedWeight:
+    """The weight that a Stored… layer's buffers hold, which are then gone."""
+    parts: dict[str, Tensor] = {part: getattr(layer, part) for part in scheme.parts}
+    if any(tensor.is_meta for tensor in parts.values()):
+        raise ModelError(f"{where} cannot be offloaded: load the model with a device_map that keeps buffers on CPUs or GPUs")
+    weight = bitmask.decode(parts, scheme, where)
+    if tuple(weight.shape) != (layer.out_features, layer.in_features):
+        raise ModelError(f"{where} has shape {tuple(weight.shape)}, the model wants {(layer.out_features, layer.in_features)}")
+    for part in parts:
+        delattr(layer, part)
+    return weight
+
+
 class CompressorQuantizer(HfQuantizer):
     """Loads and saves table folders; it does not quantise, `compressor run` does."""
 
@@ -89,24 +161,20 @@ class CompressorQuantizer(HfQuantizer):
             raise ModelError("transformers loads folders that compressor has packed, and packs none: use `compressor run`")
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
-        where = str(model.config.name_or_path or "the folder")
-        if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
-            raise ModelError(f"{where} has no safetensors files, and packed weights are read from nothing else")
+        where, headers = _headers(model, checkpoint_files)
         schemes = table.schemes_of(self.quantization_config.to_dict(), where)
-        headers = shards.read_headers(where, [Path(path) for path in checkpoint_files])
         table.check_modules(schemes, {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in table.PARTS}, where)
         for stored, (bits, segment) in schemes.items():
             name, layer = _linear_at(model, stored, where)
             parts = {part: headers[f"{stored}.{part}"] for part in table.PARTS if f"{stored}.{part}" in headers}
             table.check(parts, bits, segment, (layer.out_features, layer.in_features), f"{where}: {stored}")
-            if (f"{stored}.bias" in headers) != (layer.bias is not None):
-                raise ModelError(f"{where}: {stored} {'lacks its' if layer.bias is not None else 'has a foreign'} bias")
+            _check_bias(layer, stored, headers, where)
             linear.swap(model, name, StoredLinear(layer, parts, bits, segment))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         where = str(model.config.name_or_path or "the folder")
-        for name, layer in linear.packed_linears(model).items():
-            if isinstance(layer, StoredLinear):
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, StoredLinear | StoredAffine | StoredDense):
                 layer.unpack(f"{where}: {name}")
         return model
 
@@ -117,13 +185,10 @@ class CompressorQuantizer(HfQuantizer):
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        layers = linear.packed_linears(model)
-        packed = {name: layer.packed() for name, layer in layers.items()}
+        own, packed = _own_and_packed(model)
         why = table.fits(packed)
         if why:
             raise ModelError(f"the model cannot be saved as a {table.NAME} folder: {why}")
-        prefixes = tuple(f"{name}." for name in layers)
-        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes) or name.endswith(".bias")}
         for name, weight in packed.items():
             own |= table.tensors_of(name, weight)
         schemes = {name: (weight.bits, weight.group) for name, weight in packed.items()}
@@ -138,6 +203,60 @@ class CompressorQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Gradients pass through packed layers to whatever is trained around them."""
         return True
+
+
+class SparseQuantizer(CompressorQuantizer):
+    """Loads and saves sparse folders; it neither prunes nor quantises."""
+
+    quantization_config: SparseConfig
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        where, headers = _headers(model, checkpoint_files)
+        schemes = sparse.schemes_of(self.quantization_config.to_dict(), where)
+        sparse.check_modules(schemes, headers, where)
+        for stored, scheme in schemes.items():
+            name, layer = _linear_at(model, stored, where)
+            parts = {part: headers[f"{stored}.{part}"] for part in sparse.PARTS if f"{stored}.{part}" in headers}
+            bitmask.check(parts, scheme, (layer.out_features, layer.in_features), f"{where}: {stored}")
+            _check_bias(layer, stored, headers, where)
+            linear.swap(model, name, StoredAffine(layer, parts, scheme) if scheme.bits else StoredDense(layer, parts, scheme))
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """(what save_pretrained writes, no metadata): each linear in its smallest form, tied ones as they are. ModelError for sketches."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        own, packed = _own_and_packed(model)
+        why = sparse.fits(packed)
+        if why:
+            raise ModelError(f"the model cannot be saved as a {sparse.NAME} folder: {why}")
+        places = [tensor.data_ptr() for tensor in own.values()]
+        names = sorted(linear.linears(model))
+        alone = [name for name in names if places.count(own[f"{name}.weight"].data_ptr()) == 1]
+        schemes: sparse.Schemes = {}
+        state = dict(sparse.entries(chain(own.items(), packed.items()), alone, schemes))
+        self.quantization_config = model.config.quantization_config = SparseConfig(**sparse.quantization_config(schemes, names))
+        return state, {}
+
+
+def _headers(model: Any, checkpoint_files: list[str] | None) -> tuple[str, dict[str, Tensor]]:
+    """(what to call the folder, its tensors on the meta device)."""
+    where = str(model.config.name_or_path or "the folder")
+    if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
+        raise ModelError(f"{where} has no safetensors files, and packed weights are read from nothing else")
+    return where, shards.read_headers(where, [Path(path) for path in checkpoint_files])
+
+
+def _check_bias(layer: nn.Linear, stored: str, headers: dict[str, Tensor], where: str) -> None:
+    if (f"{stored}.bias" in headers) != (layer.bias is not None):
+        raise ModelError(f"{where}: {stored} {'lacks its' if layer.bias is not None else 'has a foreign'} bias")
+
+
+def _own_and_packed(model: Any) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
+    """(the tensors that are of no packed weight, packed weights by module name)."""
+    packed = {name: layer.packed() for name, layer in linear.packed_linears(model).items()}
+    prefixes = tuple(f"{name}." for name in packed)
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes) or name.endswith(".bias")}
+    return own, packed
 
 
 def _linear_at(model: Any, stored: str, where: str) -> tuple[str, nn.Linear]:

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.recipe import Quant, Recipe, parse_quant
+from compressor.recipe import Quant, Recipe, parse_prune, parse_quant
 
 ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
@@ -70,6 +70,8 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "seqlen": "data__seqlen", "steps": "tune__steps", "epochs": "tune__epochs", "lr": "tune__lr", "batch": "tune__batch",
     "accumulate": "tune__accumulate", "schedule": "tune__schedule", "absolute": "tune__parametrization",
     "gradient_checkpointing": "tune__gradient_checkpointing", "train_on_prompt": "data__train_on_prompt", "window": "eval__window",
+    "prune_steps": "prune__steps", "prune_lr": "prune__lr", "unit": "prune__unit", "multiple": "prune__multiple", "per_layer": "prune__uniform",
+    "one_shot": "prune__one_shot", "recompute": "prune__recompute", "gradients": "prune__gradients",
     "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device",
 }  # fmt: skip
 
@@ -80,13 +82,22 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
     What a file says of another packer or tuner than the one now asked for does not carry over: options that the new packer does not read, and the
     learning rate. RecipeError for a flag that the packer does not read.
     """
-    base = read_recipe(Path(model)) if model.endswith((".yaml", ".yml")) else Recipe(model=model)
+    file = model.endswith((".yaml", ".yml"))
+    base = read_recipe(Path(model)) if file else Recipe(model=model)
     changes: dict[str, Any] = {} if quant is None else {f"quant__{k}": v for k, v in parse_quant(quant).items()}
+    if given["prune"] is not None:
+        changes |= {f"prune__{k}": v for k, v in parse_prune(given["prune"]).items()}
+        if quant is None and not file:
+            changes["quant__packer"] = "none"  # whoever asks for pruning alone gets that
     for name, key in FLAGS.items():
         value = given[name]
         if value is None or value in ([], ()):
             continue
-        changes[key] = ("absolute" if value else "relative") if name == "absolute" else tuple(value) if name == "ignore" else value
+        words = {"absolute": "absolute" if value else "relative", "per_layer": not value}
+        changes[key] = words[name] if name in words else tuple(value) if name == "ignore" else value
+    how = next((name for name, key in FLAGS.items() if key in changes and key.startswith("prune__")), None)
+    if how and changes.get("prune__method", base.prune.method) == "none":
+        raise RecipeError(f"--{how.replace('_', '-')} says how to prune, and nothing is pruned: add --prune, for example loraprune:30%")
     from compressor.pipelines.packers import PACKERS
 
     packer = changes.get("quant__packer", base.quant.packer)
@@ -109,6 +120,15 @@ def run(
     model: Annotated[str, typer.Argument(help="tiny, a model folder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
     quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
     tune: Annotated[Text, typer.Option(help="tuner: peqa (of scales), table (of sketches), or none")] = None,
+    prune: Annotated[Text, typer.Option(help="what to remove first: loraprune:30%, obert:90%, obert:2:4 …; without --quant that is all")] = None,
+    prune_steps: Annotated[Count, typer.Option(help="training steps while pruning; default: two epochs")] = None,
+    prune_lr: Annotated[Number, typer.Option(help="learning rate while pruning; default: the method's own")] = None,
+    unit: Annotated[Text, typer.Option(help="heads go by group (of a key head), query, or auto")] = None,
+    multiple: Annotated[Count, typer.Option(help="FFN channels are kept in multiples of this; 64 unless given")] = None,
+    per_layer: Annotated[bool | None, typer.Option("--per-layer/--uniform", help="every block its own width: only compressor loads that")] = None,
+    one_shot: Annotated[bool | None, typer.Option("--one-shot/--gradual", help="prune all at once")] = None,
+    recompute: Annotated[Count, typer.Option(help="oBERT: inverse Fisher estimates a prune")] = None,
+    gradients: Annotated[Count, typer.Option(help="oBERT: gradients an estimate")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", "--output_dir", help="output folder")] = None,
     data: Annotated[Text, typer.Option("--data", "--dataset", help="tuning text: file, hub dataset or builtin; default: Python's own manual")] = None,
     outside: Annotated[Text, typer.Option(help="text from outside the tuning domain, for measuring only")] = None,
@@ -143,8 +163,11 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the result of another run in the output folder")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes, memory and time, and stop")] = False,
 ) -> None:
-    """Compress a model, tune it in packed form, measure it, and write a folder that servers load."""
-    recipe = recipe_of(model, quant, ctx.params)
+    """Prune or compress a model or both, tune it in packed form, measure it, and write a folder that servers load."""
+    _run(recipe_of(model, quant, ctx.params), output, overwrite, dry_run)
+
+
+def _run(recipe: Recipe, output: Path | None, overwrite: bool, dry_run: bool) -> None:
     quiet()
     from compressor.pipelines import render
     from compressor.pipelines import run as pipeline

@@ -8,6 +8,7 @@ Packers that need no data never run the model at all.
 """
 
 import contextlib
+import inspect
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import linear
-from compressor.errors import ModelError, NumericError
+from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines.fisher import squared_gradients
@@ -112,10 +113,12 @@ class Calibration:
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if len(args) > 1:
+                names = list(inspect.signature(blocks[index].forward).parameters)[1 : len(args)]  # of what encoders pass by position
+                if any(value is not None and not isinstance(value, Tensor) for value in args[1:]):
                     kind = type(blocks[index]).__name__
                     raise ModelError(f"{kind} takes positional arguments; this architecture cannot be calibrated, use --quant 3bit:rtn")
-                kept = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
+                given = kwargs | dict(zip(names, args[1:], strict=True))
+                kept = {k: v for k, v in given.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
                 self.arguments[index][size] = kept
                 if index + 1 == len(blocks):
                     raise _Stop  # logits of thousands of tokens take gigabytes
@@ -176,6 +179,13 @@ def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -
     return order + [[name] for name in names if name not in last]
 
 
+def check_keep_zeros(quant: Quant) -> None:
+    """RecipeError if the packer cannot keep a pruned weight at exactly zero."""
+    if PACKERS[quant.packer].table:
+        instead = f"--quant {quant.bits}bit:gptq or {quant.bits}bit:rtn"
+        raise RecipeError(f"{quant.packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")
+
+
 def compress(
     model: nn.Module,
     quant: Quant,
@@ -183,13 +193,17 @@ def compress(
     ids: Tensor | None,
     work: Path | None = None,
     on_layer: Callable[[dict[str, Any]], None] | None = None,
+    keep_zeros: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Pack the model's decoder linears in place.
 
     ids: calibration windows int64 [count, seqlen], needed by packers with statistics. `work`: folder for finished blocks; blocks found there
-    are taken as they are (the caller guards it by a fingerprint). Returns report rows of packed layers, rows of linears left dense, and the
+    are taken as they are (the caller guards it by a fingerprint). `keep_zeros`: weights that are exactly zero were pruned, and their codes stay the
+    zero's; RecipeError if the packer makes tables. Returns report rows of packed layers, rows of linears left dense, and the
     number of blocks that were taken from `work`.
     """
+    if keep_zeros:
+        check_keep_zeros(quant)
     todo = plan(model, quant)
     blocks = model.get_submodule(todo.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
@@ -209,7 +223,8 @@ def compress(
             block_rows = stored[1]
             resumed += 1
         else:
-            block_rows = _pack_block(block, index, targets, quant, scale_dtype, calibration, f"{todo.blocks_name}.{index}.", fisher)
+            prefix = f"{todo.blocks_name}.{index}."
+            block_rows = _pack_block(block, index, targets, quant, scale_dtype, calibration, prefix, fisher, keep_zeros)
             _write_block(work, index, block, block_rows, f"{todo.blocks_name}.{index}.")
         if calibration is not None and index + 1 < len(blocks):
             calibration.run(block, index, keep=True)
@@ -228,7 +243,7 @@ def _outside_blocks(model: nn.Module, blocks_name: str) -> list[dict[str, Any]]:
 
 def _pack_block(
     block: nn.Module, index: int, targets: list[Target], quant: Quant, scale_dtype: torch.dtype, calibration: Calibration | None, prefix: str,
-    fisher: dict[str, Tensor],
+    fisher: dict[str, Tensor], keep_zeros: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
     groups = [[leaf] for leaf in by_leaf]
@@ -242,6 +257,7 @@ def _pack_block(
         for leaf in leaves:
             if stats is not None:
                 stats.fisher = fisher.pop(by_leaf[leaf].name, None)
+                stats.keep = block.get_parameter(f"{leaf}.weight").detach() != 0 if keep_zeros else None
             rows.append(_pack_layer(block, leaf, by_leaf[leaf], quant, scale_dtype, stats, spent))
     return rows
 

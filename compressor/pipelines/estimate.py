@@ -18,6 +18,7 @@ from compressor.errors import ModelError
 from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
 from compressor.pipelines.packers import PACKERS
+from compressor.prune import slicing
 from compressor.recipe import Quant, Recipe
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
@@ -48,10 +49,15 @@ def shell(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
+    slicing.resize(model)
+    return model
 
 
 def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compressor import __version__, linear
 from compressor.errors import ModelError, OutputError, RecipeError, UserError
-from compressor.export import compressed_tensors, dense, shards, table, task
+from compressor.export import compressed_tensors, dense, shards, sparse, table, task
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines import data, evaluate, load, write
@@ -166,9 +166,16 @@ def project(loaded: load.Loaded, name: str, target: Target, group: int) -> dict[
     return _scheme(name, weight) | was | {"error": relative_error(exact, weight, None)}
 
 
+def stored_dense(loaded: load.Loaded) -> Iterable[tuple[str, Tensor]]:
+    """The tensors of the source that are not packed, as it stores them; those of a sparse folder all at once, with their zeros."""
+    if loaded.config["quantization_config"].get("quant_method") == sparse.METHOD:
+        return load.read_packed(loaded.folder, loaded.config)[0].items()
+    return dense.unpacked(loaded.folder, load.weight_files(loaded.folder), PARTS)
+
+
 def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path) -> dict[str, Any]:
     """The weights in the format that holds them, what is dense as it is stored in the source, proven; returns facts for the record."""
-    kept = dict(dense.unpacked(loaded.folder, load.weight_files(loaded.folder), PARTS))
+    kept = dict(stored_dense(loaded))
     native = write.pick_format(packed)
     weights: Iterable[tuple[str, Tensor | PackedWeight]] = chain(kept.items(), packed.items())
     native.write(folder, _config(loaded), weights, sorted(linear.linears(loaded.model)))
@@ -178,11 +185,10 @@ def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: P
 
 def write_dense(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path, dtype: torch.dtype, show: Show) -> dict[str, Any]:
     """Everything in `dtype`, layer by layer, proven; returns facts and the losses of rounding for the record."""
-    files = load.weight_files(loaded.folder)
     with show.task("dequantise", 2 * len(packed)) as advance:
 
         def stream() -> Iterator[tuple[str, Tensor | PackedWeight]]:
-            yield from dense.unpacked(loaded.folder, files, PARTS)
+            yield from stored_dense(loaded)
             for name, weight in packed.items():
                 yield name, weight
                 advance(1, name)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import ModelError, RecipeError, UserError
-from compressor.export import compressed_tensors, table
+from compressor.export import compressed_tensors, shards, sparse, table
 from compressor.packed import PackedWeight
+from compressor.prune import slicing
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
 INDEX = "model.safetensors.index.json"
@@ -50,6 +51,7 @@ FILES = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
+TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
 
 
@@ -65,7 +67,7 @@ class Format(Protocol):
     def read(self, folder: Path, files: list[Path], config: dict[str, Any], /) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]: ...
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, table.METHOD: table}  # by quant_method
+FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, table.METHOD: table, sparse.METHOD: sparse}  # by quant_method
 
 
 @dataclass
@@ -108,6 +110,14 @@ def resolve(name: str) -> Path:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json, checked to be of a causal language model."""
+    config = any_config(folder)
+    if not any(str(k).endswith(("ForCausalLM", "LMHeadModel")) for k in config["architectures"]):
+        raise ModelError(f"{folder} holds {', '.join(map(str, config['architectures'])) or 'no named architecture'}, not a causal language model")
+    return config
+
+
+def any_config(folder: Path) -> dict[str, Any]:
+    """config.json of whatever model, with `architectures` as a list."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -122,10 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise ModelError(f"{folder}/config.json is damaged: quantization_config is no mapping")
     kinds = config.get("architectures") or []
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    if not any(str(k).endswith(("ForCausalLM", "LMHeadModel")) for k in kinds):
-        raise ModelError(f"{folder} holds {', '.join(map(str, kinds)) or 'no named architecture'}, not a causal language model")
-    return config | {"architectures": kinds}
+    return config | {"architectures": kinds if isinstance(kinds, list) else [kinds]}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -251,7 +258,7 @@ def load(name: str, device: str = "auto") -> Loaded:
     weight_files(folder)
     where = pick_device(device)
     stored = stored_dtype(folder)
-    if config.get("quantization_config"):
+    if config.get("quantization_config") or config.get(slicing.WIDTHS):
         return load_packed(folder, config, where, name)
     from transformers import AutoModelForCausalLM
 
@@ -272,7 +279,8 @@ def load(name: str, device: str = "auto") -> Loaded:
 
 
 def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name: str) -> Loaded:
-    """A folder of ours (or any compressed-tensors pack-quantized one of 2, 3 or 4 bits) with its linears packed, never dense."""
+    """A folder of ours (or any compressed-tensors pack-quantized one of 2, 3 or 4 bits) with its linears packed, never dense; or a dense one whose
+    blocks differ in width, which transformers cannot build."""
     tensors, packed = read_packed(folder, config)
     model = empty_model(folder)
     for module_name, weight in packed.items():
@@ -291,16 +299,27 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
 
 def read_packed(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
     """(dense tensors by name, packed weights by module name), read as the format that config.json names."""
-    quantization = config["quantization_config"]
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return shards.read_weights(folder, weight_files(folder), ())[0], {}
     method = str(quantization.get("quant_method"))
     if method not in FORMATS:
         raise ModelError(f"{folder} is quantised as {method}; compressor reads folders of {' and '.join(FORMATS)}, and dense ones")
     return FORMATS[method].read(folder, weight_files(folder), quantization)
 
 
+def auto_class(config: dict[str, Any]) -> Any:
+    """The class of transformers that loads the first architecture of a config: a classifier or span finder, else a causal language model."""
+    import transformers
+
+    first = str(next(iter(config["architectures"]), ""))
+    name = next((f"AutoModel{task}" for task in TASKS if first.endswith(task)), "AutoModelForCausalLM")
+    return getattr(transformers, name)
+
+
 def empty_model(folder: Path) -> Any:
     """The architecture with uninitialised weights: pages that are never touched cost no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     try:
@@ -308,9 +327,11 @@ def empty_model(folder: Path) -> Any:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with no_init_weights():
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class(any_config(folder)).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot build the model of {folder}: {first_line(error)}") from None
+    slicing.resize(model)
+    return model
 
 
 def _linear_at(model: nn.Module, name: str, folder: Path) -> nn.Linear:

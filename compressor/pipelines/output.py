@@ -19,7 +19,7 @@ WRITTEN = (*OWN_FILES, *COMPANIONS, INDEX, "config.json", "model*.safetensors")
 
 def contract(report: dict[str, Any], output: Path) -> dict[str, Any]:
     """The stable document for scripts, from a report."""
-    keys = ("dense", "packed", "tuned", "seconds", "peak_bytes", "resumed")
+    keys = ("dense", "pruned", "packed", "tuned", "seconds", "peak_bytes", "resumed")
     return {"output": str(output)} | {key: report[key] for key in keys if report.get(key) is not None}
 
 

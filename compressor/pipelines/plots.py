@@ -8,11 +8,13 @@ Every function returns None when the report lacks the numbers.
 import io
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 from compressor.pipelines.report import STATES, Report, dicts, number
 
-ROLES = {"ink": "#010203", "muted": "#020304", "line": "#030405", "dense": "#040506", "packed": "#050607", "tuned": "#060708", "accent": "#070809"}
+ROLES = {"ink": "#010203", "muted": "#020304", "line": "#030405", "dense": "#040506", "packed": "#050607", "tuned": "#060708", "accent": "#070809",
+         "pruned": "#08090a"}  # fmt: skip
 POINTS = 1500  # a longer training curve is thinned to this many points
 STYLE = {
     "svg.hashsalt": "compressor",
@@ -80,10 +82,10 @@ def _points(axes: Any, points: list[tuple[str, float, float]], widest: float) ->
     at = {state: (x, y) for state, x, y in points}
     if "dense" in at:
         axes.axhline(at["dense"][1], color=ROLES["dense"], linewidth=0.9, linestyle=(0, (4, 3)))
-    if "packed" in at and "tuned" in at:
-        arrow = {"arrowstyle": "-|>", "color": ROLES["muted"], "linewidth": 1, "shrinkA": 5, "shrinkB": 5}
-        axes.annotate("", xy=at["tuned"], xytext=at["packed"], arrowprops=arrow)
-    upper = max(("packed", "tuned"), key=lambda s: at.get(s, (0, 0))[1])
+    arrow = {"arrowstyle": "-|>", "color": ROLES["muted"], "linewidth": 1, "shrinkA": 5, "shrinkB": 5}
+    for before, after in pairwise(s for s in ("packed", "tuned") if s in at):
+        axes.annotate("", xy=at[after], xytext=at[before], arrowprops=arrow)
+    upper = max(STATES[1:], key=lambda s: at.get(s, (0, 0))[1])
     for state, x, y in points:
         axes.plot([x], [y], marker="o", markersize=7, color=ROLES[state], markeredgewidth=0, linestyle="none")
         right = x > 0.6 * widest
@@ -99,10 +101,11 @@ def _points(axes: Any, points: list[tuple[str, float, float]], widest: float) ->
         )
 
 
-def training(report: Report) -> str | None:
-    """Loss by step, and the perplexity measured on the way, between packed and dense."""
-    loss = [(p["step"], p["loss"]) for p in dicts(report.training.get("curve")) if number(p, "step") is not None and number(p, "loss") is not None]
-    evals = [(p["step"], p["perplexity"]) for p in dicts(report.training.get("evals")) if _both(p)]
+def training(report: Report, section: str = "training") -> str | None:
+    """Loss by step of the training or the pruning, and the perplexity measured on the way, between packed and dense."""
+    log = getattr(report, section)
+    loss = [(p["step"], p["loss"]) for p in dicts(log.get("curve")) if number(p, "step") is not None and number(p, "loss") is not None]
+    evals = [(p["step"], p["perplexity"]) for p in dicts(log.get("evals")) if _both(p)]
     if not loss and not evals:
         return None
     loss = loss[:: max(1, math.ceil(len(loss) / POINTS))]

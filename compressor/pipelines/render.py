@@ -1,13 +1,12 @@
-"""A report for people: one self-contained page, a model card, a table for the end of a run.
+"""A report for people: one self-contained page, and a table for the end of a run (the model card: card.py).
 
-All three print the same formatted rows (`report.results`), so they cannot disagree. The page loads nothing, and its content policy forbids it: names
-and samples come from strangers, so everything is escaped, in Markdown and YAML too. The same report always gives the same bytes. Whatever a
-report lacks is left out or shown as a dash; comparisons that the numbers do not support are said in words (`remarks`).
+All of them print the same formatted rows (`report.results`), so they cannot disagree. The page loads nothing, and its content policy forbids it:
+names and samples come from strangers, so everything is escaped. The same report always gives the same bytes. Whatever a report lacks is left out
+or shown as a dash; comparisons that the numbers do not support are said in words (`remarks`).
 """
 
 import html
 import os
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from compressor.pipelines import plots
-from compressor.pipelines.report import DASH, HEADS, STATES, Report, dicts, duration, fixed, number, plain, remarks, results, size, write_text
+from compressor.pipelines.report import DASH, STATES, Report, dicts, duration, fixed, heads, number, plain, remarks, results, size, write_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --box: #f6f7f9; --ink: #1c2128; --muted: #5d6673; --line: #d9dde3;
-  --dense: #7a8492; --packed: #c2710c; --tuned: #1f6fd6; --accent: #3d7fd6 }
+  --dense: #7a8492; --pruned: #7a4fc4; --packed: #c2710c; --tuned: #1f6fd6; --accent: #3d7fd6 }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171c; --box: #1c2027; --ink: #e4e7ec; --muted: #98a2b0; --line: #333a45;
-  --dense: #97a1af; --packed: #eda04a; --tuned: #6aa9f7; --accent: #5b9bf0 } }
+  --dense: #97a1af; --pruned: #b095ee; --packed: #eda04a; --tuned: #6aa9f7; --accent: #5b9bf0 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 2.2rem 1.2rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
@@ -89,16 +88,19 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def page(report: Report) -> str:
-    title = _clean(report.model.get("name") or "a model")
-    facts = [report.model.get("architecture"), _count(report), report.created, f"compressor {report.compressor}"]
+    title = clean(report.model.get("name") or "a model")
+    facts = [report.model.get("architecture"), count(report), report.created, f"compressor {report.compressor}"]
     warnings = "".join(f"<p>{_esc(r)}</p>" for r in remarks(report))
     parts = [
         f"<h1>{_esc(title)}</h1><p class=muted>{_esc(' · '.join(str(f) for f in facts if f))}</p>",
         _headline(report),
         f"<div class=remarks>{warnings}</div>" if warnings else "",
-        _section("Results", _table(HEADS, results(report), "right")),
+        _section("Results", _table(heads(report), results(report), "right")),
         _section("Protocol", _protocol(report)),
         _section("Quality against size", _figure(plots.quality(report))),
+        _section(
+            "Pruning", _pairs({k: v for k, v in report.pruning.items() if k not in ("curve", "notes")}) + _figure(plots.training(report, "pruning"))
+        ),
         _section("Training", _figure(plots.training(report))),
         _section("Packing error", _figure(plots.layers(report))),
         _section("Layers", _layers(report)),
@@ -114,7 +116,7 @@ def page(report: Report) -> str:
     return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
 
 
-def _clean(value: Any) -> str:
+def clean(value: Any) -> str:
     """Text without control and direction-changing characters; new lines and tabs stay."""
     return "".join(
         c if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd" for c in str(value).replace("\r\n", "\n")
@@ -122,7 +124,7 @@ def _clean(value: Any) -> str:
 
 
 def _esc(value: Any) -> str:
-    return html.escape(_clean(DASH if value is None else value))
+    return html.escape(clean(DASH if value is None else value))
 
 
 def _section(title: str, body: str) -> str:
@@ -145,18 +147,18 @@ def _table(heads: Iterable[str], rows: list[list[Any]], kind: str = "") -> str:
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    return _table(("", ""), [[key.replace("_", " "), _short(value)] for key, value in values.items() if value not in (None, {}, [])], "keys")
+    return _table(("", ""), [[key.replace("_", " "), short(value)] for key, value in values.items() if value not in (None, {}, [])], "keys")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
+        return ", ".join(f"{k}: {short(v)}" for k, v in value.items())
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _count(report: Report) -> str | None:
+def count(report: Report) -> str | None:
     total, packed = number(report.model, "parameters"), number(report.model, "packed_parameters")
     if not total:
         return None
@@ -165,24 +167,25 @@ def _count(report: Report) -> str | None:
 
 def _headline(report: Report) -> str:
     rows = {row[0]: row for row in results(report)}
-    last = rows.get("tuned") or rows.get("packed")
+    last = rows.get("tuned") or rows.get("packed") or rows.get("pruned")
 
     def trend(column: int, states: list[str]) -> tuple[str, str]:
         cells = {s: rows[s][column] for s in states if s in rows and rows[s][column] != DASH}
         return " <i>→</i> ".join(_esc(c) for c in cells.values()), " → ".join(cells) if len(cells) > 1 else ""
 
-    cards = [(f"perplexity, {text}", *trend(i, list(STATES))) for i, text in ((1, "domain"), (2, "outside"))]
+    names = heads(report)
+    cards = [(names[i], *trend(i, list(STATES))) for i in (1, 2)]
     if last:
         cards.append(("folder on disk", *trend(5, ["dense", last[0]])))
-        cards += [(HEADS[i], *trend(i, [last[0]])) for i in (6, 3, 4)]
+        cards += [(names[i], *trend(i, [last[0]])) for i in (6, 3, 4)]
     filled = "".join(f"<div><dt>{name}</dt><dd>{value}</dd>{legend and f'<dd>{legend}</dd>'}</div>" for name, value, legend in cards if value)
     return f"<dl class=cards>{filled}</dl>" if filled else ""
 
 
 def _protocol(report: Report) -> str:
-    texts = {text: values for text in ("domain", "outside") if isinstance(values := report.protocol.get(text), dict)}
+    texts = {text: values for text in ("domain", "outside", "task") if isinstance(values := report.protocol.get(text), dict)}
     keys = list(dict.fromkeys(key for values in texts.values() for key in values))
-    rows = [[key.replace("_", " "), *(_short(v[key]) if key in v else None for v in texts.values())] for key in keys]
+    rows = [[key.replace("_", " "), *(short(v[key]) if key in v else None for v in texts.values())] for key in keys]
     rates = [[f"{s}, evaluated tokens/s", *(fixed(number(getattr(report, s), t, "tokens_per_second"), 0) for t in texts)] for s in STATES]
     return _table(("", *texts), rows + [row for row in rates if set(row[1:]) != {DASH}], "keys")
 
@@ -194,23 +197,23 @@ def _layers(report: Report) -> str:
     rows = dicts(report.layers)
     kinds = Counter(tuple(str(r.get(key, DASH)) for key in ("bits", "group", "symmetric", "packer")) for r in rows)
     counts = [
-        [_many(n, "linear"), f"{bits} bits", "one scale a row" if group == "-1" else f"group {group}", _ZERO.get(zero, DASH), packer]
+        [many(n, "linear"), f"{bits} bits", "one scale a row" if group == "-1" else f"group {group}", _ZERO.get(zero, DASH), packer]
         for (bits, group, zero, packer), n in kinds.items()
     ]
     known = ("name", "shape", "bits", "group", "symmetric", "packer", "error", "damp", "seconds", "note")
     heads = tuple(h for h in known if any(r.get(h) is not None for r in rows))
     cells = [[_shape(r.get(h)) if h == "shape" else _cell(r.get(h)) for h in heads] for r in rows]
-    every = f"<details><summary>{_many(len(rows), 'packed linear')}, one by one</summary>{_table(heads, cells, 'rows')}</details>" if rows else ""
+    every = f"<details><summary>{many(len(rows), 'packed linear')}, one by one</summary>{_table(heads, cells, 'rows')}</details>" if rows else ""
     left = [[r.get("name"), _shape(r.get("shape")), r.get("reason")] for r in dicts(report.unpacked)]
     dense = f"<p class=muted>Left dense</p>{_table(('name', 'shape', 'reason'), left, 'rows')}" if left else ""
     return _table(("packed", "bits", "group", "zero", "packer"), counts) + every + dense
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else _short(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else short(value)
 
 
-def _many(count: int, thing: str) -> str:
+def many(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
@@ -237,140 +240,6 @@ def _sample(sample: dict[str, Any]) -> str:
     return f"<div class=sample>{''.join(f'<div><b>{name}</b>{_esc(text)}</div>' for name, text in texts if text is not None)}</div>"
 
 
-# The model card.
-
-LOAD = """```sh
-pip install "transformers>=5.0" {package}
-```
-```python
-{first}from transformers import AutoModelForCausalLM, AutoTokenizer{config_import}
-
-folder = "FOLDER"  # this folder, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{config})
-```
-"""
-
-
-def write_card(report: Report, path: str | os.PathLike[str]) -> None:
-    """README.md of the output folder."""
-    write_text(path, card(report))
-
-
-def card(report: Report) -> str:
-    plan = scheme(report)
-    source = str(report.model.get("source") or "")
-    base = {"base_model": source, "base_model_relation": "quantized"} if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) else {}
-    methods = [*plan["packers"], *([plan["method"]] if plan["method"] != "none" else [])]
-    tags = ["compressor", "quantized", *([] if _other_format(report) else ["compressed-tensors"]), *(f"{b}-bit" for b in plan["widths"]), *methods]
-    front = {**base, "library_name": "transformers", "pipeline_tag": "text-generation", "tags": [" ".join(_clean(t).split()) for t in tags]}
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)}---\n# {_md(_title(report))}, {_md(plan['bits'])} bits\n",
-        _about(report, plan),
-        "## Load\n\n" + _load(report, plan),
-        _part("Results", _grid(HEADS, results(report)) + _measured(report)),
-        _part("Sizes", _sizes(report, plan)),
-        _part("Recipe", _fence(recipe_yaml(report), "yaml") if report.recipe else ""),
-        _part("Limits", "".join(f"- {line}\n" for line in [*_limits(report, plan), *(_md(r) for r in remarks(report))])),
-    ]
-    return "\n".join(p for p in parts if p)
-
-
-def _part(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}" if body else ""
-
-
-def _md(value: Any) -> str:
-    """One line of Markdown that shows `value` as it is: no markup, no links, no table cells of its own."""
-    text = re.sub(r"([\\\\`*_\[\]|~$#])", r"\\\1", " ".join(_clean(DASH if value is None else value).split()))
-    return html.escape(text, quote=False).replace("://", "&#58;//").replace("www.", "www&#46;")
-
-
-def _fence(text: str, kind: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{kind}\n{_clean(text).rstrip()}\n{fence}\n"
-
-
-def _grid(heads: Iterable[str], rows: list[list[str]]) -> str:
-    heads = list(heads)
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([_md(c) for c in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if rows else ""
-
-
-def _title(report: Report) -> str:
-    """The name of the model; of a folder only its last part, because paths of the machine that ran say nothing to a reader."""
-    return re.split(r"[/\\\\]", str(report.model.get("name") or "a model").rstrip("/\\"))[-1]
-
-
-def _other_format(report: Report) -> bool:
-    return "compressed-tensors" not in str(report.export.get("format", "compressed-tensors")).replace("_", "-")
-
-
-def _about(report: Report, plan: dict[str, Any]) -> str:
-    count = _count(report)
-    out = f"Weights of {_md(_title(report))} packed at {_md(plan['bits'])} bits ({_md(', '.join(plan['packers']))})" + (
-        f"; {count}.\n" if count else ".\n"
-    )
-    if plan["method"] != "none":
-        out += (
-            f"The packed model was then tuned in that form ({_md(plan['method'])}): the codes stayed, and what was trained is what is stored here.\n"
-        )
-    return (
-        out + f"Made by compressor {_md(report.compressor)}, {_md(report.created)}. The page `report.html` beside this file shows the run in full.\n"
-    )
-
-
-def _load(report: Report, plan: dict[str, Any]) -> str:
-    own = "```sh\ncompressor eval FOLDER\ncompressor generate FOLDER\n```\n"
-    if report.export.get("format") == "compressor table":
-        first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
-        text = LOAD.format(package="# and compressor itself, from its source", first=first, config_import="", config="")
-        return text + "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\nOr with compressor itself:\n\n" + own
-    if _other_format(report):
-        return f"The folder is in the format {_md(report.export.get('format'))}; use a reader of that format.\n\n" + own
-    asym, three = plan["asymmetric"], 3 in plan["widths"]
-    config_import = ", CompressedTensorsConfig" if asym else ""
-    config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asym else ""
-    text = LOAD.format(package='"compressed-tensors>=0.18"', first="", config_import=config_import, config=config)
-    if three:
-        text += "3-bit weights need compressed-tensors 0.18 or later: older versions pack 3 bits in another way and misread this folder.\n\n"
-    if asym:
-        text += "The weights are asymmetric: without `dequantize=True`, compressed-tensors 0.20 fails on the shapes of their zero points.\n\n"
-    return text + "Or with compressor itself:\n\n" + own
-
-
-def _measured(report: Report) -> str:
-    """How perplexity was measured: one line a text."""
-    lines = []
-    for text in ("domain", "outside"):
-        values = report.protocol.get(text)
-        if isinstance(values, dict) and values:
-            lines.append(f"- {text}: " + ", ".join(f"{_md(k.replace('_', ' '))} {_md(_short(v))}" for k, v in values.items()) + "\n")
-    return "\nPerplexities compare only under the same protocol:\n\n" + "".join(lines) if lines else ""
-
-
-def _sizes(report: Report, plan: dict[str, Any]) -> str:
-    last = next(([s, *row] for s in ("tuned", "packed") for row in results(report) if row[0] == s), None)
-    if not last:
-        return ""
-    dense = f"{size(number(report.model, 'dense_bytes'))} in {_md(report.model.get('dense_dtype'))}"
-    values = "tables" if plan["tables"] else "scales and zeros"
-    return (
-        f"- packed linears: {last[4]} bits per weight, with {values}\n- whole folder: {last[6]}, {last[5]} bits per parameter\n"
-        f"- dense model: {dense}; the folder is smaller by {last[7]}\n"
-    )
-
-
-def _limits(report: Report, plan: dict[str, Any]) -> list[str]:
-    out = ["The license and the terms of use of the base model apply.", "Perplexity is the only quality measured here; safety and tasks were not."]
-    if plan["method"] != "none":
-        out.append("Tuning fits one domain; the perplexity on the outside text shows what it cost elsewhere.")
-    if report.unpacked:
-        out.append(f"Left dense: {_many(len(report.unpacked), 'linear')}; `report.html` gives name and reason.")
-    return out
-
-
 # The terminal.
 
 
@@ -380,14 +249,14 @@ def summary(report: Report) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_clean(report.model.get("name") or "results")), title_justify="left", title_style="bold")
-    for i, head in enumerate(HEADS):
+    table = Table(title=Text(clean(report.model.get("name") or "results")), title_justify="left", title_style="bold")
+    for i, head in enumerate(heads(report)):
         table.add_column(head, justify="right" if i else "left")
     for row in results(report):
-        table.add_row(*(Text(_clean(cell)) for cell in row))
+        table.add_row(*(Text(clean(cell)) for cell in row))
     stages = Table(title="time and peak memory", title_justify="left", title_style="bold")
     for i, head in enumerate(("stage", "time", "peak memory")):
         stages.add_column(head, justify="right" if i else "left")
     for name in report.seconds:
-        stages.add_row(Text(_clean(name)), duration(number(report.seconds, name)), size(number(report.peak_bytes, name)))
-    return Group(table, *([stages] if report.seconds else []), *(Text(f"! {_clean(r)}") for r in remarks(report)))
+        stages.add_row(Text(clean(name)), duration(number(report.seconds, name)), size(number(report.peak_bytes, name)))
+    return Group(table, *([stages] if report.seconds else []), *(Text(f"! {clean(r)}") for r in remarks(report)))

@@ -18,10 +18,11 @@ from typing import Any
 from compressor import __version__
 from compressor.errors import ModelError, OutputError
 
-STATES = ("dense", "packed", "tuned")  # the models a run measures, in this order
+STATES = ("dense", "pruned", "packed", "tuned")  # the models a run measures, in this order
 LOST_NAMED = 8  # non-finite numbers that the note names one by one
 DASH = "–"
 HEADS = ("model", "perplexity, domain", "perplexity, outside", "bits per packed weight", "bits per parameter, whole folder", "folder", "smaller by")
+SCORES = {"accuracy": "accuracy", "entity_f1": "F1 of entities", "macro_f1": "macro F1", "exact_match": "exact match", "f1": "F1"}  # of encoders
 
 
 def _now() -> str:
@@ -41,10 +42,12 @@ class Report:
     model: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)  # domain | outside -> how perplexity was measured
     dense: dict[str, Any] = field(default_factory=dict)
+    pruned: dict[str, Any] = field(default_factory=dict)
     packed: dict[str, Any] = field(default_factory=dict)
     tuned: dict[str, Any] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
     unpacked: list[Any] = field(default_factory=list)
+    pruning: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, Any] = field(default_factory=dict)
     peak_bytes: dict[str, Any] = field(default_factory=dict)
@@ -198,8 +201,21 @@ def duration(value: float | None) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def scores(report: Report) -> list[str]:
+    """The two numbers of `SCORES` that an encoder was measured by; none for a language model."""
+    found = [getattr(report, state).get("task") for state in STATES]
+    return [key for key in SCORES if any(isinstance(task, dict) and key in task for task in found)][:2]
+
+
+def heads(report: Report) -> tuple[str, ...]:
+    """HEADS, with an encoder's scores in the place of perplexities."""
+    found = scores(report)
+    return (HEADS[0], *(SCORES[key] for key in found), *HEADS[3:]) if len(found) == 2 else HEADS
+
+
 def results(report: Report) -> list[list[str]]:
-    """The cells under HEADS for each state that was measured."""
+    """The cells under `heads` for each state that was measured."""
+    found = scores(report)
     rows = []
     for state in STATES:
         values = getattr(report, state)
@@ -207,6 +223,8 @@ def results(report: Report) -> list[list[str]]:
             folder, count = number(values, "folder_bytes"), number(report.model, "parameters")
             whole = folder * 8 / count if folder is not None and count else None
             ppl = [fixed(number(values, text, "perplexity")) for text in ("domain", "outside")]
+            if len(found) == 2:
+                ppl = [fixed(number(values, "task", key), 4 if (number(values, "task", key) or 0) <= 1 else 2) for key in found]
             rows.append([state, *ppl, fixed(number(values, "bits_per_weight")), fixed(whole), size(folder), fixed(number(values, "ratio"), 2, "×")])
     return rows
 

@@ -1,29 +1,24 @@
-"""The main job: load, measure, pack, measure, tune, measure, write. Every finished stage is in the journal; nothing is done twice.
+"""The main job: load, measure, prune, measure, pack, measure, tune, measure, write. Every finished stage is in the journal; nothing is done twice.
 
 The work happens in `OUT.partial`; the finished folder is renamed to OUT at the very end, so that OUT either does not exist or is whole.
 """
 
-import contextlib
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from compressor import __version__
-from compressor.errors import ModelError, OutputError, RecipeError
-from compressor.pipelines import compress, data, estimate, evaluate, load, render, write
+from compressor.errors import ModelError, RecipeError
+from compressor.pipelines import compress, data, encoder_load, estimate, evaluate, load, pruning, write
+from compressor.pipelines.job import Job, digest
 from compressor.pipelines.journal import Journal, open_work
-from compressor.pipelines.output import check_output, check_room, contract, disk_full, finished, publish
+from compressor.pipelines.output import check_output, check_room, contract, finished, publish
 from compressor.pipelines.packers import PACKERS
-from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
-from compressor.pipelines.stages import Stage
 from compressor.recipe import Quant, Recipe
 from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches, CausalLM
@@ -32,31 +27,32 @@ from compressor.tune.loop import train
 
 def default_output(recipe: Recipe) -> Path:
     """model-w3g128-gptq-peqa in the current folder."""
-    name = source_name(recipe.model).rpartition("/")[2].lower()
-    quant = recipe.quant
+    name, quant, prune = source_name(recipe.model).rpartition("/")[2].lower(), recipe.quant, recipe.prune
+    if prune.method != "none":
+        name += f"-{prune.method}{100 * prune.ratio:.3g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else "")
+    if quant.packer == "none":
+        return Path(name)
     table = quant.packer in PACKERS and PACKERS[quant.packer].table
     group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
     tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
     return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}")
 
 
-class Run:
-    """One run: what its stages share. Data flows through `go`, top to bottom."""
+class Run(Job):
+    """One run on a causal language model: what its stages share. Data flows through `go`, top to bottom."""
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         check_methods(recipe)
+        self.prunes, self.packs = recipe.prune.method != "none", recipe.quant.packer != "none"
+        self.sparse = self.prunes and pruning.sparse(recipe.prune)
+        if self.sparse and self.packs:
+            compress.check_keep_zeros(recipe.quant)
         recipe = recipe.with_(tune=resolved(recipe.tune))
-        self.recipe, self.output, self.show = recipe, output, show
-        self.place = output.resolve()  # where the folder really is, whatever links lead there
-        if not self.place.name:
-            raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
-        self.work = self.place.with_name(self.place.name + ".partial")
-        self.device = load.pick_device(recipe.device)
-        self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
+        super().__init__(recipe, output, show, command)
         self.source = load.resolve(recipe.model)
         self.config = load.read_config(self.source)
-        if self.config.get("quantization_config"):
-            raise ModelError(f"{self.source} is already quantised; `run` starts from a dense model")
+        if self.config.get("quantization_config") and not self.prunes:
+            raise ModelError(f"{self.source} is already quantised; `run` starts from a dense model, or prunes a packed one with --prune")
         self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
         self.window = load.context(self.config, recipe.eval.window or self.seqlen)
         self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
@@ -68,71 +64,62 @@ class Run:
         """One key a stage: the model, the texts it reads, the recipe up to it, the kind of device and the version of this program."""
         recipe, base = self.recipe, (model, self.device.type, __version__)
         measured = (asdict(recipe.eval), self.window, self.domain.test.sha256, self.outside.sha256)
-        calibration = (self.calib.sha256, self.seqlen) if PACKERS[recipe.quant.packer].needs else ()
-        self.key_dense = _digest(base, measured)
-        self.key_compress = _digest(base, recipe.digest("compress"), calibration)
-        self.key_packed = _digest(self.key_compress, measured)
-        self.key_tune = _digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
-        self.key_tuned = _digest(self.key_tune, measured)
+        calibration = (self.calib.sha256, self.seqlen) if self.packs and PACKERS[recipe.quant.packer].needs else ()
+        pruning = (recipe.digest("prune"), self.domain.train.sha256, self.seqlen) if self.prunes else ()
+        self.key_dense = digest(base, measured)
+        self.key_prune = digest(base, pruning)
+        self.key_pruned = digest(self.key_prune, measured)
+        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration)
+        self.key_packed = digest(self.key_compress, measured)
+        self.key_tune = digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
+        self.key_tuned = digest(self.key_tune, measured)
 
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
-        with open_work(self.work) as journal, self._safe_report():
+        recipe = self.recipe
+        with open_work(self.work) as journal, self.safe_report():
             loaded = self._load()
             calibration, windows = self.texts(loaded.tokenizer)
             self._dense(loaded, journal)
-            self._compress(loaded, calibration, journal)
-            if windows is not None:
+            if self.prunes and windows is not None:
+                self._prune(loaded, windows, journal)
+            if self.packs:
+                self._compress(loaded, calibration, journal)
+            if recipe.tune.method != "none" and windows is not None:
                 self._tune(loaded, windows, journal)
             self._write(loaded, journal)
             publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
 
-    @contextlib.contextmanager
-    def _safe_report(self) -> Iterator[None]:
-        """A stopped run leaves its report, if anything was finished; a full disk becomes one sentence."""
-        try:
-            yield
-        except BaseException as error:
-            self._leave()
-            if disk_full(error):
-                what = f"the disk is full: {self.work} could not be written"
-                raise OutputError(f"{what}; free some space and run the same command again, finished work is kept") from None
-            raise
-
-    def _leave(self) -> None:
-        """The report of a stopped run, or no folder at all if no stage was finished."""
-        with contextlib.suppress(OSError, OutputError):
-            if (self.work / "journal.json").exists() or any(self.work.glob("*/block-*")):
-                self.report.save(self.work / "report.json")
-            else:
-                shutil.rmtree(self.work)
-
     def _load(self) -> load.Loaded:
-        with self._stage("load"):
+        with self.stage("load"):
             loaded = load.load(self.recipe.model, self.recipe.device)
         compress.check_finite(loaded.model)
-        todo = compress.plan(loaded.model, self.recipe.quant)
+        found = self.targets(pruning.shell_after(self.source, self.recipe.prune) if self.prunes else loaded.model)
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
             "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
             "architecture": self.config["architectures"][0], "parameters": sum(p.numel() for p in parameters.values()),
-            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in todo.packed()), "dense_bytes": load.model_bytes(self.source),
+            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in found), "dense_bytes": load.model_bytes(self.source),
             "dense_dtype": plain(load.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
             "scale_dtype": plain(load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)),
         }  # fmt: skip
-        for target in todo.packed():
+        for target in found:
             if target.note:
                 self.show.say(target.note)
         return loaded
 
+    def targets(self, model: torch.nn.Module) -> list[compress.Target]:
+        """The linears that will be packed, found before any work; those of the model as it will be by then."""
+        return compress.plan(model, self.recipe.quant).packed() if self.packs else []
+
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
         recipe, ids, windows = self.recipe, None, None
-        if PACKERS[recipe.quant.packer].needs:
+        if self.packs and PACKERS[recipe.quant.packer].needs:
             ids = data.calibration(self.calib, tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
-        if recipe.tune.method != "none":
+        if recipe.tune.method != "none" or self.prunes:
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
         return ids, windows
 
@@ -142,19 +129,37 @@ class Run:
             found = self._measure(loaded, "dense")
             journal.put("dense", self.key_dense, found)
         bits = torch.finfo(getattr(torch, self.report.model["dense_dtype"])).bits
-        self._record("dense", found, bits_per_weight=float(bits), folder_bytes=self.report.model["dense_bytes"])
+        packed = load.packed_weights(loaded.model)  # a base that is packed, to be pruned
+        self._record(
+            "dense", found, bits_per_weight=write.bits_per_weight(packed) if packed else float(bits), folder_bytes=self.report.model["dense_bytes"]
+        )
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
+
+    def _prune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
+        options, seed, objective = self.recipe.prune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
+        folder = journal.subfolder("prune", self.key_prune)
+        with self.stage("prune"), self.show.task("prune", pruning.steps(options, objective, seed)) as advance:
+            facts, log = pruning.prune(loaded, options, objective, seed, folder, self.key_prune, follow(advance))
+        journal.resumed |= log.resumed_from > 0
+        self.report.pruning = facts | {"curve": log.curve, "notes": log.notes}
+        if not self.packs:
+            write.round_to_folder(loaded, set())
+        weights = write.block_weights(loaded)
+        bits, full = write.bits_per_weight(weights, self.sparse), float(torch.finfo(loaded.dtype).bits)
+        saved = (full - bits) * sum(w.shape[0] * w.shape[1] for w in weights.values()) / 8
+        self._measured("pruned", self.key_pruned, loaded, journal)
+        self._record("pruned", {}, bits_per_weight=bits, folder_bytes=round(write.tensor_bytes(loaded) - saved))
 
     def _compress(self, loaded: load.Loaded, ids: torch.Tensor | None, journal: Journal) -> None:
         recipe = self.recipe
         targets = compress.plan(loaded.model, recipe.quant).packed()
         write.round_to_folder(loaded, {t.name for t in targets})
         folder = journal.subfolder("blocks", self.key_compress)
-        with self._stage("compress"), self.show.task("compress", len(targets)) as advance:
+        with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
             dtype = load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
             loaded.rows, loaded.unpacked, resumed = compress.compress(
-                loaded.model, recipe.quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}")
+                loaded.model, recipe.quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
             )
         journal.resumed |= resumed > 0
         self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
@@ -166,17 +171,10 @@ class Run:
         parameters = tuner.attach(loaded.model)
         folder = journal.subfolder("tune", self.key_tune)
         steps = Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed).steps
-        with self._stage("tune"), self.show.task("tune", steps) as advance:
-            done = 0
-
-            def on_step(row: dict[str, Any]) -> None:
-                nonlocal done
-                advance(row["step"] - done, row.get("note") or f"loss {row['loss']:.4f}")
-                done = row["step"]
-
+        with self.stage("tune"), self.show.task("tune", steps) as advance:
             log = train(
                 loaded.model, parameters, CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed, folder, self.key_tune,
-                self._domain_perplexity(loaded), on_step,
+                self._domain_perplexity(loaded), follow(advance),
             )  # fmt: skip
         journal.resumed |= log.resumed_from > 0
         tuner.detach(loaded.model)
@@ -189,18 +187,14 @@ class Run:
     def _write(self, loaded: load.Loaded, journal: Journal) -> None:
         folder = self.work / "folder"
         shutil.rmtree(folder, ignore_errors=True)
-        with self._stage("export"):
-            self.report.export = write.write_folder(loaded, folder)
+        with self.stage("export"):
+            self.report.export = write.write_folder(loaded, folder, self.sparse)
         size = load.model_bytes(folder)
-        packed = load.packed_weights(loaded.model)
-        for name in ("packed", "tuned"):
+        for name in ("packed", "tuned") if self.packs else ("pruned",):
             if getattr(self.report, name, None):
-                self._record(name, {}, bits_per_weight=write.bits_per_weight(packed), folder_bytes=size)
+                self._record(name, {}, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size)
         self.report.resumed, self.report.keys = journal.resumed, self.key_tuned
-        self.report.save(folder / "report.json")
-        render.write_html(self.report, folder / "report.html")
-        render.write_card(self.report, folder / "README.md")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), "utf-8")
+        self.write_record(folder)
 
     def _measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> None:
         found = journal.get(name, key)
@@ -211,7 +205,7 @@ class Run:
 
     def _measure(self, loaded: load.Loaded, name: str) -> dict[str, Any]:
         corpora = {"domain": self.domain.test, "outside": self.outside}
-        with self._stage(f"evaluate {name}"), self.show.task(f"evaluate {name}", 2) as advance:
+        with self.stage(f"evaluate {name}"), self.show.task(f"evaluate {name}", 2) as advance:
 
             def report(_key: str, done: int, total: int) -> None:
                 if done == total:
@@ -248,15 +242,26 @@ class Run:
                 self.report.samples.append({"prompt": prompt})
             self.report.samples[i][name] = found["samples"][i]
 
-    @contextlib.contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        with Stage(name, self.report.seconds, self.report.peak_bytes, str(self.device)):
-            yield
+
+def follow(advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+    """What a training loop calls after each step, to move a progress bar that says the loss."""
+    done = 0
+
+    def on_step(row: dict[str, Any]) -> None:
+        nonlocal done
+        advance(row["step"] - done, row.get("note") or f"loss {row['loss']:.4f}")
+        done = row["step"]
+
+    return on_step
 
 
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
+    if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
+        from compressor.pipelines import encoder_run
+
+        return encoder_run.run(recipe, output, overwrite, show, command)
     output = output or default_output(recipe)
     job = Run(recipe, output, show, command)
     done = finished(job.place, job.key_tuned)
@@ -270,6 +275,10 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
 
 def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
+    if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
+        from compressor.pipelines import encoder_run
+
+        return encoder_run.dry_run(recipe, output, show)
     job = Run(recipe, output or default_output(recipe), show)
     check_output(job.place, overwrite=True)
     tokenizer = load.load_tokenizer(job.source)
@@ -297,10 +306,12 @@ def source_name(model: str) -> str:
 
 def check_names(recipe: Recipe) -> None:
     """RecipeError for a packer or tuner that does not exist, and for an option that the packer would ignore."""
-    if recipe.quant.packer not in PACKERS:
-        raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}")
+    if recipe.quant.packer not in (*PACKERS, "none"):
+        raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}, or none with --prune")
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
+    if recipe.quant.packer == "none":
+        return
     given, usual = asdict(recipe.quant), asdict(Quant())
     heeded = PACKERS[recipe.quant.packer].heeds
     idle = [key for key in given if key not in heeded and given[key] != usual[key]]
@@ -315,6 +326,12 @@ def check_methods(recipe: Recipe) -> None:
     """RecipeError for a packer or tuner that does not exist, and for a tuner of values that the packer does not make."""
     check_names(recipe)
     packer, tuner = recipe.quant.packer, recipe.tune.method
+    if packer == "none" and recipe.prune.method == "none":
+        raise RecipeError("nothing is asked for: give --quant, for example 3bit, or --prune, for example loraprune:30%")
+    if packer == "none" and tuner != "none":
+        raise RecipeError(f"tuner {tuner} trains what a packer makes, and nothing is packed: add --quant, for example 3bit")
+    if packer == "none":
+        return
     if tuner == "none" or TUNERS[tuner].table == PACKERS[packer].table:
         return
     made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")
@@ -325,7 +342,3 @@ def check_methods(recipe: Recipe) -> None:
 
 def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

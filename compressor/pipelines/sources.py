@@ -25,7 +25,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,7 @@ HELD_OUT_EVERY = 10
 PIECE = 2000  # characters
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".tokens")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COLUMN_SUFFIXES = (".conll", ".iob", ".bio")  # a word and its tag on each line
 BUILTIN = ("python", "python-source")
 
 _SEPARATOR = re.compile(r"<\|end_?of_?text\|>")
@@ -125,36 +126,71 @@ def load_text(source: str) -> Corpus:
 
 
 def _open(source: str) -> _Source:
+    if source == "python":
+        return _Source(source, [Document(t) for t in builtin.topics("train")], [Document(t) for t in builtin.topics("test")])
+    if source == "python-source":
+        return _Source(source, [Document(t) for t in builtin.outside()])
+    path = _path(source)
+    if path is None:
+        return _hub(source)
+    return _folder(path) if path.is_dir() else _Source(path.name, _file(path))
+
+
+def _path(source: str) -> Path | None:
+    """The file or folder of that name, None for what must be a dataset of the hub."""
     path = Path(os.path.expanduser(source))
     if len(source) >= 1024:
         raise DataError(f"there is no file or folder {source[:200]!r}…")
     if not source.strip():
         raise DataError("the name of the data is empty; give a file, a folder, a builtin name or the name of a dataset")
-    if source == "python":
-        return _Source(source, [Document(t) for t in builtin.topics("train")], [Document(t) for t in builtin.topics("test")])
-    if source == "python-source":
-        return _Source(source, [Document(t) for t in builtin.outside()])
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return _Source(path.name, _file(path))
+    if path.is_dir() or path.is_file():
+        return path
     if path.suffix in SUFFIXES or source[:1] in "./~" or source.count("/") > 1 or "\\" in source:
         raise DataError(f"there is no file or folder {source!r}")
-    return _hub(source)
+    return None
 
 
 def _folder(path: Path) -> _Source:
-    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.stem.lower() not in _NOT_DATA and f.is_file()]
-    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
-    if not files:
-        raise DataError(f"folder {str(path)!r} holds no file that ends in {', '.join(SUFFIXES)}")
-    parts: dict[str | None, list[Path]] = {}
-    for f in files:
-        parts.setdefault(_split_word(f.relative_to(path)), []).append(f)
+    parts = _parts(path, SUFFIXES)
     name, held = path.resolve().name, parts.get("test") or parts.get("validation")
     if held and "train" in parts:
         return _Source(name, _files(parts["train"]), _files(held))
-    return _Source(name, _files(files))
+    return _Source(name, _files(sorted(f for files in parts.values() for f in files)))
+
+
+def _parts(path: Path, suffixes: tuple[str, ...]) -> dict[str | None, list[Path]]:
+    """The files of a folder that end so, by the part that their names tell."""
+    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in suffixes and f.stem.lower() not in _NOT_DATA and f.is_file()]
+    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+    if not files:
+        raise DataError(f"folder {str(path)!r} holds no file that ends in {', '.join(suffixes)}")
+    parts: dict[str | None, list[Path]] = {}
+    for f in files:
+        parts.setdefault(_split_word(f.relative_to(path)), []).append(f)
+    return parts
+
+
+def tables(source: str) -> tuple[str, dict[str, list[Any]]]:
+    """The name of a source and its rows as they stand in the files: under "train", and under "test" and "validation" where it has such parts.
+
+    Text files (.conll, .txt and the like) become rows {"lines": [...]}, one for each run of lines that are not blank.
+    """
+    path = _path(source)
+    if path is None:
+        return source, {("validation" if key in ("valid", "dev") else key): list(rows) for key, rows in _hub_parts(source).items()}
+    if path.is_file():
+        return path.name, {"train": _rows(path)}
+    parts = _parts(path, (*SUFFIXES, *COLUMN_SUFFIXES))
+    if "train" not in parts or len(parts) == 1:
+        parts = {"train": sorted(f for files in parts.values() for f in files)}
+    return path.resolve().name, {key: [row for f in files for row in _rows(f)] for key, files in parts.items() if key is not None}
+
+
+def _rows(path: Path) -> list[Any]:
+    if path.suffix.lower() in _READERS:
+        return list(_READERS[path.suffix.lower()](path))
+    runs = re.split(r"\n[ \t]*\n", _read(path))
+    return [{"lines": lines} for run in runs if (lines := [line for line in run.split("\n") if line.strip()])]
 
 
 def _split_word(path: Path) -> str | None:
@@ -174,8 +210,7 @@ def _file(path: Path) -> list[Document]:
         return [Document(t if len(texts) == 1 else t.strip("\n")) for t in texts if t.strip()]
     if suffix not in SUFFIXES:
         raise DataError(f"cannot read {path.name!r}: its name must end in {', '.join(SUFFIXES)}")
-    reader = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}[suffix]
-    return documents(reader(path), path.name)
+    return documents(_READERS[suffix](path), path.name)
 
 
 def _read(path: Path) -> str:
@@ -240,7 +275,17 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path.name} is not a parquet file: {_first_line(error)}") from None
 
 
+_READERS: dict[str, Callable[[Path], Iterable[Any]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
+
+
 def _hub(source: str) -> _Source:
+    parts = _hub_parts(source)
+    held = next((parts[k] for k in ("test", "validation", "valid", "dev") if k in parts), None)
+    return _Source(source, documents(parts["train"], source), None if held is None else documents(held, source))
+
+
+def _hub_parts(source: str) -> dict[str, Iterable[Any]]:
+    """The splits of a dataset of the hub; the only one there is counts as "train"."""
     head, _, split = source.partition("@")
     name, _, config = head.partition(":")
     if not _HUB_NAME.fullmatch(name):
@@ -251,13 +296,12 @@ def _hub(source: str) -> _Source:
     except Exception as error:  # the library raises whatever its loaders, the hub and the network raise
         why = f"nor a dataset that the hub could give: {_first_line(error)}"
         raise DataError(f"{source!r} is neither a file, a folder, a builtin name ({', '.join(BUILTIN)}) {why}") from None
-    parts = data if isinstance(data, dict) else {"train": data}
-    held = next((parts[k] for k in ("test", "validation", "valid", "dev") if k in parts), None)
+    parts = dict(data) if isinstance(data, dict) else {"train": data}
     if len(parts) == 1:
-        parts, held = {"train": next(iter(parts.values()))}, None
+        parts = {"train": next(iter(parts.values()))}
     if "train" not in parts:
         raise DataError(f"dataset {head!r} has the splits {', '.join(parts)} and none called train; name one, as in {head}@{next(iter(parts))}")
-    return _Source(source, documents(parts["train"], source), None if held is None else documents(held, source))
+    return parts
 
 
 def _extra(module: str, what: str) -> Any:

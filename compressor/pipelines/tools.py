@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from compressor.errors import RecipeError
+from compressor.export import sparse
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
 from compressor.pipelines import data, evaluate, load, write
@@ -37,6 +38,9 @@ def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
     """bits_per_weight, folder_bytes, and ratio to the dense folder (from report.json; for foreign folders to 16 bits a parameter)."""
     size = load.model_bytes(loaded.folder)
     packed = load.packed_weights(loaded.model)
+    if (loaded.config.get("quantization_config") or {}).get("quant_method") == sparse.METHOD:
+        stored = write.bits_per_weight(write.block_weights(loaded), sparse=True)
+        return {"bits_per_weight": stored, "folder_bytes": size, "ratio": dense_bytes(loaded) / size}
     if not packed:
         return {"bits_per_weight": float(torch.finfo(load.stored_dtype(loaded.folder)).bits), "folder_bytes": size, "ratio": 1.0}
     return {"bits_per_weight": write.bits_per_weight(packed), "folder_bytes": size, "ratio": dense_bytes(loaded) / size}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from compressor import linear
 from compressor.errors import CompressorError
+from compressor.export import dense as dense_format
+from compressor.export import sparse as sparse_format
 from compressor.packed import PackedWeight
-from compressor.pipelines.load import COMPANIONS, FORMATS, Format, Loaded, read_packed
+from compressor.pipelines.load import COMPANIONS, FORMATS, Format, Loaded, model_bytes, read_packed, weight_files
 
 
 def round_to_folder(loaded: Loaded, packed: set[str]) -> None:
@@ -40,12 +42,17 @@ def dense_tensors(loaded: Loaded) -> dict[str, Tensor]:
     return out
 
 
-def write_folder(loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """Write the packed model as a folder of the format that holds it and prove it by reading it back; returns facts for the report."""
+def write_folder(loaded: Loaded, folder: Path, sparse: bool = False) -> dict[str, Any]:
+    """Write the model as a folder of the format that holds it and prove it by reading it back; returns facts for the report.
+
+    `sparse`: as masks and what they keep, which a model without packed layers may be written as too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     packed = {name: layer.packed() for name, layer in linear.packed_linears(loaded.model).items()}
-    native = pick_format(packed)
     dense = dense_tensors(loaded)
+    if not packed and not sparse:
+        return _write_dense(loaded, dense, folder)
+    native = pick_format(packed, sparse)
 
     def stream() -> Iterator[tuple[str, Tensor | PackedWeight]]:
         yield from ((name, t.to(loaded.dtype) if t.is_floating_point() else t) for name, t in dense.items())
@@ -56,13 +63,31 @@ def write_folder(loaded: Loaded, folder: Path) -> dict[str, Any]:
     native.write(folder, config, stream(), sorted(linear.linears(loaded.model)))
     copy_companions(loaded.folder, folder)
     prove(folder, dense, packed)
-    return {"format": native.NAME, "verified": True, "layers": len(packed)}
+    counted = bits_per_weight(block_weights(loaded) if sparse else packed, sparse)
+    return {"format": native.NAME, "verified": True, "layers": len(packed), "bits_per_weight": counted}
 
 
-def pick_format(packed: dict[str, PackedWeight]) -> Format:
-    """The format that can hold these weights; CompressorError with every format's reason if none can."""
+def _write_dense(loaded: Loaded, tensors: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    """A pruned model that was not packed: an ordinary folder, proven bit for bit."""
+    config = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", "quantization_config")}
+    dense_format.write(folder, config, tensors.items(), loaded.dtype)
+    copy_companions(loaded.folder, folder)
+    dense_format.prove(folder, weight_files(folder), tensors.items(), loaded.dtype)
+    return {"format": dense_format.NAME, "verified": True, "layers": 0, "bits_per_weight": float(torch.finfo(loaded.dtype).bits)}
+
+
+def tensor_bytes(loaded: Loaded) -> int:
+    """Bytes of all tensors of a dense model as its folder would store them, and of the files beside them."""
+    beside = model_bytes(loaded.folder) - sum(path.stat().st_size for path in weight_files(loaded.folder))
+    return beside + sum(t.numel() * loaded.dtype.itemsize for t in dense_tensors(loaded).values())
+
+
+def pick_format(packed: dict[str, PackedWeight], sparse: bool = False) -> Format:
+    """The format that can hold these weights, the sparse one only if asked for; CompressorError with every format's reason if none can."""
     reasons = []
     for choice in FORMATS.values():
+        if (choice is sparse_format) != sparse:
+            continue
         why = choice.fits(packed)
         if why is None:
             return choice
@@ -97,7 +122,19 @@ def prove(folder: Path, dense: dict[str, Tensor], packed: dict[str, PackedWeight
             raise CompressorError(f"{folder} was written, but {name} reads back with other values")
 
 
-def bits_per_weight(packed: dict[str, PackedWeight]) -> float:
-    """Stored bits of all packed linears (codes and values) over their number of weights."""
-    weights = sum(w.shape[0] * w.shape[1] for w in packed.values())
-    return sum(w.stored_bits() for w in packed.values()) / weights
+def block_weights(loaded: Loaded) -> dict[str, Tensor | PackedWeight]:
+    """The weights of all linears of the model's blocks, dense ones in the dtype of the folder: what bits per weight are counted over."""
+    prefix, blocks = linear.find_blocks(loaded.model)
+    weights: dict[str, Tensor | PackedWeight] = {f"{prefix}.{name}": layer.packed() for name, layer in linear.packed_linears(blocks).items()}
+    return weights | {f"{prefix}.{name}": layer.weight.detach().to(loaded.dtype) for name, layer in linear.linears(blocks).items()}
+
+
+def bits_per_weight(weights: Mapping[str, Tensor | PackedWeight], sparse: bool = False) -> float:
+    """Stored bits of these linears (codes and values) over their number of weights; `sparse`: as a sparse folder stores them, masks included."""
+    total = 0
+    for weight in weights.values():
+        if sparse:
+            total += sparse_format.stored_bits(weight)
+        else:
+            total += weight.stored_bits() if isinstance(weight, PackedWeight) else 8 * weight.numel() * weight.element_size()
+    return total / sum(weight.shape[0] * weight.shape[1] for weight in weights.values())

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import ModelError
-from compressor.linear import PackedLinear, find_blocks
+from compressor.linear import find_blocks
 
 HEADS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
          ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"))  # fmt: skip
@@ -61,40 +61,56 @@ def families(model: nn.Module, unit: str = "group") -> list[Family]:
     ModelError, with the reason, for a block whose linears are not of a known arrangement.
     """
     prefix, blocks = find_blocks(model)
-    config: Any = model.config
     out = []
     for index, block in enumerate(blocks):
-        names = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | PackedLinear)}
-        start = f"{prefix}.{index}."
-        out += [_heads(names, start, index, block, config, unit), _ffn(names, start, index)]
+        heads, ffn = arrangement(block, f"{prefix}.{index}")
+        out += [_heads(block, heads, index, f"{prefix}.{index}.", model.config, unit), _ffn(block, ffn, index, f"{prefix}.{index}.")]
     return out
 
 
-def _arrangement(names: dict[str, Any], known: tuple[tuple[str, ...], ...], start: str) -> tuple[str, ...]:
-    found = next((row for row in known if all(name in names for name in row)), None)
-    if found is None:
-        raise ModelError(f"{start}* cannot be pruned by structure: it has the linears {', '.join(names)}, not {' or '.join(map(', '.join, known))}")
-    return found
+def arrangement(block: nn.Module, where: str = "the block") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names within the block of (query, key, value, out) and of (into the FFN ..., down); ModelError if they are of no known arrangement."""
+    names = {name for name, m in block.named_modules() if hasattr(m, "in_features")}
+    found = [next((row for row in known if names.issuperset(row)), None) for known in (HEADS, FFN)]
+    heads, ffn = found
+    if heads is None or ffn is None:
+        known = HEADS if heads is None else FFN
+        wanted = " or ".join(", ".join(row) for row in known)
+        raise ModelError(f"{where} cannot be pruned by structure: it has the linears {', '.join(sorted(names))}, and not {wanted}")
+    return heads, ffn
 
 
-def _heads(names: dict[str, Any], start: str, index: int, block: nn.Module, config: Any, unit: str) -> Family:
-    query, key, value, out = _arrangement(names, HEADS, start)
-    attention = block.get_submodule(query.rpartition(".")[0])
-    size = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None) or config.hidden_size // config.num_attention_heads
-    queries, keys = names[query].out_features // size, names[key].out_features // size
-    if queries % keys or names[query].out_features % size or names[out].in_features != names[query].out_features:
+def shape(layer: nn.Module) -> tuple[int, int]:
+    """(n, k) of a linear of whatever kind."""
+    return int(getattr(layer, "out_features", 0)), int(getattr(layer, "in_features", 0))
+
+
+def head_size(attention: nn.Module, config: Any) -> int:
+    """Channels of a head."""
+    own = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def _heads(block: nn.Module, names: tuple[str, ...], index: int, start: str, config: Any, unit: str) -> Family:
+    query, key, value, out = names
+    size = head_size(block.get_submodule(query.rpartition(".")[0]), config)
+    wide, narrow, values = (shape(block.get_submodule(name))[0] for name in (query, key, value))
+    queries, keys = wide // size, narrow // size
+    if not keys or queries % keys or wide % size or narrow % size:
         raise ModelError(f"{start}*: {queries} query heads do not share {keys} key heads evenly")
+    if values != narrow or shape(block.get_submodule(out))[1] != wide:
+        raise ModelError(f"{start}*: keys and values, or queries and outputs, are not of one width, and its heads cannot be told apart")
     share = queries // keys
     if unit == "query" and share > 1:
         return Family(index, "heads", queries, (Part(start + query, 0, size), Part(start + out, 1, size)), within=share)
-    wide = size * share
-    parts = (Part(start + query, 0, wide), Part(start + key, 0, size), Part(start + value, 0, size), Part(start + out, 1, wide))
+    own = size * share
+    parts = (Part(start + query, 0, own), Part(start + key, 0, size), Part(start + value, 0, size), Part(start + out, 1, own))
     return Family(index, "heads", keys, parts)
 
 
-def _ffn(names: dict[str, Any], start: str, index: int) -> Family:
-    *into, down = _arrangement(names, FFN, start)
-    width = names[down].in_features
-    if any(names[name].out_features != width for name in into):
+def _ffn(block: nn.Module, names: tuple[str, ...], index: int, start: str) -> Family:
+    *into, down = names
+    width = shape(block.get_submodule(down))[1]
+    if any(shape(block.get_submodule(name))[0] != width for name in into):
         raise ModelError(f"{start}*: {', '.join(into)} do not all feed {down}")
     return Family(index, "ffn", width, (*(Part(start + name, 0, 1) for name in into), Part(start + down, 1, 1)))

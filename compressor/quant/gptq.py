@@ -5,6 +5,10 @@ U[j, j] and multiplied by U[j, j+1:] is taken off the columns behind it, in bloc
 diagonal of H; grids are *static*, chosen from the original weights, so codes lie in their own order and servers need no index of groups.
 The result is then refined (quant/refine.py), which the paper does not do.
 
+Pruned weights (`stats.keep` false) are exactly zero in the result: each takes the code of zero when its column comes, and what the columns before
+it had added to it is its error, which the columns behind it make up for, as in SparseGPT's joint step (Frantar and Alistarh, 2023, arXiv 2301.00774,
+section 3.5), with the mask given. Grids need no care: every candidate holds zero exactly, so pruned weights do not weigh in the search for one.
+
 Price: about k**3 for the factor, n k**2 / 2 for the sweep, and what refine.py says; memory, beside the caller's H and some panels of rows:
 what hessian.py says while U is made, two k x k float32 matrices during the sweep, one during refinement. Limits: a layer that saw no tokens, or
 whose H stays indefinite up to DAMP_LIMIT, is rounded to nearest, and its report row says so.
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.errors import ModelError
 from compressor.hessian import damped, factorise, living, rounding_order, sweep
 from compressor.packed import Affine, PackedWeight
 from compressor.packing import panels, require_finite
@@ -31,9 +36,12 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     """w float32 [n, k], `group` a divisor of k -> packed weight and its report row.
 
     The row is {"damp", "note"}, or {"packer": "rtn", "note"} when rounded to nearest. Inputs that were always zero get zero weights. Raises
-    NumericError when w is not finite.
+    NumericError when w is not finite, ModelError when `stats.keep` is of another shape.
     """
     require_finite(w)
+    keep = None if stats is None else stats.keep
+    if keep is not None:
+        w = _masked(w, keep)
     if stats is None or stats.hessian is None:
         return _rounded(w, options, group, scale_dtype, "no calibration tokens reached this layer")
     hessian, dead = living(stats.hessian.to(w.device, torch.float32, copy=True))
@@ -46,11 +54,11 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     codes, scale = torch.empty(w.shape, dtype=torch.uint8, device=w.device), values.scale.clone()
     parts = [(rows, Affine(values.scale[rows], _rows(values.zero, rows))) for rows in panels(w.shape[0], w.shape[1], PANEL)]
     for rows, part in parts:
-        codes[rows] = _sweep(w[rows], factor, order, part, options.bits, group)
+        codes[rows] = _sweep(w[rows], factor, order, part, options.bits, _rows(keep, rows))
     del factor
     hessian = damped(hessian, damp * hessian.diagonal().mean())
     for rows, part in parts:
-        codes[rows], scale[rows] = refine(w[rows], codes[rows], part, hessian, options.bits, ROUNDS)
+        codes[rows], scale[rows] = refine(w[rows], codes[rows], part, hessian, options.bits, ROUNDS, _rows(keep, rows))
     return PackedWeight.pack(codes, Affine(scale, values.zero), options.bits), {"damp": damp, "note": note}
 
 
@@ -59,18 +67,28 @@ def _rounded(w: Tensor, options: Quant, group: int, scale_dtype: torch.dtype, wh
     return packed, row | {"packer": "rtn", "note": f"{why}; rounded to nearest"}
 
 
-def _rows(zero: Tensor | None, rows: slice) -> Tensor | None:
-    return None if zero is None else zero[rows]
+def _masked(w: Tensor, keep: Tensor) -> Tensor:
+    if keep.shape != w.shape or keep.dtype != torch.bool:
+        raise ModelError(f"a mask of {keep.dtype} and shape {tuple(keep.shape)} is none for a weight of shape {tuple(w.shape)}")
+    return w.masked_fill(~keep.to(w.device), 0)
 
 
-def _sweep(w: Tensor, factor: Tensor, order: Tensor, values: Affine, bits: int, group: int) -> Tensor:
-    """Codes uint8 [n, k] of w [n, k]; inside, everything is transposed so that a column is contiguous."""
+def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
+    return None if part is None else part[rows]
+
+
+def _sweep(w: Tensor, factor: Tensor, order: Tensor, values: Affine, bits: int, keep: Tensor | None) -> Tensor:
+    """Codes uint8 [n, k] of w [n, k], the zero's where `keep` [n, k] is false; inside, everything is transposed so that a column is contiguous."""
+    group = w.shape[1] // values.scale.shape[1]
+    kept = None if keep is None else keep.to(w.device).T.contiguous()  # [k, n]
     scale = values.scale.float().T.contiguous()  # [G, n]
     zero = torch.full_like(scale, grid.midpoint(bits)) if values.zero is None else values.zero.float().T.contiguous()
 
     def choose(j: int, rest: Tensor) -> tuple[Tensor, Tensor]:
         s, z = scale[j // group], zero[j // group]
         code = grid.encode(rest, s, z, bits)
+        if kept is not None:
+            code = torch.where(kept[j], code, z)
         return code, s * (code - z)
 
     return sweep(w.T, factor, order, choose).T

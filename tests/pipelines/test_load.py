@@ -48,7 +48,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Mod
     write.round_to_folder(loaded, set(linears(loaded.model)))
     put_tables(loaded, [name for name in linears(loaded.model) if name != "lm_head"])
     folder = tmp_path_factory.mktemp("tables")
-    assert write.write_folder(loaded, folder) == {"format": "compressor table", "verified": True, "layers": 28}
+    facts = write.write_folder(loaded, folder)
+    assert facts == {"format": "compressor table", "verified": True, "layers": 28, "bits_per_weight": write.bits_per_weight(load.packed_weights(loaded.model))}
     return folder, loaded.model
 
 

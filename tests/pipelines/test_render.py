@@ -10,6 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from compressor.pipelines import card as cards
 from compressor.pipelines import plots, render
 from compressor.pipelines.report import STATES, Report
 from compressor.recipe import Recipe
@@ -26,6 +27,7 @@ def full(blocks: int = 3) -> Report:
     out.protocol = {"domain": text, "outside": text | {"name": "other", "data_sha256": "cd" * 32}}
     for state, inside, outside, bits, folder in (
         ("dense", 5.68129, 3.2, 16.0, 2_000_000),
+        ("pruned", 6.1, 3.5, 16.0, 1_500_000),
         ("packed", 6.4522, 3.7, 3.125, 450_000),
         ("tuned", 5.9, 3.75, 3.125, 450_000),
     ):
@@ -40,6 +42,7 @@ def full(blocks: int = 3) -> Report:
         "evals": [{"step": 20, "perplexity": 6.0}],
         "notes": [],
     }
+    out.pruning = {"method": "loraprune", "ratio": 0.25, "prunable": 800_000, "heads": 2, "ffn": 256, "curve": out.training["curve"]}
     out.seconds, out.peak_bytes = {"compress": 12.5, "tune": 400.0}, {"compress": 10_000_000, "tune": 20_000_000, "tune_gpu": 30_000_000}
     out.samples = [{"prompt": "def f", "dense": "(x):", "packed": "(y):", "tuned": "(z):"}]
     out.export = {"format": "compressed-tensors pack-quantized", "verified": True, "files": {"model.safetensors": 450_000}}
@@ -127,7 +130,7 @@ def test_hostile_text_stays_text() -> None:
     report.layers[0] |= {"name": f"m.0.{EVIL}", "note": EVIL, "packer": EVIL}
     report.unpacked[0]["reason"] = report.export["format"] = EVIL
     report.seconds[EVIL] = 1.0
-    page, card, text = render.page(report), render.card(report), shown(report)
+    page, card, text = render.page(report), cards.card(report), shown(report)
     assert "script" not in {tag for tag, _ in tags(page)} and "<script" not in page and "&lt;script&gt;" in page
     assert not re.search("[\x1b\u202e]", page + card) and "\u202e" not in text
     assert set(front_matter(card)) == {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags"}
@@ -142,12 +145,12 @@ def test_any_section_may_be_missing(gone: str) -> None:
     del values[gone]
     report = Report.from_dict(values)
     assert "</html>" in render.page(report)
-    assert front_matter(render.card(report))["library_name"] == "transformers"
+    assert front_matter(cards.card(report))["library_name"] == "transformers"
     assert shown(report)
 
 
 def test_a_run_that_stopped_midway_renders() -> None:
-    assert "</html>" in render.page(Report()) and "# a model" in render.card(Report()) and shown(Report()) is not None
+    assert "</html>" in render.page(Report()) and "# a model" in cards.card(Report()) and shown(Report()) is not None
     report = full()
     report.tuned = report.export = report.training = {}
     report.packed = {"domain": {"perplexity": None}, "outside": None}
@@ -155,11 +158,11 @@ def test_a_run_that_stopped_midway_renders() -> None:
     report.samples, report.unpacked = [{}, None, {"prompt": "only"}], [None, {}]
     page = render.page(report)
     assert "only" in page and "5.681" in page and "–" in page
-    assert "–" in render.card(report) and "–" in shown(report)
+    assert "–" in cards.card(report) and "–" in shown(report)
 
 
 def test_card_front_matter() -> None:
-    front = front_matter(render.card(full()))
+    front = front_matter(cards.card(full()))
     assert front["base_model"] == "org/some-model" and front["base_model_relation"] == "quantized"
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
     assert {"compressor", "compressed-tensors", "3-bit", "gptq", "peqa"} <= set(front["tags"])
@@ -169,23 +172,23 @@ def test_card_front_matter() -> None:
 def test_only_a_hub_id_is_a_base_model(source: str | None) -> None:
     report = full()
     report.model |= {"source": source, "name": "/data/private/model"}
-    card = render.card(report)
+    card = cards.card(report)
     assert "base_model" not in front_matter(card) and "private" not in card and "# model, 3 bits" in card
 
 
 def test_card_says_how_to_load() -> None:
     report = full()
-    card = render.card(report)
+    card = cards.card(report)
     assert '"compressed-tensors>=0.18"' in card and "3-bit weights need" in card and "dequantize" not in card
     assert "compressor eval FOLDER" in card and "compressor generate FOLDER" in card
     for row in report.layers:
         row |= {"symmetric": False, "bits": 4}
-    card = render.card(report)
+    card = cards.card(report)
     assert "quantization_config=CompressedTensorsConfig(dequantize=True)" in card and "3-bit weights need" not in card
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         compile(code, "card", "exec")
     report.export["format"] = "gguf"
-    assert "from_pretrained" not in render.card(report)
+    assert "from_pretrained" not in cards.card(report)
 
 
 def test_card_of_a_sketch_says_what_teaches_transformers_its_format() -> None:
@@ -193,7 +196,7 @@ def test_card_of_a_sketch_says_what_teaches_transformers_its_format() -> None:
     for row in report.layers:
         row |= {"symmetric": None, "packer": "sketch", "group": 256}
     report.export["format"] = "compressor table"
-    card = render.card(report)
+    card = cards.card(report)
     assert "import compressor" in card and "compressed-tensors" not in card and "bits per weight, with tables" in card
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         compile(code, "card", "exec")
@@ -202,7 +205,7 @@ def test_card_of_a_sketch_says_what_teaches_transformers_its_format() -> None:
 
 def test_numbers_agree_everywhere() -> None:
     report = full()
-    card, page, text = render.card(report), render.page(report), shown(report)
+    card, page, text = cards.card(report), render.page(report), shown(report)
     rows = {cells[0]: cells for line in card.splitlines() if line.startswith("| ") and (cells := [c.strip() for c in line.strip("|").split("|")])}
     for state in STATES:
         values = getattr(report, state)
@@ -222,7 +225,7 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
     report.save(tmp_path / "report.json")
     again = Report.load(tmp_path / "report.json")
     assert render.page(report) == render.page(again)
-    assert render.card(report) == render.card(again)
+    assert cards.card(report) == cards.card(again)
 
 
 def test_many_blocks_and_large_ranges() -> None:

@@ -1,0 +1,199 @@
+"""The model card of an output folder: what it holds, how to load it, what was measured, what it cannot do.
+
+Names and samples come from strangers, so everything is escaped, in Markdown and in YAML. The same report always gives the same bytes.
+"""
+
+import html
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from compressor.pipelines.render import clean, count, many, recipe_yaml, scheme, short
+from compressor.pipelines.report import DASH, Report, heads, number, remarks, results, size, write_text
+
+LOAD = """```sh
+pip install "transformers>=5.0" {package}
+```
+```python
+{first}from transformers import {auto}, AutoTokenizer{config_import}
+
+folder = "FOLDER"  # this folder, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder, dtype="auto"{config})
+```
+"""
+
+
+TASKS = {  # heads of encoders -> the class that loads them, and what the Hub calls the task
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+}
+
+
+def _task(report: Report) -> tuple[str, str]:
+    """The transformers class and the Hub's task of the model."""
+    name = str(report.model.get("architecture"))
+    return next((found for head, found in TASKS.items() if name.endswith(head)), ("AutoModelForCausalLM", "text-generation"))
+
+
+def write_card(report: Report, path: str | os.PathLike[str]) -> None:
+    """README.md of the output folder."""
+    write_text(path, card(report))
+
+
+def card(report: Report) -> str:
+    plan = scheme(report)
+    source = str(report.model.get("source") or "")
+    base = {"base_model": source, "base_model_relation": "quantized"} if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) else {}
+    methods = [*plan["packers"], *([plan["method"]] if plan["method"] != "none" else [])]
+    if not packed(report):
+        methods, plan["widths"] = [], []
+    tags = ["compressor", *(["quantized"] if packed(report) else []), *([] if _other_format(report) else ["compressed-tensors"])]
+    tags += [*(f"{b}-bit" for b in plan["widths"]), *methods, *(["pruned", str(report.pruning.get("method"))] if report.pruning else [])]
+    front = {**base, "library_name": "transformers", "pipeline_tag": _task(report)[1], "tags": [" ".join(clean(t).split()) for t in tags]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)}---\n# {_md(_title(report))}, {_what(report, plan)}\n",
+        _about(report, plan),
+        "## Load\n\n" + _load(report, plan),
+        _part("Results", _grid(heads(report), results(report)) + _measured(report)),
+        _part("Sizes", _sizes(report, plan)),
+        _part("Recipe", _fence(recipe_yaml(report), "yaml") if report.recipe else ""),
+        _part("Limits", "".join(f"- {line}\n" for line in [*_limits(report, plan), *(_md(r) for r in remarks(report))])),
+    ]
+    return "\n".join(p for p in parts if p)
+
+
+def packed(report: Report) -> bool:
+    """Whether the folder holds packed weights; a report that lacks everything is taken to be of one that does."""
+    return bool(report.packed or report.layers) or not report.pruning
+
+
+def _what(report: Report, plan: dict[str, Any]) -> str:
+    gone = number(report.pruning, "ratio")
+    words = [f"{gone:.1%} pruned"] if gone is not None else []
+    return ", ".join(words + ([f"{_md(plan['bits'])} bits"] if packed(report) else []))
+
+
+def _part(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _md(value: Any) -> str:
+    """One line of Markdown that shows `value` as it is: no markup, no links, no table cells of its own."""
+    text = re.sub(r"([\\\\`*_\[\]|~$#])", r"\\\1", " ".join(clean(DASH if value is None else value).split()))
+    return html.escape(text, quote=False).replace("://", "&#58;//").replace("www.", "www&#46;")
+
+
+def _fence(text: str, kind: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{kind}\n{clean(text).rstrip()}\n{fence}\n"
+
+
+def _grid(names: Iterable[str], rows: list[list[str]]) -> str:
+    names = list(names)
+    lines = [names, ["---", *["---:"] * (len(names) - 1)], *([_md(c) for c in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) if rows else ""
+
+
+def _title(report: Report) -> str:
+    """The name of the model; of a folder only its last part, because paths of the machine that ran say nothing to a reader."""
+    return re.split(r"[/\\\\]", str(report.model.get("name") or "a model").rstrip("/\\"))[-1]
+
+
+def _other_format(report: Report) -> bool:
+    return "compressed-tensors" not in str(report.export.get("format", "compressed-tensors")).replace("_", "-")
+
+
+def _about(report: Report, plan: dict[str, Any]) -> str:
+    known = count(report)
+    out = _pruned(report)
+    if not packed(report):
+        return out + _made(report)
+    out += f"Weights of {_md(_title(report))} packed at {_md(plan['bits'])} bits ({_md(', '.join(plan['packers']))})" + (
+        f"; {known}.\n" if known else ".\n"
+    )
+    if plan["method"] != "none":
+        out += (
+            f"The packed model was then tuned in that form ({_md(plan['method'])}): the codes stayed, and what was trained is what is stored here.\n"
+        )
+    return out + _made(report)
+
+
+def _made(report: Report) -> str:
+    return f"Made by compressor {_md(report.compressor)}, {_md(report.created)}. The page `report.html` beside this file shows the run in full.\n"
+
+
+def _pruned(report: Report) -> str:
+    """What was removed, in a sentence; nothing if nothing was."""
+    gone, total, facts = number(report.pruning, "ratio"), number(report.pruning, "prunable"), report.pruning
+    if gone is None or total is None:
+        return ""
+    shape = [
+        f"{facts[key]} {word}"
+        for key, word in (("blocks", "blocks"), ("heads", "heads or head groups a block"), ("ffn", "FFN channels"))
+        if key in facts
+    ]
+    left = f"; what is left: {', '.join(shape)}" if shape else ""
+    return f"Pruned by {_md(facts.get('method'))}: {gone:.1%} of the {total:,.0f} parameters in the blocks' linears are gone{_md(left)}.\n"
+
+
+def _load(report: Report, plan: dict[str, Any]) -> str:
+    auto = _task(report)[0]
+    own = "```sh\ncompressor eval FOLDER\ncompressor generate FOLDER\n```\n"
+    if auto != "AutoModelForCausalLM":
+        own = "```sh\ncompressor eval FOLDER --data labelled.tsv\n```\n"
+    if report.export.get("format") == "compressor table":
+        first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
+        text = LOAD.format(auto=auto, package="# and compressor itself, from its source", first=first, config_import="", config="")
+        return text + "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\nOr with compressor itself:\n\n" + own
+    if report.export.get("format") == "dense safetensors":
+        return LOAD.format(auto=auto, package="", first="", config_import="", config="") + "Or with compressor itself:\n\n" + own
+    if _other_format(report):
+        return f"The folder is in the format {_md(report.export.get('format'))}; use a reader of that format.\n\n" + own
+    asym, three = plan["asymmetric"], 3 in plan["widths"]
+    config_import = ", CompressedTensorsConfig" if asym else ""
+    config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asym else ""
+    text = LOAD.format(auto=auto, package='"compressed-tensors>=0.18"', first="", config_import=config_import, config=config)
+    if three:
+        text += "3-bit weights need compressed-tensors 0.18 or later: older versions pack 3 bits in another way and misread this folder.\n\n"
+    if asym:
+        text += "The weights are asymmetric: without `dequantize=True`, compressed-tensors 0.20 fails on the shapes of their zero points.\n\n"
+    return text + "Or with compressor itself:\n\n" + own
+
+
+def _measured(report: Report) -> str:
+    """How perplexity was measured: one line a text."""
+    lines = []
+    for text in ("domain", "outside", "task"):
+        values = report.protocol.get(text)
+        if isinstance(values, dict) and values:
+            lines.append(f"- {text}: " + ", ".join(f"{_md(k.replace('_', ' '))} {_md(short(v))}" for k, v in values.items()) + "\n")
+    what = "Numbers" if "task" in report.protocol else "Perplexities"
+    return f"\n{what} compare only under the same protocol:\n\n" + "".join(lines) if lines else ""
+
+
+def _sizes(report: Report, plan: dict[str, Any]) -> str:
+    last = next(([s, *row] for s in ("tuned", "packed", "pruned") for row in results(report) if row[0] == s), None)
+    if not last:
+        return ""
+    dense = f"{size(number(report.model, 'dense_bytes'))} in {_md(report.model.get('dense_dtype'))}"
+    linears = f"linears: {last[4]} bits per weight"
+    if packed(report):
+        linears = f"packed {linears}, with {'tables' if plan['tables'] else 'scales and zeros'}"
+    return f"- {linears}\n- whole folder: {last[6]}, {last[5]} bits per parameter\n- dense model: {dense}; the folder is smaller by {last[7]}\n"
+
+
+def _limits(report: Report, plan: dict[str, Any]) -> list[str]:
+    out = ["The license and the terms of use of the base model apply.", "Perplexity is the only quality measured here; safety and tasks were not."]
+    if "task" in report.protocol:
+        out[1] = "Only this one task was measured, on held-out examples of the data it was trained on."
+    elif plan["method"] != "none":
+        out.append("Tuning fits one domain; the perplexity on the outside text shows what it cost elsewhere.")
+    if report.unpacked:
+        out.append(f"Left dense: {many(len(report.unpacked), 'linear')}; `report.html` gives name and reason.")
+    return out

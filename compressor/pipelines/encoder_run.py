@@ -1,0 +1,317 @@
+"""The main job for encoders: load, fine-tune, measure, prune, measure, pack, measure, tune, measure, write.
+
+The dense model that was fine-tuned (or came with a head for the task) is the reference of all numbers and the teacher of everything after it.
+Packed on top of pruned, and tuned with the same teacher, is the compound compression of oBERT's section 5. Work, resume and folder are as in run.py:
+every stage has a key made of the model, the data and the recipe up to it; training goes on from its checkpoints.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor import __version__
+from compressor.errors import ModelError, RecipeError
+from compressor.linear import linears
+from compressor.pipelines import compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
+from compressor.pipelines import run as decoders
+from compressor.pipelines.encoder_load import is_encoder
+from compressor.pipelines.job import Job, digest
+from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.output import check_output, check_room, contract, finished, publish
+from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.show import Show
+from compressor.prune import slicing
+from compressor.prune.masks import sparsity
+from compressor.recipe import Recipe
+from compressor.tune import TUNERS, resolved
+from compressor.tune.batches import Batches
+from compressor.tune.encoder import EncoderTask, Examples, Teacher
+from compressor.tune.loop import train
+
+__all__ = ["EncoderRun", "dry_run", "evaluate_encoder", "is_encoder", "run"]
+
+
+class EncoderRun(Job):
+    """One run on an encoder: what its stages share. Data flows through `go`, top to bottom."""
+
+    encoder: encoder_load.Encoder
+    train_rows: Examples
+    test: encoder_tokens.Encoded
+    teacher: Teacher | None = None
+
+    def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
+        check(recipe)
+        recipe = recipe.with_(tune=resolved(recipe.tune))
+        super().__init__(recipe, output, show, command)
+        self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer != "none", recipe.tune.method != "none"
+        self.source = load.resolve(recipe.model)
+        self.config = load.any_config(self.source)
+        if self.config.get("quantization_config") or self.config.get(slicing.WIDTHS):
+            raise ModelError(f"{self.source} is already compressed; `run` starts from a dense encoder")
+        self.task = encoder_data.load(recipe.data.data)
+        self.length = encoder_load.max_length(self.config, self.task.kind, recipe.data.seqlen)
+        fresh = encoder_load.task_of(self.config) is None
+        self.finetunes = recipe.finetune.when == "always" or (recipe.finetune.when == "auto" and fresh)
+        self.sparse = self.prunes and (recipe.prune.pattern or "unstructured") != "structured"
+        if self.sparse and self.packs:
+            compress.check_keep_zeros(recipe.quant)
+        self._keys(load.fingerprint(self.source))
+
+    def _keys(self, model: str) -> None:
+        """One key a stage: the model, the examples, the recipe up to it, the kind of device and the version of this program."""
+        recipe, base = self.recipe, (model, self.device.type, __version__)
+        learnt, measured = (self.task.sha256("train"), self.length, recipe.seed), (self.task.sha256("test"), self.length)
+        self.key_finetune = digest(base, learnt, asdict(recipe.finetune) if self.finetunes else None)
+        self.key_prune = digest(self.key_finetune, recipe.digest("prune") if self.prunes else None)
+        self.key_compress = digest(self.key_prune, recipe.digest("compress") if self.packs else None)
+        self.key_tune = digest(self.key_compress, recipe.digest("tune"))
+        self.key_measured = {
+            name: digest(key, measured)
+            for name, key in (("dense", self.key_finetune), ("pruned", self.key_prune), ("packed", self.key_compress), ("tuned", self.key_tune))
+        }
+        self.key = self.key_measured["tuned"]
+
+    def go(self) -> dict[str, Any]:
+        """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
+        with open_work(self.work) as journal, self.safe_report():
+            self._load()
+            if self.finetunes:
+                self._finetune(journal)
+            self._measure("dense", journal)
+            if self.prunes or self.tunes:
+                self.teacher = encoder_prune.teacher_of(self.encoder.model, self.recipe.prune)
+            if self.prunes:
+                self._prune(journal)
+            if self.packs:
+                self._compress(journal)
+            if self.tunes:
+                self._tune(journal)
+            self._write(journal)
+            publish(self.work / "folder", self.place, self.work)
+        shutil.rmtree(self.work, ignore_errors=True)
+        return contract(self.report.to_dict(), self.output)
+
+    def _load(self) -> None:
+        with self.stage("load"):
+            self.encoder = encoder_load.load_encoder(self.recipe.model, self.recipe.device, self.task, self.recipe.seed)
+            loaded, model = self.encoder.loaded, self.encoder.model
+            compress.check_finite(model)
+            targets = compress.plan(model, self.recipe.quant).packed() if self.packs else []
+            if self.prunes:
+                encoder_prune.check(model, self.recipe.prune)
+            encode = encoder_tokens.encode
+            train_rows = encode(self.task.train, loaded.tokenizer, self.encoder.classes, self.length)
+            self.train_rows = train_rows.rows
+            self.test = encode(self.task.test, loaded.tokenizer, self.encoder.classes, self.length)
+        dtype = load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)
+        self.report.model = {
+            "name": decoders.source_name(self.recipe.model).rpartition("/")[2], "source": decoders.source_name(self.recipe.model),
+            "architecture": loaded.config["architectures"][0], "parameters": sum(p.numel() for p in model.parameters()),
+            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in targets), "dense_bytes": write.tensor_bytes(loaded),
+            "dense_dtype": decoders.plain(loaded.dtype), "folder_dtype": decoders.plain(loaded.dtype), "scale_dtype": decoders.plain(dtype),
+        }  # fmt: skip
+        self.report.protocol = {"task": {
+            "kind": self.task.kind, "name": self.task.name, "data_sha256": self.task.sha256("test"), "split": self.task.rule,
+            "examples": len(self.task.test), "trained_on": len(self.task.train), "longest": self.length, "cut": self.test.cut,
+        }}  # fmt: skip
+        self.report.notes += self.encoder.notes
+        for note in self.encoder.notes + [t.note for t in targets if t.note]:
+            self.show.say(note)
+
+    def _steps(self, name: str, key: str, total: int, work: Callable[[Path, Callable[[dict[str, Any]], None]], Any], journal: Journal) -> Any:
+        """A stage that trains, with its checkpoint folder and its progress."""
+        folder = journal.subfolder(name, key)
+        with self.stage(name), self.show.task(name, total) as advance:
+            return work(folder, decoders.follow(advance))
+
+    def _finetune(self, journal: Journal) -> None:
+        options, seed = self.recipe.finetune, self.recipe.seed
+        total = Batches(EncoderTask(self.train_rows), encoder_prune.finetune_options(options), seed).steps
+        log = self._steps("finetune", self.key_finetune, total, lambda folder, on_step: encoder_prune.finetune(
+            self.encoder.model, self.train_rows, options, seed, folder, self.key_finetune, on_step
+        ), journal)  # fmt: skip
+        journal.resumed |= log.resumed_from > 0
+        self.report.notes += [
+            f"the dense model was fine-tuned on the task for {log.steps} steps of {options.batch} examples at {options.lr:g}",
+            *log.notes,
+        ]
+
+    def _prune(self, journal: Journal) -> None:
+        options, seed = self.recipe.prune, self.recipe.seed
+        total = encoder_prune.steps_of(self.train_rows, options, seed)
+        facts, log = self._steps("prune", self.key_prune, total, lambda folder, on_step: encoder_prune.prune(
+            self.encoder.model, self.train_rows, self.teacher, options, seed, folder, self.key_prune, on_step
+        ), journal)  # fmt: skip
+        journal.resumed |= log.resumed_from > 0
+        self.encoder.loaded.config |= facts.pop("config", {})
+        self.report.pruning = facts | {"curve": log.curve, "notes": log.notes}
+        if not self.packs:
+            write.round_to_folder(self.encoder.loaded, set())
+        self._measure("pruned", journal)
+        if self.sparse:
+            bits = write.bits_per_weight(write.block_weights(self.encoder.loaded), sparse=True)
+            self._record("pruned", bits_per_weight=bits, sparsity=facts["ratio"])
+
+    def _compress(self, journal: Journal) -> None:
+        recipe, loaded = self.recipe, self.encoder.loaded
+        targets = compress.plan(loaded.model, recipe.quant).packed()
+        write.round_to_folder(loaded, {t.name for t in targets})
+        ids = calibration(self.train_rows, recipe.data.nsamples, recipe.seed) if PACKERS[recipe.quant.packer].needs else None
+        folder = journal.subfolder("blocks", self.key_compress)
+        with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
+            dtype = load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
+            loaded.rows, loaded.unpacked, resumed = compress.compress(
+                loaded.model, recipe.quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
+            )
+        journal.resumed |= resumed > 0
+        self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
+        self._measure("packed", journal)
+
+    def _tune(self, journal: Journal) -> None:
+        options, seed, model = self.recipe.tune, self.recipe.seed, self.encoder.model
+        tuner = TUNERS[options.method](options)
+        parameters, objective = tuner.attach(model), EncoderTask(self.train_rows, self.teacher)
+        log = self._steps("tune", self.key_tune, Batches(objective, options, seed).steps, lambda folder, on_step: train(
+            model, parameters, objective, options, seed, folder, self.key_tune, None, on_step
+        ), journal)  # fmt: skip
+        journal.resumed |= log.resumed_from > 0
+        tuner.detach(model)
+        self.report.training = {
+            "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(self.train_rows),
+            "curve": log.curve, "notes": log.notes,
+        }  # fmt: skip
+        self._measure("tuned", journal)
+
+    def _write(self, journal: Journal) -> None:
+        folder, loaded = self.work / "folder", self.encoder.loaded
+        shutil.rmtree(folder, ignore_errors=True)
+        with self.stage("export"):
+            self.report.export = write.write_folder(loaded, folder, self.sparse)
+        size = load.model_bytes(folder)
+        for name in ("packed", "tuned") if self.packs else ("pruned",):
+            if getattr(self.report, name, None):
+                self._record(name, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size)
+        self.report.resumed, self.report.keys = journal.resumed, self.key
+        self.write_record(folder)
+
+    def _measure(self, name: str, journal: Journal) -> None:
+        found = journal.get(name, self.key_measured[name])
+        if found is None:
+            with self.stage(f"evaluate {name}"), self.show.task(f"evaluate {name}", len(self.test.rows)) as advance:
+                before = 0
+
+                def report(done: int, _total: int) -> None:
+                    nonlocal before
+                    advance(done - before, "")
+                    before = done
+
+                found = encoder_eval.measure(self.encoder.model, self.test, self.task.test, self.encoder.names, report)
+            journal.put(name, self.key_measured[name], found)
+        sizes = {} if name != "dense" else {
+            "bits_per_weight": float(torch.finfo(self.encoder.loaded.dtype).bits), "folder_bytes": self.report.model["dense_bytes"],
+        }  # fmt: skip
+        self._record(name, task=found, **sizes)
+
+    def _record(self, name: str, **values: Any) -> None:
+        entry = getattr(self.report, name) | values
+        if "folder_bytes" in entry:
+            entry["ratio"] = self.report.model["dense_bytes"] / entry["folder_bytes"]
+        setattr(self.report, name, entry)
+
+
+def check(recipe: Recipe) -> None:
+    """RecipeError for methods that do not exist or do not fit together, and for texts that an encoder has no use for."""
+    decoders.check_methods(recipe)
+    if recipe.prune.method != "none":
+        encoder_prune.resolved(recipe.prune, 12)
+    for key in ("outside", "calib"):
+        if getattr(recipe.data, key) is not None:
+            raise RecipeError(f"--{key} means nothing to an encoder, which is trained, calibrated and measured on --data: leave it out")
+
+
+def calibration(rows: Examples, nsamples: int, seed: int) -> Tensor:
+    """ids int64 [up to nsamples, t] of whole examples of one length, the one that most tokens have: no padding, which statistics must not see."""
+    lengths = rows.lengths
+    length = int((torch.bincount(lengths) * torch.arange(int(lengths.max()) + 1)).argmax())
+    alike = (lengths == length).nonzero().flatten()
+    chosen = alike[torch.randperm(len(alike), generator=torch.Generator().manual_seed(seed))[:nsamples]]
+    return rows.padded(chosen.sort().values)[0]
+
+
+def default_output(recipe: Recipe) -> Path:
+    """model-obert90-w4g128-gptq-peqa in the current folder."""
+    prune, quant = recipe.prune, recipe.quant
+    parts = [decoders.source_name(recipe.model).rpartition("/")[2].lower()]
+    if prune.method != "none":
+        parts.append(f"{prune.method}{100 * prune.ratio:g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else ""))
+    if quant.packer != "none":
+        parts.append(f"w{quant.bits}{'channel' if quant.group == -1 else f'g{quant.group}'}-{quant.packer}")
+    return Path("-".join(parts + ([recipe.tune.method] if recipe.tune.method != "none" else [])))
+
+
+def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
+    """The whole job on an encoder. An output folder that this very recipe has already written is returned as it is."""
+    show = show or Show()
+    output = output or default_output(recipe)
+    job = EncoderRun(recipe, output, show, command)
+    done = finished(job.place, job.key)
+    if done is not None and not overwrite:
+        show.say(f"{output} already holds the result of this recipe; nothing to do (--overwrite runs it again)")
+        return done | {"output": str(output)}
+    check_output(job.place, overwrite)
+    check_room(job.place, 8 * load.model_bytes(job.source) if job.finetunes or job.prunes else load.model_bytes(job.source))
+    return job.go()
+
+
+def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
+    """Steps, what stays of the weights, and the time of the run from operations and one short speed measurement; writes nothing."""
+    job = EncoderRun(recipe, output or default_output(recipe), show)
+    check_output(job.place, overwrite=True)
+    job._load()
+    model, rows, seed = job.encoder.model, job.train_rows, recipe.seed
+    weights = sum(w.numel() for w in encoder_load.prunable(model).values())
+    steps = {
+        "finetune": Batches(EncoderTask(rows), encoder_prune.finetune_options(recipe.finetune), seed).steps if job.finetunes else 0,
+        "prune": encoder_prune.steps_of(rows, recipe.prune, seed) if job.prunes else 0,
+        "tune": Batches(EncoderTask(rows), recipe.tune, seed).steps if job.tunes else 0,
+    }
+    batch = {"finetune": recipe.finetune.batch, "prune": recipe.prune.batch, "tune": recipe.tune.batch * recipe.tune.accumulate}
+    speed, tokens = estimate.matmul_speed(job.device) * estimate.EFFICIENCY, float(rows.lengths.double().mean())
+    passes = {"finetune": 6, "prune": 8, "tune": 8}  # operations a weight and token; with a teacher two more
+    seconds = {key: round(passes[key] * weights * steps[key] * batch[key] * tokens / speed, 1) for key in steps}
+    if job.prunes and recipe.prune.method == "obert":
+        prunes = len(encoder_prune.schedule(recipe.prune, steps["prune"])) * recipe.prune.recompute
+        seconds["prune"] += round(6 * weights * prunes * recipe.prune.gradients * recipe.prune.gradient_batch * tokens / speed, 1)
+    seconds["evaluate"] = round((1 + job.prunes + job.packs + job.tunes) * 2 * weights * float(job.test.rows.lengths.sum()) / speed, 1)
+    left = weights - round(weights * recipe.prune.ratio) if job.prunes else weights
+    show.say(f"{recipe.model}: {len(job.task.train)} examples to train on, {len(job.task.test)} to measure on; {left:,} of {weights:,} weights stay")
+    show.say(f"about {sum(seconds.values()) / 60:.1f} minutes; nothing was written")
+    facts = {
+        "linears": len(linears(model)),
+        "prunable": weights,
+        "left": left,
+        "steps": steps,
+        "seconds": seconds,
+        "task": job.report.protocol["task"],
+    }
+    return {"output": str(job.output), "dry_run": True} | facts
+
+
+def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: int | None = None) -> dict[str, Any]:
+    """Accuracy (sequences, words) or exact match and F1 (questions) of an encoder with a head, dense or compressed, on labelled examples."""
+    task, config = encoder_data.load_test(source), load.any_config(load.resolve(model))
+    if encoder_load.task_of(config) is None:
+        raise ModelError(f"{model} has no head for a task: prune or fine-tune it first with `compressor run`")
+    encoder = encoder_load.load_encoder(model, device, task, 0)
+    rows = encoder_tokens.encode(task.test, encoder.loaded.tokenizer, encoder.classes, encoder_load.max_length(config, task.kind, seqlen))
+    with show.task("evaluate", 1) as advance:
+        found = encoder_eval.measure(encoder.model, rows, task.test, encoder.names)
+        advance(1, "")
+    dense = {name: w != 0 for name, w in write.block_weights(encoder.loaded).items() if isinstance(w, Tensor)}
+    document = {"model": model, "data": source, "data_sha256": task.sha256("test"), "folder_bytes": load.model_bytes(encoder.loaded.folder)}
+    return document | found | ({"sparsity": sparsity(dense)} if dense else {})

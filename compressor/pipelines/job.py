@@ -1,0 +1,69 @@
+"""What every run shares: the output folder and the work folder beside it, stages with their times, a report that a stopped run leaves behind."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressor.errors import OutputError
+from compressor.pipelines import card, load, render
+from compressor.pipelines.output import disk_full
+from compressor.pipelines.report import Report, environment
+from compressor.pipelines.show import Show
+from compressor.pipelines.stages import Stage
+from compressor.recipe import Recipe
+
+
+class Job:
+    """One run of one recipe into one folder."""
+
+    def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
+        self.recipe, self.output, self.show = recipe, output, show
+        self.place = output.resolve()  # where the folder really is, whatever links lead there
+        if not self.place.name:
+            raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
+        self.work = self.place.with_name(self.place.name + ".partial")
+        self.device = load.pick_device(recipe.device)
+        self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
+
+    @contextlib.contextmanager
+    def safe_report(self) -> Iterator[None]:
+        """A stopped run leaves its report, if anything was finished; a full disk becomes one sentence."""
+        try:
+            yield
+        except BaseException as error:
+            self._leave()
+            if disk_full(error):
+                what = f"the disk is full: {self.work} could not be written"
+                raise OutputError(f"{what}; free some space and run the same command again, finished work is kept") from None
+            raise
+
+    def _leave(self) -> None:
+        """The report of a stopped run, or no folder at all if no stage was finished."""
+        with contextlib.suppress(OSError, OutputError):
+            if (self.work / "journal.json").exists() or any(self.work.glob("*/*.safetensors")):
+                self.report.save(self.work / "report.json")
+            else:
+                shutil.rmtree(self.work)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        with Stage(name, self.report.seconds, self.report.peak_bytes, str(self.device)):
+            yield
+
+    def write_record(self, folder: Path) -> None:
+        """Report, page, card and recipe."""
+        self.report.save(folder / "report.json")
+        render.write_html(self.report, folder / "report.html")
+        card.write_card(self.report, folder / "README.md")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), "utf-8")
+
+
+def digest(*parts: Any) -> str:
+    """Hex fingerprint of JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

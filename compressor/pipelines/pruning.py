@@ -1,0 +1,255 @@
+"""The pruning stage of a run on a causal language model: train low-rank paths, remove units on the way, cut them out at the end.
+
+`plan` says before any work which widths the model will get; `prune` does it. What is left is an ordinary dense model, also when the base was packed:
+its low-rank paths are folded in, and the stages that follow pack it anew.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError, RecipeError
+from compressor.linear import find_blocks, linears, packed_linears
+from compressor.pipelines import estimate, load, surgery
+from compressor.prune import lowrank, slicing
+from compressor.prune.depth import DepthPruner, kept_blocks
+from compressor.prune.importance import IMPORTANCES, PaperGradients
+from compressor.prune.loraprune import STEPS_BEFORE, Ramp, UnitPruner
+from compressor.prune.obert import SCORES
+from compressor.prune.unit_masks import UnitMasks
+from compressor.prune.units import Family, families, shape
+from compressor.prune.widths import TOLERANCE, Widths, choose, prunable
+from compressor.recipe import Prune, Tune
+from compressor.tune.batches import Batches, CausalLM
+from compressor.tune.loop import TrainLog, train
+
+LR = 0.64  # of the low-rank paths, over the hidden size: 5e-3 at 128, as measured (docs/pruning.md), and near the paper's 1e-4 at 4096
+BEGIN, END = 0.05, 0.3  # the ramp, as shares of the steps: on small budgets healing pays more than going slowly
+PARTS = {"loraprune": "gate"}  # what a unit is scored by, where it is not all its linears
+METHODS = (*IMPORTANCES, "depth", "obert")
+SHAPES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")  # of config.json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model will look like: widths, or a number of blocks; `ratio` is the share of prunable parameters that goes."""
+
+    method: str
+    asked: float
+    ratio: float
+    prunable: int
+    blocks: int
+    widths: Widths | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """For report and dry run."""
+        shape = {} if self.widths is None else {"unit": self.widths.unit, "heads": self.widths.heads, "ffn": self.widths.ffn}
+        return {"method": self.method, "asked": self.asked, "ratio": self.ratio, "prunable": self.prunable, "blocks": self.blocks} | shape
+
+
+def plan(model: nn.Module, options: Prune) -> Plan:
+    """The shape that the options ask for; works on a model without weights. RecipeError and ModelError with the reason if it cannot be."""
+    if options.method not in METHODS:
+        raise RecipeError(f"pruning method {options.method!r} is unknown for a causal language model; choose {', '.join(METHODS)}")
+    if sparse(options) and options.method not in SCORES:
+        raise RecipeError(f"{options.method} removes whole units, not the pattern {options.pattern}: use obert, or leave the pattern out")
+    count = len(find_blocks(model)[1])
+    if sparse(options):
+        surgery.check(model, options)
+        total = sum(math.prod(shape(layer)) for layer in linears(find_blocks(model)[1]).values())
+        return Plan(options.method, options.ratio, options.ratio, total, count)
+    if options.method != "obert" and options.steps is not None and options.steps < 2:
+        raise RecipeError(f"prune.steps={options.steps} leaves nothing to score units by: give at least a few steps")
+    total = prunable(model)
+    if options.method == "depth":
+        kept = kept_blocks(count, options.ratio)
+        return Plan(options.method, options.ratio, 1 - kept / count, total, kept)
+    unit = options.unit if options.uniform else "group"
+    widths = choose(model, options.ratio, unit, options.multiple, lambda queries, keys: heads_fit(model, queries, keys))
+    return Plan(options.method, options.ratio, widths.ratio, total, count, widths)
+
+
+def heads_fit(model: Any, queries: int, keys: int) -> bool:
+    """Whether the architecture's configuration can say that there are so many heads of the size they have."""
+    config = model.config
+    if not getattr(config, "head_dim", None):
+        return False
+    try:
+        type(config)(**config.to_dict() | {"num_attention_heads": queries, "num_key_value_heads": keys})
+    except Exception:  # configuration classes check with errors of many kinds; each means that such a model cannot be loaded
+        return False
+    return True
+
+
+def rate(model: Any, options: Prune) -> float:
+    """The learning rate of the low-rank paths."""
+    return options.lr or LR / model.config.hidden_size
+
+
+def training(options: Prune) -> Tune:
+    """The options of the training loop that heals while pruning."""
+    return Tune(
+        method="prune", steps=options.steps or None, epochs=options.epochs, lr=options.lr, batch=options.batch, schedule="linear",
+        warmup=0.03, eval_every=0,
+    )  # fmt: skip
+
+
+def steps(options: Prune, objective: CausalLM, seed: int) -> int:
+    """Steps of the training loop; 1 for methods that have none."""
+    if options.method == "obert" or sparse(options):
+        return 1
+    return Batches(objective, training(options), seed).steps
+
+
+def sparse(options: Prune) -> bool:
+    """Whether single weights go, and not whole units."""
+    return options.pattern not in (None, "structured") or (options.method == "obert" and options.pattern is None)
+
+
+def shell_after(source: Path, options: Prune) -> nn.Module:
+    """The model as it will be, without weights (meta device). Errors as those of `plan`."""
+    model = estimate.shell(source)
+    todo = plan(model, options)
+    if load.read_config(source).get("quantization_config"):
+        check_packed(source.name, options)
+    if todo.widths is not None:
+        units = families(model, todo.widths.unit)
+        slicing.cut(model, units, {f.key: _first(f, todo.widths.kept(f)) for f in units}, torch.float32)
+    elif not sparse(options):
+        slicing.drop_blocks(model, range(todo.blocks))
+    return model
+
+
+def check_packed(name: str, options: Prune) -> None:
+    """ModelError for what cannot prune a packed model."""
+    if sparse(options) or options.method in ("obert", "taylor"):
+        raise ModelError(f"{name} is packed, and codes have no gradient: prune whole units of it by loraprune, wanda or magnitude, or by depth")
+
+
+def _first(family: Family, kept: int) -> Tensor:
+    """A mask that keeps so many units, as many of every run of `within`."""
+    run = family.within or family.count
+    return torch.arange(family.count) % run < kept * run // family.count
+
+
+def prune(
+    loaded: load.Loaded,
+    options: Prune,
+    objective: CausalLM,
+    seed: int,
+    folder: Path | None = None,
+    fingerprint: str = "",
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[dict[str, Any], TrainLog]:
+    """Prune the loaded model in place, healing it on the objective's windows; returns facts for the report and the log of the training.
+
+    Errors as those of `plan` and of the training loop.
+    """
+    model, dtype = loaded.model, torch.float32 if loaded.device.type == "cpu" else loaded.dtype
+    todo, options = plan(model, options), replace(options, lr=rate(model, options))
+    packed = bool(packed_linears(model))
+    if packed:
+        check_packed(loaded.name, options)
+    if options.method == "obert" or sparse(options):
+        return _surgery(loaded, options, todo, objective, seed, folder, fingerprint)
+    paths = lowrank.attach(model, options.rank, options.alpha, seed)
+    if options.start == "inputs":
+        lowrank.align(model, paths, objective.ids)
+    total = steps(options, objective, seed)
+    ramp = _ramp(options, total)
+    run = _depth if todo.widths is None else _units
+    log = run(model, options, todo, paths, ramp, lambda pruner: train(
+        model, lowrank.parameters(paths), objective, training(options), seed, folder, fingerprint, None, on_step, pruner
+    ), objective.ids, dtype)  # fmt: skip
+    follow_config(loaded)
+    log.notes += notes(model, todo)
+    facts = todo.facts() | {"packed_base": packed, "trainable": sum(p.numel() for p in lowrank.parameters(paths).values())}
+    return facts | {"steps": total, "lr": options.lr, "last_prune": ramp.end, "tokens": sum(row["tokens"] for row in log.curve)}, log
+
+
+def notes(model: Any, todo: Plan) -> list[str]:
+    """What the user should know of the shape that came out."""
+    out = []
+    if abs(todo.ratio - todo.asked) > TOLERANCE:
+        out.append(f"{todo.asked:.1%} was asked for; the nearest that heads, channels or blocks allow in their steps is {todo.ratio:.1%}")
+    if getattr(model.config, slicing.WIDTHS, None) is not None:
+        out.append("the blocks differ in width, which config.json cannot say to others: only compressor loads this folder")
+    return out
+
+
+def _surgery(
+    loaded: load.Loaded, options: Prune, todo: Plan, objective: CausalLM, seed: int, folder: Path | None, fingerprint: str
+) -> tuple[dict[str, Any], TrainLog]:
+    """oBERT, and magnitude by its patterns: all at once, without training."""
+    if todo.widths is None:
+        facts, said = surgery.single_weights(loaded.model, options, objective, seed, folder, fingerprint)
+    else:
+        facts, said = {}, surgery.whole_units(loaded.model, options, todo.widths, objective, seed, folder, fingerprint)
+        said = [*said, *notes(loaded.model, todo)]
+        follow_config(loaded)
+    facts |= {"gradients": options.gradients, "recompute": options.recompute, "damp": options.damp} if options.method == "obert" else {}
+    return todo.facts() | facts, TrainLog(0, notes=said)
+
+
+def follow_config(loaded: load.Loaded) -> None:
+    """Bring the configuration that will be written to what the model's own says now."""
+    config: Any = loaded.model.config
+    now: dict[str, Any] = config.to_dict()
+    shapes = {key: now[key] for key in (*SHAPES, slicing.WIDTHS) if now.get(key) is not None}
+    per_layer = {key for key, value in now.items() if isinstance(value, list) and len(value) == now.get("num_hidden_layers")}  # also what was derived
+    lists = {key: now[key] for key in (*loaded.config, *per_layer) if isinstance(now.get(key), list)}
+    loaded.config = {k: v for k, v in loaded.config.items() if k != "quantization_config"} | shapes | lists
+
+
+def _ramp(options: Prune, total: int) -> Ramp:
+    """Prunes from `begin` to `end`; in one shot all at once, when a few steps have been scored."""
+    if total < 2:
+        raise RecipeError("one step of pruning leaves nothing to score units by: give more steps, or more text")
+    if options.one_shot:
+        return Ramp(STEPS_BEFORE, min(STEPS_BEFORE, total - 1), 1)
+    begin, end = (BEGIN if options.begin is None else options.begin), (END if options.end is None else options.end)
+    last = min(max(round(end * total), 1), total - 1)
+    return Ramp(min(round(begin * total), last), last, options.every)
+
+
+Training = Callable[[Any], TrainLog]
+
+
+def _units(
+    model: nn.Module, options: Prune, todo: Plan, paths: dict[str, lowrank.LowRank], ramp: Ramp, run: Training, ids: Tensor, dtype: torch.dtype
+) -> TrainLog:
+    """Heads and FFN channels."""
+    assert todo.widths is not None
+    units = families(model, todo.widths.unit)
+    kind = PaperGradients if options.method == "loraprune" and options.estimate == "paper" else IMPORTANCES[options.method]
+    masks, importance, gate = UnitMasks(model, units), kind(paths), (options.parts or PARTS.get(options.method)) == "gate"
+    kept = {f.key: todo.widths.kept(f) for f in units}
+    pruner = UnitPruner(paths, units, masks, kept, importance, ramp, options.uniform, {"ffn": options.multiple}, gate)
+    try:
+        log = run(pruner)
+        pruner.prune(ramp.end)  # what a dropped last step undid
+    finally:
+        importance.detach()
+        masks.remove()
+    slicing.cut(model, units, masks.masks, dtype)
+    return log
+
+
+def _depth(
+    model: nn.Module, options: Prune, todo: Plan, paths: dict[str, lowrank.LowRank], ramp: Ramp, run: Training, ids: Tensor, dtype: torch.dtype
+) -> TrainLog:
+    """Whole blocks."""
+    pruner = DepthPruner(model, todo.blocks, ids, replace(ramp, every=1) if options.one_shot else ramp)
+    try:
+        log = run(pruner)
+        pruner.prune(ramp.end)  # what a dropped last step undid
+    finally:
+        pruner.detach()
+    slicing.drop_blocks(model, pruner.keep())
+    slicing.dissolve(model, dtype)
+    return log
