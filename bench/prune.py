@@ -93,6 +93,8 @@ def arms(options: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
         for ratio in options.ratios:
             keys = {"ratio": ratio, "steps": options.steps, "multiple": options.multiple, "lr": options.lr}
             for name, own in ARMS.items():
+                if options.arms and name not in options.arms:
+                    continue
                 for one_shot in (False, True):
                     way = {"prune__one_shot": one_shot} | {f"prune__{k}": v for k, v in (keys | own).items()}
                     yield f"{name}, {'one shot' if one_shot else 'gradual'}", base.with_(seed=seed, **way)
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--multiple", type=int, default=64)
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="these only")
     parser.add_argument("--bytes", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prune.csv")
     options = parser.parse_args()

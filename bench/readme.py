@@ -1,4 +1,5 @@
-"""Puts the numbers of bench/results into README.md and docs/sketches.md, between the marks; with --check only says whether they are there already.
+"""Puts the numbers of bench/results into README.md, docs/sketches.md and docs/pruning.md, between the marks; with --check only says whether they
+are there already.
 
 python bench/readme.py [--check]
 """
@@ -128,6 +129,73 @@ def sketches() -> str:
     return "\n".join(lines)
 
 
+def mean(rows: list[dict[str, str]], key: str) -> float:
+    return sum(float(r[key]) for r in rows) / len(rows)
+
+
+def decoders() -> list[str]:
+    """LoRAPrune beside its baselines, by model and ratio, mean over the seeds; then pruned at 3 bits beside dense at 2."""
+    rows, lines = read("prune.csv"), []
+    plain = [r for r in rows if not r["quant"]]
+    for model in dict.fromkeys(r["model"] for r in plain):
+        own = [r for r in plain if r["model"] == model]
+        ratios = list(dict.fromkeys(r["asked"] for r in own))
+        heads = [f"{float(ratio):.0%} asked, {float(next(r['ratio'] for r in own if r['asked'] == ratio)):.1%} gone" for ratio in ratios]
+        steps, seeds = own[0]["steps"], len({r["seed"] for r in own})
+        lines += [
+            f"**{model}**, {steps} steps of 8 windows of {own[0]['window']} tokens for every arm, seeds: {seeds}; in domain / outside",
+            "",
+        ]
+        lines += ["| | " + " | ".join(f"{head}: gradual | one shot" for head in heads) + " |", "|---|" + "---|---|" * len(ratios)]
+        for name in dict.fromkeys(r["arm"].rsplit(", ", 1)[0] for r in own):
+            cells = []
+            for ratio in ratios:
+                for way in ("gradual", "one shot"):
+                    found = [r for r in own if r["asked"] == ratio and r["arm"] == f"{name}, {way}"]
+                    cells.append(f"{mean(found, 'domain_ppl'):.2f} / {mean(found, 'outside_ppl'):.1f}" if found else "–")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["| at equal bytes | gone | bytes of the blocks' linears | in domain | outside |", "|---|---|---|---|---|"]
+    for r in rows:
+        if r["quant"]:
+            gone = f"{float(r['ratio']):.1%}" if r["ratio"] else "–"
+            lines.append(
+                f"| {r['model']}: {r['arm']} | {gone} | {int(r['block_bytes']):,} | {float(r['domain_ppl']):.2f} | {float(r['outside_ppl']):.1f} |"
+            )
+    return lines
+
+
+def encoders() -> list[str]:
+    """oBERT beside magnitude on a real encoder; then recomputation."""
+    rows = {r["arm"]: r for r in read("encoder.csv")}
+    dense = float(rows["dense"]["accuracy"])
+
+    def cell(arm: str) -> str:
+        return f"{100 * float(rows[arm]['accuracy']):.1f}" if arm in rows and rows[arm]["accuracy"] else "–"
+
+    shapes = [f"{ratio} unstructured" for ratio in ("50%", "80%", "90%", "97%")] + ["80% 4block", "50% structured"]
+    lines = [f"MiniLM-L6 on SST-2, accuracy in % on {rows['dense']['test_examples']} held-out phrases; dense {100 * dense:.1f}:", ""]
+    lines += ["| | " + " | ".join(shapes) + " |", "|---|" + "---|" * len(shapes)]
+    for mode in ("one-shot", "gradual"):
+        for score in ("obert", "magnitude"):
+            lines.append(f"| {mode}, {score} | " + " | ".join(cell(f"{mode} {score} {shape}") for shape in shapes) + " |")
+    lines += ["", "| one shot, oBERT, estimates a prune | 1 | 4 | 16 |", "|---|---|---|---|"]
+    for ratio in ("80%", "90%"):
+        cells = [cell(f"one-shot obert {ratio} unstructured"), *(cell(f"recompute {rounds} {ratio}") for rounds in (4, 16))]
+        lines.append(f"| {ratio} | {' | '.join(cells)} |")
+    return lines
+
+
+def pruning() -> str:
+    """The section between the marks of docs/pruning.md."""
+    memory = ["| one step | peak memory | of the full gradient's |", "|---|---|---|"]
+    memory += [f"| {r['arm']} | {int(r['peak_bytes']) / 1e6:.0f} MB | {float(r['ratio']):.2f} |" for r in read("prune_memory.csv")]
+    first = read("prune_memory.csv")[0]
+    size = f"{int(first['parameters']) / 1e6:.0f} million parameters, float32, rank {first['rank']}"
+    about = f"A random LLaMA of {size}, {first['batch']} window of {first['seqlen']} tokens:"
+    return "\n".join([*decoders(), "", about, "", *memory, "", *encoders()])
+
+
 def text() -> str:
     """The section between the marks of README.md."""
     rows = read("quality.csv")
@@ -163,7 +231,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--check", action="store_true")
     check = ap.parse_args().check
-    for path, section in ((ROOT / "README.md", text()), (ROOT / "docs" / "sketches.md", sketches())):
+    for path, section in ((ROOT / "README.md", text()), (ROOT / "docs" / "sketches.md", sketches()), (ROOT / "docs" / "pruning.md", pruning())):
         old = path.read_text("utf-8")
         new = old[: old.index(BEGIN)] + f"{BEGIN}\n{section}\n" + old[old.index(END) :]
         if check and new != old:

@@ -8,7 +8,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.linear import packed_linears
 from compressor.pipelines import compress as blocks
 from compressor.pipelines import data as texts
-from compressor.pipelines import evaluate, export, write
+from compressor.pipelines import evaluate, export, methods, pruning, write
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
 from compressor.pipelines.packers import PACKERS
@@ -24,12 +24,27 @@ class Model:
     def __init__(self, loaded: loading.Loaded):
         self._loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self._sparse = False  # whether single weights were pruned, which packers keep at zero and folders store as masks
         self._about = export.about(loaded)  # what a task file says of the values, and which values they are
         self._values = export.values(loaded)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
         return self._loaded.rows
+
+    def prune(
+        self, ratio: float, method: str = "loraprune", data: str | None = None, seqlen: int | None = None, seed: int = 42, **options: Any
+    ) -> dict[str, Any]:
+        """Prune a causal language model in place, healing it on the training part of `data`; returns what was done.
+
+        Keys of `options` are those of recipe.Prune (pattern, steps, lr, unit, multiple, uniform, …). A packed model comes out dense: pack it anew.
+        """
+        recipe, loaded = _recipe("prune", options | {"ratio": ratio, "method": method}), self._loaded
+        corpus = texts.load("python" if data is None else data).train
+        windows = texts.windows(corpus, self.tokenizer, loading.context(loaded.config, seqlen, "seqlen"))
+        facts, _log = pruning.prune(loaded, recipe.prune, CausalLM(windows.ids, windows.labels), seed)
+        self._sparse = pruning.sparse(recipe.prune)
+        return facts
 
     def compress(self, calib: str | None = None, nsamples: int = 128, seqlen: int | None = None, seed: int = 42, **quant: Any) -> "Model":
         """Pack the decoder linears; keys of `quant` are those of recipe.Quant (bits, packer, group, symmetric, …).
@@ -51,7 +66,7 @@ class Model:
                 seed,
             )
         dtype = loading.scale_dtype(options.scale_dtype, loaded.dtype)
-        loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids)
+        loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids, keep_zeros=self._sparse)
         return self
 
     def tune(self, data: str | None = None, method: str | None = None, seqlen: int | None = None, seed: int = 42, **options: Any) -> TrainLog:
@@ -83,12 +98,12 @@ class Model:
         return evaluate.measure(self.model, self.tokenizer, corpora, loading.context(self._loaded.config, window), max_tokens, None)["text"]
 
     def save(self, folder: str | Path) -> dict[str, Any]:
-        """Write a packed model as a folder of its format (docs/format.md), proven by reading it back; the folder must be new or empty."""
-        if not packed_linears(self.model):
-            raise ModelError(f"{self._loaded.name} is not packed; call compress first")
+        """Write the model as a folder of its format (docs/format.md), proven by reading it back; the folder must be new or empty."""
         path = export.new_place(Path(folder))
+        if not packed_linears(self.model):
+            write.round_to_folder(self._loaded, set())
         with export.published(path, 0) as place:
-            return write.write_folder(self._loaded, place)
+            return write.write_folder(self._loaded, place, self._sparse)
 
     def save_task(self, path: str | Path) -> dict[str, Any]:
         """Write the scales or tables alone, as one new safetensors file bound to the rest of the model (docs/format.md); returns its header."""
@@ -115,7 +130,7 @@ def run(recipe: Recipe | dict[str, Any], output: str | Path | None = None, overw
 
 def _recipe(section: str, values: dict[str, Any]) -> Recipe:
     recipe = Recipe.from_dict({section: values})
-    job.check_names(recipe)
+    methods.check_names(recipe)
     if section == "tune" and recipe.tune.method == "none":
         raise RecipeError("method 'none' tunes nothing")
     return recipe

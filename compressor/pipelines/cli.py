@@ -72,7 +72,7 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "gradient_checkpointing": "tune__gradient_checkpointing", "train_on_prompt": "data__train_on_prompt", "window": "eval__window",
     "prune_steps": "prune__steps", "prune_lr": "prune__lr", "unit": "prune__unit", "multiple": "prune__multiple", "per_layer": "prune__uniform",
     "one_shot": "prune__one_shot", "recompute": "prune__recompute", "gradients": "prune__gradients",
-    "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device",
+    "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device",
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
         value = given[name]
         if value is None or value in ([], ()):
             continue
-        words = {"absolute": "absolute" if value else "relative", "per_layer": not value}
+        words = {"absolute": "absolute" if value else "relative", "per_layer": not value, "finetune": "always" if value else "never"}
         changes[key] = words[name] if name in words else tuple(value) if name == "ignore" else value
     how = next((name for name, key in FLAGS.items() if key in changes and key.startswith("prune__")), None)
     if how and changes.get("prune__method", base.prune.method) == "none":
@@ -117,7 +117,9 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
 @app.command()
 def run(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="tiny, a model folder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
+    model: Annotated[
+        str, typer.Argument(help="tiny, a folder of a decoder or encoder, a hub id, a short name such as llama-7b, or a recipe.yaml")
+    ],
     quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
     tune: Annotated[Text, typer.Option(help="tuner: peqa (of scales), table (of sketches), or none")] = None,
     prune: Annotated[Text, typer.Option(help="what to remove first: loraprune:30%, obert:90%, obert:2:4 …; without --quant that is all")] = None,
@@ -127,6 +129,7 @@ def run(
     multiple: Annotated[Count, typer.Option(help="FFN channels are kept in multiples of this; 64 unless given")] = None,
     per_layer: Annotated[bool | None, typer.Option("--per-layer/--uniform", help="every block its own width: only compressor loads that")] = None,
     one_shot: Annotated[bool | None, typer.Option("--one-shot/--gradual", help="prune all at once")] = None,
+    finetune: Annotated[bool | None, typer.Option("--finetune/--no-finetune", help="encoders: train the dense model on the task first")] = None,
     recompute: Annotated[Count, typer.Option(help="oBERT: inverse Fisher estimates a prune")] = None,
     gradients: Annotated[Count, typer.Option(help="oBERT: gradients an estimate")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", "--output_dir", help="output folder")] = None,
@@ -205,12 +208,12 @@ def read_recipe(path: Path) -> Recipe:
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="a packed or dense model folder, a hub id, or tiny")],
-    data: Annotated[str, typer.Option("--data", "--dataset", help="text to measure on")] = "python",
+    data: Annotated[Text, typer.Option("--data", "--dataset", help="text to measure on, or an encoder's examples; default: Python's manual")] = None,
     window: Annotated[Count, typer.Option(help="tokens of a window; default: what the model was made for, at most 2048")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="stop after this many tokens; 0: the whole text")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
-    """Perplexity of a model on a text, with its protocol; packed folders run packed."""
+    """Perplexity of a model on a text, or an encoder's scores on its task, with the protocol; packed folders run packed."""
     quiet()
     from compressor.pipelines.show import RichShow
     from compressor.pipelines.tools import evaluate_folder

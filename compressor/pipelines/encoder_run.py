@@ -18,10 +18,10 @@ from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.linear import linears
 from compressor.pipelines import compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
-from compressor.pipelines import run as decoders
 from compressor.pipelines.encoder_load import is_encoder
-from compressor.pipelines.job import Job, digest
+from compressor.pipelines.job import Job, default_output, digest, follow, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.methods import check_methods
 from compressor.pipelines.output import check_output, check_room, contract, finished, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
@@ -110,10 +110,10 @@ class EncoderRun(Job):
             self.test = encode(self.task.test, loaded.tokenizer, self.encoder.classes, self.length)
         dtype = load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)
         self.report.model = {
-            "name": decoders.source_name(self.recipe.model).rpartition("/")[2], "source": decoders.source_name(self.recipe.model),
+            "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
             "architecture": loaded.config["architectures"][0], "parameters": sum(p.numel() for p in model.parameters()),
             "packed_parameters": sum(t.shape[0] * t.shape[1] for t in targets), "dense_bytes": write.tensor_bytes(loaded),
-            "dense_dtype": decoders.plain(loaded.dtype), "folder_dtype": decoders.plain(loaded.dtype), "scale_dtype": decoders.plain(dtype),
+            "dense_dtype": plain(loaded.dtype), "folder_dtype": plain(loaded.dtype), "scale_dtype": plain(dtype),
         }  # fmt: skip
         self.report.protocol = {"task": {
             "kind": self.task.kind, "name": self.task.name, "data_sha256": self.task.sha256("test"), "split": self.task.rule,
@@ -127,7 +127,7 @@ class EncoderRun(Job):
         """A stage that trains, with its checkpoint folder and its progress."""
         folder = journal.subfolder(name, key)
         with self.stage(name), self.show.task(name, total) as advance:
-            return work(folder, decoders.follow(advance))
+            return work(folder, follow(advance))
 
     def _finetune(self, journal: Journal) -> None:
         options, seed = self.recipe.finetune, self.recipe.seed
@@ -226,7 +226,7 @@ class EncoderRun(Job):
 
 def check(recipe: Recipe) -> None:
     """RecipeError for methods that do not exist or do not fit together, and for texts that an encoder has no use for."""
-    decoders.check_methods(recipe)
+    check_methods(recipe)
     if recipe.prune.method != "none":
         encoder_prune.resolved(recipe.prune, 12)
     for key in ("outside", "calib"):
@@ -241,17 +241,6 @@ def calibration(rows: Examples, nsamples: int, seed: int) -> Tensor:
     alike = (lengths == length).nonzero().flatten()
     chosen = alike[torch.randperm(len(alike), generator=torch.Generator().manual_seed(seed))[:nsamples]]
     return rows.padded(chosen.sort().values)[0]
-
-
-def default_output(recipe: Recipe) -> Path:
-    """model-obert90-w4g128-gptq-peqa in the current folder."""
-    prune, quant = recipe.prune, recipe.quant
-    parts = [decoders.source_name(recipe.model).rpartition("/")[2].lower()]
-    if prune.method != "none":
-        parts.append(f"{prune.method}{100 * prune.ratio:g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else ""))
-    if quant.packer != "none":
-        parts.append(f"w{quant.bits}{'channel' if quant.group == -1 else f'g{quant.group}'}-{quant.packer}")
-    return Path("-".join(parts + ([recipe.tune.method] if recipe.tune.method != "none" else [])))
 
 
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Counts:
     tuning: int  # per run: steps * batch * accumulate * seqlen
     step: int  # of one micro-batch
     evaluation: int  # both texts, once
+    pruning: int = 0  # tokens that heal, or give gradients, while pruning
+    prune_steps: int = 0
 
 
 def shell(folder: Path) -> nn.Module:
@@ -60,8 +62,47 @@ def shell(folder: Path) -> nn.Module:
     return model
 
 
-def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path) -> dict[str, Any]:
-    """Sizes in bytes, memory in bytes and seconds by stage; `model` may be a shell, `folder` is the dtype of the output folder."""
+def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path, before: nn.Module | None = None) -> dict[str, Any]:
+    """Sizes in bytes, memory in bytes and seconds by stage; `model` may be a shell, `folder` is the dtype of the output folder.
+
+    before: the model (a shell) that `model` is made of by pruning. Sparse weights count as they are without their masks: at most so many bytes.
+    """
+    out = _packing(recipe, model, folder, counts, source) if recipe.quant.packer != "none" else _dense(recipe, model, folder, source)
+    if before is not None:
+        parameters, device = _parameters(before), load.pick_device(recipe.device)
+        size, paths = (
+            4 if device.type == "cpu" else 2,
+            28 * recipe.prune.rank * sum(m.in_features + m.out_features for m in linear.linears(before).values()),
+        )
+        alive = 12 * _config(before).hidden_size + 4 * (getattr(_config(before), "intermediate_size", None) or 4 * _config(before).hidden_size)
+        step = recipe.prune.batch * counts.step // max(recipe.tune.batch, 1)
+        out["peak_bytes"]["prune"] = BASE + parameters * size + paths + step * size * alive * _config(before).num_hidden_layers
+        speed = matmul_speed(device) * EFFICIENCY
+        scoring = counts.prune_steps * parameters * (4 * recipe.prune.rank + 8)
+        out["seconds"]["prune"] = round((4.5 * parameters * counts.pruning + scoring) / speed, 1)
+    return out
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
+
+
+def _dense(recipe: Recipe, model: nn.Module, folder: torch.dtype, source: Path) -> dict[str, Any]:
+    """Of a model that is pruned and not packed."""
+    beside = load.model_bytes(source) - sum(path.stat().st_size for path in load.weight_files(source))
+    folder_bytes = _parameters(model) * folder.itemsize + beside
+    return {
+        "packed_layers": 0, "left_dense": [], "bits_per_weight": float(8 * folder.itemsize), "folder_bytes": folder_bytes,
+        "ratio": load.model_bytes(source) / folder_bytes, "peak_bytes": {}, "seconds": {}, "notes": [],
+    }  # fmt: skip
+
+
+def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path) -> dict[str, Any]:
+    """Of a model that is packed."""
     todo = compress.plan(model, recipe.quant)
     packed = todo.packed()
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
@@ -69,7 +110,7 @@ def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
     zero_bits = 0 if recipe.quant.symmetric or PACKERS[recipe.quant.packer].table else values * recipe.quant.bits
     packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + values * value_bytes
-    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    parameters = _parameters(model)
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
     beside = load.model_bytes(source) - sum(path.stat().st_size for path in load.weight_files(source))  # tokenizer, config

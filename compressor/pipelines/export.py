@@ -27,10 +27,10 @@ from compressor.export import compressed_tensors, dense, shards, sparse, table, 
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines import data, evaluate, load, write
+from compressor.pipelines.job import source_name
 from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, check_room, disk_full, publish, read_report
 from compressor.pipelines.report import plain
-from compressor.pipelines.run import source_name
 from compressor.pipelines.show import Show
 from compressor.quant import resolve_group, rtn
 from compressor.recipe import Quant, Recipe

@@ -4,15 +4,17 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from compressor.errors import OutputError
 from compressor.pipelines import card, load, render
 from compressor.pipelines.output import disk_full
+from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
@@ -67,3 +69,37 @@ class Job:
 def digest(*parts: Any) -> str:
     """Hex fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def default_output(recipe: Recipe) -> Path:
+    """model-w3g128-gptq-peqa in the current folder."""
+    name, quant, prune = source_name(recipe.model).rpartition("/")[2].lower(), recipe.quant, recipe.prune
+    if prune.method != "none":
+        name += f"-{prune.method}{100 * prune.ratio:.3g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else "")
+    if quant.packer == "none":
+        return Path(name)
+    table = quant.packer in PACKERS and PACKERS[quant.packer].table
+    group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
+    tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
+    return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}")
+
+
+def source_name(model: str) -> str:
+    """The hub id behind a name, or the last part of a local folder (no paths of this machine in a folder that others will read)."""
+    return Path(model).resolve().name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
+
+
+def follow(advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+    """What a training loop calls after each step, to move a progress bar that says the loss."""
+    done = 0
+
+    def on_step(row: dict[str, Any]) -> None:
+        nonlocal done
+        advance(row["step"] - done, row.get("note") or f"loss {row['loss']:.4f}")
+        done = row["step"]
+
+    return on_step
+
+
+def plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

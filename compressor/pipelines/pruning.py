@@ -106,6 +106,15 @@ def steps(options: Prune, objective: CausalLM, seed: int) -> int:
     return Batches(objective, training(options), seed).steps
 
 
+def tokens(options: Prune, objective: CausalLM, seed: int, model: nn.Module) -> int:
+    """Tokens that pass through the model, forward and back, while it is pruned."""
+    length = objective.ids.shape[1]
+    if options.method == "obert" or sparse(options):
+        passes = len(find_blocks(model)[1]) * (2 if sparse(options) else 1)
+        return 0 if options.method != "obert" else passes * options.recompute * options.gradients * length
+    return steps(options, objective, seed) * options.batch * length
+
+
 def sparse(options: Prune) -> bool:
     """Whether single weights go, and not whole units."""
     return options.pattern not in (None, "structured") or (options.method == "obert" and options.pattern is None)

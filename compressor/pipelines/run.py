@@ -12,30 +12,18 @@ from typing import Any
 import torch
 
 from compressor import __version__
-from compressor.errors import ModelError, RecipeError
-from compressor.pipelines import compress, data, encoder_load, estimate, evaluate, load, pruning, write
-from compressor.pipelines.job import Job, digest
+from compressor.errors import ModelError
+from compressor.pipelines import compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, write
+from compressor.pipelines.job import Job, default_output, digest, follow, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.methods import check_methods
 from compressor.pipelines.output import check_output, check_room, contract, finished, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
-from compressor.recipe import Quant, Recipe
+from compressor.recipe import Recipe
 from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
-
-
-def default_output(recipe: Recipe) -> Path:
-    """model-w3g128-gptq-peqa in the current folder."""
-    name, quant, prune = source_name(recipe.model).rpartition("/")[2].lower(), recipe.quant, recipe.prune
-    if prune.method != "none":
-        name += f"-{prune.method}{100 * prune.ratio:.3g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else "")
-    if quant.packer == "none":
-        return Path(name)
-    table = quant.packer in PACKERS and PACKERS[quant.packer].table
-    group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
-    tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
-    return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}")
 
 
 class Run(Job):
@@ -243,24 +231,10 @@ class Run(Job):
             self.report.samples[i][name] = found["samples"][i]
 
 
-def follow(advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
-    """What a training loop calls after each step, to move a progress bar that says the loss."""
-    done = 0
-
-    def on_step(row: dict[str, Any]) -> None:
-        nonlocal done
-        advance(row["step"] - done, row.get("note") or f"loss {row['loss']:.4f}")
-        done = row["step"]
-
-    return on_step
-
-
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
     if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
-        from compressor.pipelines import encoder_run
-
         return encoder_run.run(recipe, output, overwrite, show, command)
     output = output or default_output(recipe)
     job = Run(recipe, output, show, command)
@@ -276,8 +250,6 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
 def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
     if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
-        from compressor.pipelines import encoder_run
-
         return encoder_run.dry_run(recipe, output, show)
     job = Run(recipe, output or default_output(recipe), show)
     check_output(job.place, overwrite=True)
@@ -285,60 +257,25 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     cap = recipe.eval.max_tokens or 1 << 62
     read = [evaluate.stream(corpus, tokenizer).numel() for corpus in (job.domain.test, job.outside)]
     ids, windows = job.texts(tokenizer)
-    steps = 0 if windows is None else Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed).steps
+    before = estimate.shell(job.source)
+    model = pruning.shell_after(job.source, recipe.prune) if job.prunes else before
+    steps = heals = tokens = 0
+    if windows is not None:
+        objective = CausalLM(windows.ids, windows.labels)
+        steps = Batches(objective, recipe.tune, recipe.seed).steps if recipe.tune.method != "none" else 0
+        heals = pruning.steps(recipe.prune, objective, recipe.seed) if job.prunes else 0
+        tokens = pruning.tokens(recipe.prune, objective, recipe.seed, before) if job.prunes else 0
     counts = estimate.Counts(
         calibration=0 if ids is None else ids.numel(), tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
-        step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, tokens) for tokens in read),
+        step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, tokens) for tokens in read), pruning=tokens, prune_steps=heals,
     )  # fmt: skip
     folder = load.folder_dtype(load.stored_dtype(job.source), job.config)
-    found = estimate.estimate(recipe, estimate.shell(job.source), folder, counts, job.source)
+    found = estimate.estimate(recipe, model, folder, counts, job.source, before if job.prunes else None)
+    if job.prunes:
+        found |= {"pruning": pruning.plan(before, recipe.prune).facts()}
+        show.say(f"{found['pruning']['ratio']:.1%} of the {found['pruning']['prunable']:,} prunable weights go")
     size = f"{found['folder_bytes'] / 1e6:,.1f} MB, {found['ratio']:.2f} times smaller"
     show.say(f"{recipe.model}: {found['packed_layers']} linears at {found['bits_per_weight']:.3f} bits per weight, {size}")
     minutes = sum(found["seconds"].values()) / 60
     show.say(f"peak memory {max(found['peak_bytes'].values()) / 1e9:.1f} GB, about {minutes:.1f} minutes; nothing was written")
     return {"output": str(job.output), "dry_run": True} | found
-
-
-def source_name(model: str) -> str:
-    """The hub id behind a name, or the last part of a local folder (no paths of this machine in a folder that others will read)."""
-    return Path(model).resolve().name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
-
-
-def check_names(recipe: Recipe) -> None:
-    """RecipeError for a packer or tuner that does not exist, and for an option that the packer would ignore."""
-    if recipe.quant.packer not in (*PACKERS, "none"):
-        raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}, or none with --prune")
-    if recipe.tune.method not in ("none", *TUNERS):
-        raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
-    if recipe.quant.packer == "none":
-        return
-    given, usual = asdict(recipe.quant), asdict(Quant())
-    heeded = PACKERS[recipe.quant.packer].heeds
-    idle = [key for key in given if key not in heeded and given[key] != usual[key]]
-    if "group" in heeded and given["gpr"] is not None and given["group"] != usual["group"]:
-        raise RecipeError(f"group={given['group']} and gpr={given['gpr']} both say how long groups are: give one of them")
-    if idle:
-        hint = "; tables go by --gpr" if idle[0] == "group" else ""
-        raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")
-
-
-def check_methods(recipe: Recipe) -> None:
-    """RecipeError for a packer or tuner that does not exist, and for a tuner of values that the packer does not make."""
-    check_names(recipe)
-    packer, tuner = recipe.quant.packer, recipe.tune.method
-    if packer == "none" and recipe.prune.method == "none":
-        raise RecipeError("nothing is asked for: give --quant, for example 3bit, or --prune, for example loraprune:30%")
-    if packer == "none" and tuner != "none":
-        raise RecipeError(f"tuner {tuner} trains what a packer makes, and nothing is packed: add --quant, for example 3bit")
-    if packer == "none":
-        return
-    if tuner == "none" or TUNERS[tuner].table == PACKERS[packer].table:
-        return
-    made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")
-    tuners = " or ".join(name for name, kind in TUNERS.items() if kind.table == PACKERS[packer].table)
-    packers = " or ".join(name for name, kind in PACKERS.items() if kind.table == TUNERS[tuner].table)
-    raise RecipeError(f"tuner {tuner} trains {tuned}, but packer {packer} makes {made}: use --tune {tuners}, or the packer {packers}")
-
-
-def plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

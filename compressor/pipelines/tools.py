@@ -12,7 +12,7 @@ from compressor.errors import RecipeError
 from compressor.export import sparse
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
-from compressor.pipelines import data, evaluate, load, write
+from compressor.pipelines import data, encoder_load, encoder_run, evaluate, load, write
 from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
 from compressor.pipelines.report import environment
@@ -20,10 +20,14 @@ from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
 
 
-def evaluate_folder(model: str, source: str, window: int | None, max_tokens: int, device: str, show: Show) -> dict[str, Any]:
-    """Perplexity with its protocol, and the size of what was measured."""
+def evaluate_folder(model: str, source: str | None, window: int | None, max_tokens: int, device: str, show: Show) -> dict[str, Any]:
+    """Perplexity with its protocol, or for an encoder the scores of its task; and the size of what was measured. source None: builtin text."""
+    if encoder_load.is_encoder(load.any_config(load.resolve(model))):
+        if source is None:
+            raise RecipeError("an encoder is measured on labelled examples: give them with --data")
+        return encoder_run.evaluate_encoder(model, source, device, show, window)
     loaded = load.load(model, device)
-    corpus = data.load_text(source)
+    corpus = data.load_text("python" if source is None else source)
     Recipe().with_(eval__window=window, eval__max_tokens=max_tokens)  # checks both
     window = load.context(loaded.config, window)
     with show.task("evaluate", 1) as advance:
@@ -31,7 +35,7 @@ def evaluate_folder(model: str, source: str, window: int | None, max_tokens: int
         advance(1, "")
     sizes = sizes_of(loaded)
     keys = ("perplexity", "tokens", "window", "stride", "tokens_per_second")
-    return {"model": model, "data": source, "data_sha256": corpus.sha256} | {k: found["text"][k] for k in keys} | sizes
+    return {"model": model, "data": corpus.name, "data_sha256": corpus.sha256} | {k: found["text"][k] for k in keys} | sizes
 
 
 def sizes_of(loaded: load.Loaded) -> dict[str, Any]:

@@ -1,24 +1,29 @@
 """What the tests of pruning share: small models in folders, windows, and whole runs without sample texts."""
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from compressor.pipelines import load
+from compressor.pipelines import load, render
 from compressor.pipelines.run import Run, run
 from compressor.recipe import Prune, Recipe
 from compressor.tune.batches import CausalLM
 from tests.prune.helpers import causal
 
+WORDS = "the def return import for in class of to self print value list"
 QUICK = Recipe().with_(
     device="cpu", data__seqlen=32, data__nsamples=4, eval__max_tokens=128, tune__steps=3, tune__batch=4, prune__steps=12, prune__batch=4,
-    prune__gradients=6, quant__packer="none",
+    prune__gradients=6, prune__rank=4, prune__start="random",
+    prune__begin=0.1, prune__end=0.9, quant__packer="none",
 )  # fmt: skip
 KEYS = {
     "method": "loraprune", "ratio": 0.4, "steps": 12, "batch": 2, "every": 2, "rank": 2, "alpha": 4.0, "multiple": 4, "gradients": 6,
+    "begin": 0.1, "end": 0.9,
 }  # fmt: skip
 
 
@@ -60,15 +65,13 @@ def theirs(folder: Path) -> Any:
     return model.eval()
 
 
-def whole(folder: Path, **changes: Any) -> dict[str, Any]:
-    """A run of QUICK with changes, without sample texts (they take most of the time of such a run)."""
-    real = Run._samples
-    Run._samples = lambda self: False
+def whole(folder: Path, page: bool = False, **changes: Any) -> dict[str, Any]:
+    """A run of QUICK with changes on short texts, without samples and, unless asked for, the page: they take most of the time of such a run."""
     texts = {"data__data": folder.parent / "domain.txt", "data__outside": folder.parent / "outside.txt"}
-    for seed, path in enumerate(texts.values()):  # short: reading the built-in ones takes longer than all the rest
-        words = random.Random(seed).choices("the def return import for in class of to self print value list".split(), k=4000)
+    for seed, path in enumerate(texts.values()):
+        words = random.Random(seed).choices(WORDS.split(), k=4000)
         path.write_text("\n".join(" ".join(words[i : i + 10]) for i in range(0, len(words), 10)))
-    try:
+    with patch.object(Run, "_samples", lambda self: False), contextlib.ExitStack() as stack:
+        if not page:
+            stack.enter_context(patch.object(render, "write_html", lambda report, path: path.write_text("")))
         return run(QUICK.with_(**changes | {key: str(path) for key, path in texts.items()}), folder)
-    finally:
-        Run._samples = real

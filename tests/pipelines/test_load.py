@@ -49,7 +49,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Mod
     put_tables(loaded, [name for name in linears(loaded.model) if name != "lm_head"])
     folder = tmp_path_factory.mktemp("tables")
     facts = write.write_folder(loaded, folder)
-    assert facts == {"format": "compressor table", "verified": True, "layers": 28, "bits_per_weight": write.bits_per_weight(load.packed_weights(loaded.model))}
+    bits = write.bits_per_weight(load.packed_weights(loaded.model))
+    assert facts == {"format": "compressor table", "verified": True, "layers": 28, "bits_per_weight": bits}
     return folder, loaded.model
 
 

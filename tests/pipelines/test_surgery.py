@@ -133,7 +133,9 @@ def test_a_finished_prune_is_read_back(folder: Path, tmp_path: Path, monkeypatch
     assert told == facts and said.notes == log.notes
     assert all(torch.equal(w, weights(again.model)[name]) for name, w in weights(first.model).items())
     other, _, _ = prune(folder, tmp_path, "another run", **keys | {"gradients": 3})
-    assert any(not torch.equal(w, weights(other.model)[name]) for name, w in weights(first.model).items() if w.shape == weights(other.model)[name].shape)
+    assert any(
+        not torch.equal(w, weights(other.model)[name]) for name, w in weights(first.model).items() if w.shape == weights(other.model)[name].shape
+    )
 
 
 def test_what_cannot_be_read_is_done_anew(tmp_path: Path) -> None:
@@ -168,6 +170,8 @@ def test_zeros_stay_zeros_through_packing_and_tuning(tmp_path: Path, ratio: floa
     assert len(gone) == 786432 and float(gone.float().mean()) >= 0.5
     if pattern:
         assert int(gone.view(-1, 4).sum(1).min()) >= 2
+        start = torch.cat([w.flatten() for w in weights(load.load("tiny", "cpu").model).values()]).abs().view(-1, 4)
+        assert bool(gone.view(-1, 4)[start < start.sort(1).values[:, 2:3]].all()), "the very weights that magnitude took"
     assert document["tuned"]["bits_per_weight"] < 3.125 and document["tuned"]["folder_bytes"] < document["pruned"]["folder_bytes"]
     tables = load_file(tmp_path / "out" / "model.safetensors")
     assert not any(name.endswith("q_proj.weight") for name in tables)
@@ -182,4 +186,3 @@ def test_sparse_weights_alone_are_written_as_masks_and_read_back(tmp_path: Path)
     assert float(gone.float().mean()) == pytest.approx(0.8, abs=1e-4) and document["pruned"]["bits_per_weight"] < 4
     assert set(gone.view(-1, 4).sum(1).tolist()) <= {0, 4}
     assert document["pruned"]["folder_bytes"] < 0.6 * document["dense"]["folder_bytes"]
-

@@ -185,6 +185,14 @@ def test_widths_of_strangers_are_refused(widths: Any) -> None:
         resize(model)
 
 
+def test_widths_that_were_listed_follow_a_second_cut() -> None:
+    model = causal(keys=4)
+    setattr(model.config, WIDTHS, {"queries": [8] * 3, "keys": [4] * 3, "ffn": [48] * 3})
+    units, masks, _ = masked(model, "group")
+    cut(model, units, masks, torch.float32)
+    assert getattr(model.config, WIDTHS) == {"queries": [4] * 3, "keys": [2] * 3, "ffn": [24] * 3} and model.config.intermediate_size == 24
+
+
 def test_dropping_a_block_keeps_the_widths_of_the_others() -> None:
     model, _ = uneven(causal(keys=4))
     drop_blocks(model, [0, 2])

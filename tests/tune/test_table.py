@@ -7,7 +7,8 @@ from torch import nn
 from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.kernels import reference
 from compressor.linear import packed_linears
-from compressor.pipelines.run import Run, check_methods, check_names
+from compressor.pipelines.methods import check_methods, check_names
+from compressor.pipelines.run import Run
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe, Tune
 from compressor.tune import TUNERS, resolved

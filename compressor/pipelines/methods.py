@@ -1,0 +1,44 @@
+"""Which methods a recipe may name, and which of them fit together."""
+
+from dataclasses import asdict
+
+from compressor.errors import RecipeError
+from compressor.pipelines.packers import PACKERS
+from compressor.recipe import Quant, Recipe
+from compressor.tune import TUNERS
+
+
+def check_names(recipe: Recipe) -> None:
+    """RecipeError for a packer or tuner that does not exist, and for an option that the packer would ignore."""
+    if recipe.quant.packer not in (*PACKERS, "none"):
+        raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}, or none with --prune")
+    if recipe.tune.method not in ("none", *TUNERS):
+        raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
+    if recipe.quant.packer == "none":
+        return
+    given, usual = asdict(recipe.quant), asdict(Quant())
+    heeded = PACKERS[recipe.quant.packer].heeds
+    idle = [key for key in given if key not in heeded and given[key] != usual[key]]
+    if "group" in heeded and given["gpr"] is not None and given["group"] != usual["group"]:
+        raise RecipeError(f"group={given['group']} and gpr={given['gpr']} both say how long groups are: give one of them")
+    if idle:
+        hint = "; tables go by --gpr" if idle[0] == "group" else ""
+        raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")
+
+
+def check_methods(recipe: Recipe) -> None:
+    """RecipeError for a packer or tuner that does not exist, and for a tuner of values that the packer does not make."""
+    check_names(recipe)
+    packer, tuner = recipe.quant.packer, recipe.tune.method
+    if packer == "none" and recipe.prune.method == "none":
+        raise RecipeError("nothing is asked for: give --quant, for example 3bit, or --prune, for example loraprune:30%")
+    if packer == "none" and tuner != "none":
+        raise RecipeError(f"tuner {tuner} trains what a packer makes, and nothing is packed: add --quant, for example 3bit")
+    if packer == "none":
+        return
+    if tuner == "none" or TUNERS[tuner].table == PACKERS[packer].table:
+        return
+    made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")
+    tuners = " or ".join(name for name, kind in TUNERS.items() if kind.table == PACKERS[packer].table)
+    packers = " or ".join(name for name, kind in PACKERS.items() if kind.table == TUNERS[tuner].table)
+    raise RecipeError(f"tuner {tuner} trains {tuned}, but packer {packer} makes {made}: use --tune {tuners}, or the packer {packers}")
