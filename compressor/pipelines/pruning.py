@@ -75,15 +75,17 @@ def plan(model: nn.Module, options: Prune) -> Plan:
 
 
 def heads_fit(model: Any, queries: int, keys: int) -> bool:
-    """Whether the architecture's configuration can say that there are so many heads of the size they have."""
-    config = model.config
-    if not getattr(config, "head_dim", None):
-        return False
+    """Whether a model of this class, built from its configuration with so many heads, would have heads of the size they have now."""
+    config, heads = model.config, families(model)[0]
+    size = heads.parts[1].width  # rows of a key head
+    layers = {"num_hidden_layers": 1} | ({"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", None) else {})
+    values = config.to_dict() | layers | {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": size}
     try:
-        type(config)(**config.to_dict() | {"num_attention_heads": queries, "num_key_value_heads": keys})
-    except Exception:  # configuration classes check with errors of many kinds; each means that such a model cannot be loaded
+        with torch.device("meta"):
+            small = families(type(model)(type(config)(**values)))[0]
+    except Exception:  # configurations check with errors of many kinds; each means that such a model cannot be loaded
         return False
-    return True
+    return (small.count, small.parts[0].width, small.parts[1].width) == (keys, queries // keys * size, size)
 
 
 def rate(model: Any, options: Prune) -> float:

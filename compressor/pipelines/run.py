@@ -81,10 +81,11 @@ class Run(Job):
         return contract(self.report.to_dict(), self.output)
 
     def _load(self) -> load.Loaded:
+        after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work
         with self.stage("load"):
             loaded = load.load(self.recipe.model, self.recipe.device)
         compress.check_finite(loaded.model)
-        found = self.targets(pruning.shell_after(self.source, self.recipe.prune) if self.prunes else loaded.model)
+        found = self.targets(loaded.model if after is None else after)
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
             "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),

@@ -100,6 +100,8 @@ def describe(model: nn.Module) -> None:
         setattr(config, WIDTHS, widths)
     if differ:
         return
+    if rows[0]["head_dim"] and rows[0]["queries"] != config.num_attention_heads:
+        config.head_dim = rows[0]["head_dim"]  # else it would follow from the number of heads
     config.num_attention_heads, config.intermediate_size = rows[0]["queries"], rows[0]["ffn"]
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = rows[0]["keys"]
@@ -115,7 +117,7 @@ def _widths(block: nn.Module, config: Any) -> dict[str, int]:
                         ("num_attention_heads", queries), ("all_head_size", queries * size)):  # fmt: skip
         if hasattr(attention, name):
             setattr(attention, name, value)
-    return {"queries": queries, "keys": keys, "ffn": shape(block.get_submodule(ffn[-1]))[1]}
+    return {"queries": queries, "keys": keys, "ffn": shape(block.get_submodule(ffn[-1]))[1], "head_dim": size * hasattr(attention, "head_dim")}
 
 
 def drop_blocks(model: nn.Module, keep: Sequence[int]) -> None:

@@ -1,10 +1,12 @@
 """The cut model computes what the masked one did, its configuration says what it is, and its blocks can go."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from compressor.errors import ModelError
 from compressor.linear import PackedLinear
@@ -243,3 +245,15 @@ def _skip(_block: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 def test_the_name_of_the_widths_is_part_of_the_format() -> None:
     assert slicing.WIDTHS == "compressor_widths"
+
+
+def test_a_head_size_that_followed_from_the_heads_is_written_down(tmp_path: Path) -> None:
+    model = causal("qwen2", keys=4, head_dim=8)
+    del model.config.head_dim
+    units = families(model)
+    masks = {f.key: torch.arange(f.count) < (2 if f.kind == "heads" else f.count) for f in units}
+    cut(model, units, masks, torch.float32)
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert again.config.head_dim == 8 and not info["missing_keys"] and not info["mismatched_keys"]
+    torch.testing.assert_close(again(input_ids=windows()).logits, model(input_ids=windows()).logits, rtol=0, atol=0)

@@ -96,7 +96,8 @@ def test_heads_that_the_configuration_cannot_have_are_left_alone() -> None:
     assert set(asked) == {(2, 2), (4, 2), (6, 2)}
     qwen = causal("qwen2", keys=4, head_dim=8)
     del qwen.config.head_dim
-    assert not heads_fit(qwen, 4, 4), "without a head size of its own, fewer heads would be wider heads"
+    assert heads_fit(qwen, 4, 2), "a head size that the configuration does not have is written into it"
+    assert not heads_fit(bert(), 2, 2), "BERT's heads are as wide as the model over their number"
     assert heads_fit(causal("qwen3", keys=4), 3, 3)
 
 
