@@ -52,7 +52,7 @@ FIELDS = [
     "threads", "torch", "compressor",
 ]  # fmt: skip
 FINETUNE = Finetune(when="always", steps=600, batch=32, lr=5e-5)
-STEPS, BATCH = 200, 32
+STEPS, BATCH = 120, 32
 GRADIENTS = 64  # of an estimate
 DAMPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 SWEEP = tuple((m, damp, ratio) for m in (64, 256) for damp in DAMPS for ratio in (0.5, 0.7))
@@ -122,9 +122,9 @@ def arms(rows: list[dict[str, Any]]) -> Iterator[Arm]:
             keys = {"method": score, "ratio": ratio, "pattern": pattern}
             yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0, "gradients": GRADIENTS, "damp": best.damp(GRADIENTS)})
             if ratio != 0.7:
-                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score), "gradients": GRADIENTS // 2, "damp": best.damp(GRADIENTS)}
+                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score), "gradients": 24, "damp": best.damp(GRADIENTS)}
                 yield Arm(f"gradual {score} {ratio:.0%} {pattern}", keys | training)
-    for ratio, rounds in ((0.8, 4), (0.9, 4), (0.8, 16), (0.9, 16)):  # with 1 they are the one-shot rows
+    for ratio, rounds in ((0.8, 4), (0.8, 16), (0.9, 4)):  # with 1 they are the one-shot rows
         keys = {"method": "obert", "ratio": ratio, "steps": 0, "damp": best.damp(GRADIENTS), "gradients": GRADIENTS, "recompute": rounds}
         yield Arm(f"recompute {rounds} {ratio:.0%}", keys)
 

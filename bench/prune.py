@@ -2,7 +2,7 @@
 
 Every arm trains the same low-rank paths on the same windows for the same number of steps at the same rate; what differs is the score, and whether
 units go gradually or all at once (LLM-Pruner's own way: a few batches are scored, then everything goes, then the model is healed). Perplexities in
-domain and outside of it, before anything is packed. With --bytes instead: pruned, 3 bits and PEQA beside dense, 2 bits and PEQA at equal bytes.
+domain and outside of it, before anything is packed. With --bytes instead: pruned, 3 bits and PEQA beside dense, 2 bits and PEQA at equal bytes; with --sparse single weights, by oBERT and by magnitude, all at once and without training.
 
 Each finished row is kept: the same command goes on where it stopped. Rows of another version of the package are replaced.
 
@@ -13,6 +13,7 @@ Each finished row is kept: the same command goes on where it stopped. Rows of an
 
 import argparse
 import csv
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "loraprune as published": {"method": "loraprune"} | PAPER, "llm-pruner, gate": {"method": "taylor", "parts": "gate"},
     "wanda, gate": {"method": "wanda", "parts": "gate"},
 }  # fmt: skip
+
+SPARSE = (("unstructured", 0.5), ("unstructured", 0.7), ("4block", 0.5), ("2:4", 0.5))
 
 
 class Bench:
@@ -87,6 +90,11 @@ def arms(options: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
     """Name and recipe of each arm."""
     base = Recipe(model=options.model).with_(quant__packer="none")
     for seed in range(42, 42 + options.seeds):
+        if options.sparse:
+            for (pattern, ratio), method in itertools.product(SPARSE, ("obert", "magnitude")):
+                keys = {"method": method, "pattern": pattern, "ratio": ratio, "gradients": 128, "damp": options.damp, "one_shot": True}
+                yield f"{method}, {pattern}", base.with_(seed=seed, **{f"prune__{k}": v for k, v in keys.items()})
+            continue
         if options.bytes:
             yield from _equal_bytes(base.with_(seed=seed), options)
             continue
@@ -123,6 +131,8 @@ def main() -> None:
     parser.add_argument("--multiple", type=int, default=64)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="these only")
+    parser.add_argument("--sparse", action="store_true", help="single weights by oBERT and by magnitude, at once and without training")
+    parser.add_argument("--damp", type=float, default=1e-7)
     parser.add_argument("--bytes", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prune.csv")
     options = parser.parse_args()

@@ -47,13 +47,15 @@ class Prune:
     unit: str = "auto"  # heads: group, a key and value head with its query heads; query, a query head in every group; auto, what fits the ratio
     estimate: str = "projected"  # LoRAPrune's gradient of W: projected, what the paths' gradients show of it; paper, the change of B A in a step
     parts: str | None = None  # a unit is scored by all its linears, as published, or by its gate, the last of them (LoRAPrune)
-    multiple: int = 64  # FFN channels are kept in multiples of this
+    multiple: int | None = None  # FFN channels are kept in multiples of this; None: 128, or 64 where there are fewer than 4096
     uniform: bool = True  # one width for all blocks, as config.json can say it; else each block gets its own, which only we load
     one_shot: bool = False  # all at once before training starts, instead of gradually
     steps: int | None = None  # training steps while and after pruning; overrides epochs; 0: none
     epochs: float = 2.0
     lr: float | None = None
     batch: int = 8
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
     rank: int = 16  # of the LoRA paths that train and score
     alpha: float = 16.0  # their product is scaled by alpha / rank
     start: str = "inputs"  # of the paths: inputs, in the directions where these are strongest; random, as in the paper
@@ -157,11 +159,11 @@ class Recipe:
         """Hex fingerprint of the keys that decide the result of stage `upto`, one of STAGES; texts and models are known by their content."""
         values = self.to_dict()
         data = values["data"]
-        keys: dict[str, Any] = {"seed": self.seed, "nsamples": data["nsamples"], "seqlen": data["seqlen"]}
+        keys: dict[str, Any] = {"seed": self.seed, "seqlen": data["seqlen"]}
         if self.prune.method != "none":
-            keys |= {"prune": values["prune"]}
+            keys |= {"prune": values["prune"], "train_on_prompt": data["train_on_prompt"]}
         if STAGES.index(upto) >= STAGES.index("compress"):
-            keys |= {"quant": values["quant"]}
+            keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
         if STAGES.index(upto) >= STAGES.index("tune"):
             tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every")}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
@@ -180,7 +182,7 @@ def parse_quant(text: str) -> dict[str, Any]:
 
 
 def parse_prune(text: str) -> dict[str, Any]:
-    """ "loraprune:30%", "obert:0.9", "obert:80%:4block" or "obert:2:4" -> keys of Prune."""
+    """ "loraprune:30%", "obert:0.9", "obert:80%:4block" or "obert:2:4" -> keys of Prune; without a pattern that of the method."""
     method, _, rest = text.lower().partition(":")
     if m := re.fullmatch(r"(\d+):(\d+)", rest):
         keep, of = int(m[1]), int(m[2])
@@ -193,7 +195,7 @@ def parse_prune(text: str) -> dict[str, Any]:
     share = float(m[1]) / (100 if m[2] else 1)
     if not 0 < share < 1:
         raise RecipeError(f"--prune {text!r} asks for {share:g} of the parameters: give a share between 0 and 1, or a percentage such as 30%")
-    return {"method": method, "ratio": share} | ({"pattern": m[3]} if m[3] else {})
+    return {"method": method, "ratio": share, "pattern": m[3]}
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
@@ -239,11 +241,11 @@ def _pruning_rules(p: Prune) -> list[tuple[bool, str]]:
         (p.start in ("inputs", "random"), f"prune.start={p.start!r}: choose inputs or random"),
         (p.estimate in ("projected", "paper"), f"prune.estimate={p.estimate!r}: choose projected or paper"),
         (p.parts in (None, "all", "gate"), f"prune.parts={p.parts!r}: choose all or gate"),
-        (p.multiple > 0, f"prune.multiple={p.multiple} must be positive"),
+        (p.multiple is None or p.multiple > 0, f"prune.multiple={p.multiple} must be positive"),
         (p.steps is None or p.steps >= 0, f"prune.steps={p.steps} must not be negative"),
         (0 < p.epochs < math.inf, f"prune.epochs={p.epochs} must be positive and finite"),
         (p.lr is None or 0 < p.lr < math.inf, f"prune.lr={p.lr} must be positive"),
-        (p.batch > 0 and p.rank > 0 and p.every > 0 and p.prunes > 0, "prune.batch, rank, every and prunes must be positive"),
+        (min(p.batch, p.accumulate, p.rank, p.every, p.prunes) > 0, "prune: batch, accumulate, rank, every and prunes must be positive"),
         (0 < p.alpha < math.inf, f"prune.alpha={p.alpha} must be positive"),
         (0 <= (p.begin or 0) <= (1 if p.end is None else p.end) <= 1, f"prune.begin={p.begin} and end={p.end} are shares, in this order"),
         (p.initial is None or 0 <= p.initial <= p.ratio, f"prune.initial={p.initial} must be between 0 and the ratio, {p.ratio}"),

@@ -42,9 +42,9 @@ class Model:
         recipe, loaded = _recipe("prune", options | {"ratio": ratio, "method": method}), self._loaded
         corpus = texts.load("python" if data is None else data).train
         windows = texts.windows(corpus, self.tokenizer, loading.context(loaded.config, seqlen, "seqlen"))
-        facts, _log = pruning.prune(loaded, recipe.prune, CausalLM(windows.ids, windows.labels), seed)
+        facts, log = pruning.prune(loaded, recipe.prune, CausalLM(windows.ids, windows.labels), seed)
         self._sparse = pruning.sparse(recipe.prune)
-        return facts
+        return facts | {"notes": log.notes}
 
     def compress(self, calib: str | None = None, nsamples: int = 128, seqlen: int | None = None, seed: int = 42, **quant: Any) -> "Model":
         """Pack the decoder linears; keys of `quant` are those of recipe.Quant (bits, packer, group, symmetric, …).

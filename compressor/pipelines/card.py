@@ -133,11 +133,10 @@ def _pruned(report: Report) -> str:
     gone, total, facts = number(report.pruning, "ratio"), number(report.pruning, "prunable"), report.pruning
     if gone is None or total is None:
         return ""
-    shape = [
-        f"{facts[key]} {word}"
-        for key, word in (("blocks", "blocks"), ("heads", "heads or head groups a block"), ("ffn", "FFN channels"))
-        if key in facts
-    ]
+    words = {"blocks": "blocks", "heads": f"units of attention a block (each a {facts.get('unit', 'head')})", "ffn": "FFN channels"}
+    shape = [f"{facts[key]} {word}" for key, word in words.items() if key in facts]
+    if isinstance(facts.get("widths"), dict):
+        shape = [f"{key} by block {', '.join(map(str, row))}" for key, row in facts["widths"].items()]
     left = f"; what is left: {', '.join(shape)}" if shape else ""
     return f"Pruned by {_md(facts.get('method'))}: {gone:.1%} of the {total:,.0f} parameters in the blocks' linears are gone{_md(left)}.\n"
 
@@ -151,6 +150,8 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
         first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
         text = LOAD.format(auto=auto, package="# and compressor itself, from its source", first=first, config_import="", config="")
         return text + "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\nOr with compressor itself:\n\n" + own
+    if report.pruning.get("widths"):
+        return "Its blocks differ in width, which no stock configuration can say: only compressor loads this folder.\n\n" + own
     if report.export.get("format") == "dense safetensors":
         return LOAD.format(auto=auto, package="", first="", config_import="", config="") + "Or with compressor itself:\n\n" + own
     if _other_format(report):

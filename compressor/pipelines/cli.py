@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.recipe import Quant, Recipe, parse_prune, parse_quant
+from compressor.recipe import Prune, Quant, Recipe, parse_prune, parse_quant
 
 ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
@@ -86,7 +86,10 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
     base = read_recipe(Path(model)) if file else Recipe(model=model)
     changes: dict[str, Any] = {} if quant is None else {f"quant__{k}": v for k, v in parse_quant(quant).items()}
     if given["prune"] is not None:
-        changes |= {f"prune__{k}": v for k, v in parse_prune(given["prune"]).items()}
+        asked = parse_prune(given["prune"])
+        if asked["method"] != base.prune.method:
+            base = base.with_(prune=Prune())  # what a file says of another method does not carry over
+        changes |= {f"prune__{k}": v for k, v in asked.items()}
         if quant is None and not file:
             changes["quant__packer"] = "none"  # whoever asks for pruning alone gets that
     for name, key in FLAGS.items():
@@ -95,8 +98,15 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
             continue
         words = {"absolute": "absolute" if value else "relative", "per_layer": not value, "finetune": "always" if value else "never"}
         changes[key] = words[name] if name in words else tuple(value) if name == "ignore" else value
+    pruned = changes.get("prune__method", base.prune.method) != "none"
+    for key in ("batch", "accumulate", "gradient_checkpointing") if pruned else ():
+        if f"tune__{key}" in changes:
+            changes[f"prune__{key}"] = changes[f"tune__{key}"]
+    tuned = changes.get("tune__method", base.tune.method) != "none"
+    if pruned and not tuned and (lost := next((name for name in ("steps", "epochs", "lr") if f"tune__{name}" in changes), None)):
+        raise RecipeError(f"--{lost} says how to tune, and nothing is tuned; for pruning there are --prune-steps and --prune-lr")
     how = next((name for name, key in FLAGS.items() if key in changes and key.startswith("prune__")), None)
-    if how and changes.get("prune__method", base.prune.method) == "none":
+    if how and not pruned:
         raise RecipeError(f"--{how.replace('_', '-')} says how to prune, and nothing is pruned: add --prune, for example loraprune:30%")
     from compressor.pipelines.packers import PACKERS
 
@@ -117,17 +127,18 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
 @app.command()
 def run(
     ctx: typer.Context,
-    model: Annotated[
-        str, typer.Argument(help="tiny, a folder of a decoder or encoder, a hub id, a short name such as llama-7b, or a recipe.yaml")
-    ],
+    model: Annotated[str, typer.Argument(help="tiny, a folder of a decoder or encoder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
     quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
     tune: Annotated[Text, typer.Option(help="tuner: peqa (of scales), table (of sketches), or none")] = None,
     prune: Annotated[Text, typer.Option(help="what to remove first: loraprune:30%, obert:90%, obert:2:4 …; without --quant that is all")] = None,
     prune_steps: Annotated[Count, typer.Option(help="training steps while pruning; default: two epochs")] = None,
     prune_lr: Annotated[Number, typer.Option(help="learning rate while pruning; default: the method's own")] = None,
     unit: Annotated[Text, typer.Option(help="heads go by group (of a key head), query, or auto")] = None,
-    multiple: Annotated[Count, typer.Option(help="FFN channels are kept in multiples of this; 64 unless given")] = None,
-    per_layer: Annotated[bool | None, typer.Option("--per-layer/--uniform", help="every block its own width: only compressor loads that")] = None,
+    multiple: Annotated[Count, typer.Option(help="FFN channels are kept in multiples of this; default 64, or 128 for wide ones")] = None,
+    per_layer: Annotated[
+        bool | None,
+        typer.Option("--per-layer/--uniform", help="blocks of unlike width (encoders: heads go too); only we load it"),
+    ] = None,
     one_shot: Annotated[bool | None, typer.Option("--one-shot/--gradual", help="prune all at once")] = None,
     finetune: Annotated[bool | None, typer.Option("--finetune/--no-finetune", help="encoders: train the dense model on the task first")] = None,
     recompute: Annotated[Count, typer.Option(help="oBERT: inverse Fisher estimates a prune")] = None,

@@ -7,8 +7,8 @@
     question, context, answers; or SQuAD's own .json                          the answer's place in the context
 
 Sources and their parts are as in sources.py: a folder with train and test or validation files keeps them (a test part without labels, as GLUE has
-it, is passed over), any other source gives every tenth example to the test part; a training example that is in the test part word for word is left
-out. Labels are the sorted names of the training part, numbers by value; a model that has a head keeps its own names.
+it, is passed over; of validation_matched and validation_mismatched the first counts), any other source gives every tenth example to the test part; a
+training example that is in the test part word for word is left out. The columns of the first example are those of all. Labels are the sorted names of the training part, numbers by value; a model that has a head keeps its own names.
 
 Words in pieces: the first piece carries the word's tag, the others -100. Long contexts are cut into windows that overlap by 128 tokens; a window
 without the whole answer points at the first token (Devlin et al., 2019, arXiv 1810.04805). Long texts lose their end, which is counted.
@@ -16,8 +16,10 @@ without the whole answer points at the first token (Devlin et al., 2019, arXiv 1
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from compressor.errors import DataError
@@ -27,7 +29,8 @@ TEXTS = ("sentence", "text", "content")
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"), ("text1", "text2"))
 WORDS, TAGS = ("tokens", "words"), ("tags", "ner_tags", "pos_tags", "labels")
 SHAPES = "sentence and label, two texts and label, tokens and tags, or question, context and answers"
-PARTS = ("test", "validation")
+HELD_OUT = {"test", "testing", "validation", "valid", "val", "dev", "eval"}  # words in the name of a file, or of a split, that is all held out
+PARTS = ("test", "validation", "dev")  # what names of parts to measure on start with
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,14 @@ def load(source: str | None) -> Task:
         raise DataError(f"{source} is plain text, and an encoder is trained on labelled examples: give a file or folder of them with --data")
     name, parts = tables(source)
     train = examples(parts["train"], name)
-    held = next((found for key in PARTS if key in parts and (found := _labelled(parts[key], f"{name} [{key}]"))), None)
+    held, _ = _measured(parts, name)
     rule = "train and test parts of the source"
     if held is None:
         if len(train) < HELD_OUT_EVERY:
             raise DataError(
                 f"{name} has {len(train)} labelled examples, too few to hold out every tenth: give more, or a folder with train and test files"
             )
-        held, rule = train[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY], f"one in {HELD_OUT_EVERY} of {len(train)} examples held out"
+        held, rule = _tenth(train)
         train = [e for i, e in enumerate(train) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
     seen = {_text(e) for e in held}
     kept = [e for e in train if _text(e) not in seen]
@@ -108,12 +111,33 @@ def load(source: str | None) -> Task:
 
 
 def load_test(source: str) -> Task:
-    """The examples of a source to measure on: its own test or validation part if it has one with labels, else all. Nothing is trained on."""
+    """The examples of a source to measure on, nothing is trained on: its own test or validation part if it has one with labels, else the tenth that
+    `load` holds out of it. A file that is called test, validation or dev, or has fewer than ten examples, is measured whole.
+    """
     name, parts = tables(source)
-    held = next((found for key in PARTS if key in parts and (found := _labelled(parts[key], f"{name} [{key}]"))), None)
-    rule = "all of the source" if held is None else "test part of the source"
-    held = examples(parts["train"], name) if held is None else held
+    held, part = _measured(parts, name)
+    rule = f"{part} part of the source"
+    if held is None:
+        held, rule = examples(parts["train"], name), "all of the source"
+        part = Path(source).stem if Path(source).is_file() else source.partition("@")[2]
+        whole = not HELD_OUT.isdisjoint(re.split(r"[^a-z]+", part.lower()))
+        if not whole and len(held) >= HELD_OUT_EVERY:
+            held, rule = _tenth(held)
     return Task(name, KIND[type(held[0])], [], held, _in_order(_labels(held)), rule)
+
+
+def _measured(parts: dict[str, list[Any]], name: str) -> tuple[list[Example] | None, str]:
+    """The first part to measure on that has labels, with its name."""
+    for start in PARTS:
+        for key in sorted((key for key in parts if key.startswith(start)), key=lambda key: (key != start, not key.endswith("_matched"), key)):
+            if found := _labelled(parts[key], f"{name} [{key}]"):
+                return found, key
+    return None, ""
+
+
+def _tenth(found: list[Example]) -> tuple[list[Example], str]:
+    """What is held out of examples that came in one part, and the rule in words."""
+    return found[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY], f"one in {HELD_OUT_EVERY} of {len(found)} examples held out"
 
 
 def _labelled(rows: list[Any], where: str) -> list[Example]:
@@ -134,15 +158,25 @@ def examples(rows: list[Any], where: str) -> list[Example]:
     kind = next((name for name, fits in _KINDS.items() if fits(first)), None)
     if kind is None:
         raise DataError(f"{where} has the columns {', '.join(map(str, first))}, which are no task: give {SHAPES}")
+    columns = _columns(kind, first)
     out: list[Example] = []
     for number, row in enumerate(rows, 1):
         try:
-            out += _READ[kind](row, f"{where}, example {number}")
+            if lacking := [column for column in columns if column not in row]:
+                raise DataError(f"{where}, example {number}, is not like the first one: it has no {lacking[0]}")
+            out += _READ[kind]({column: row[column] for column in columns}, f"{where}, example {number}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise DataError(f"{where}, example {number}, is not like the first one: {type(error).__name__} {error}") from None
     if not out:
         raise DataError(f"{where} holds no examples")
     return out
+
+
+def _string(value: Any, where: str, number: bool = False) -> str:
+    """Text as it is, and a number where that may stand for a word; DataError for anything else, such as null."""
+    if isinstance(value, str) or (number and isinstance(value, int | float) and value == value):
+        return str(value)
+    raise DataError(f"{where} has {json.dumps(value, default=str)[:40]} where text is expected: give text, or leave the example out")
 
 
 def _column(row: dict[str, Any], names: Sequence[str]) -> str | None:
@@ -153,6 +187,15 @@ def _pair(row: dict[str, Any]) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if pair[0] in row and pair[1] in row), None)
 
 
+def _columns(kind: str, first: dict[str, Any]) -> list[str]:
+    """The columns that are read of every row, as the first has them."""
+    if kind == "text":
+        return [*(_pair(first) or (_column(first, TEXTS) or "",)), "label"]
+    if kind == "tagged":
+        return [_column(first, WORDS) or "", _column(first, TAGS) or ""]
+    return {"lines": ["lines"], "squad": ["paragraphs"], "question": ["question", "context", "answers"]}[kind]
+
+
 def _read_lines(row: dict[str, Any], where: str) -> list[Example]:
     columns = [line.split() for line in row["lines"] if not line.startswith("-DOCSTART-")]
     if any(len(c) < 2 for c in columns):
@@ -161,7 +204,7 @@ def _read_lines(row: dict[str, Any], where: str) -> list[Example]:
 
 
 def _read_tagged(row: dict[str, Any], where: str) -> list[Example]:
-    words, tags = ([str(v) for v in row[_column(row, names) or ""]] for names in (WORDS, TAGS))
+    words, tags = ([_string(v, where, number=True) for v in row[_column(row, names) or ""]] for names in (WORDS, TAGS))
     if len(words) != len(tags):
         raise DataError(f"{where} has {len(words)} words and {len(tags)} tags: give one tag a word")
     return [Tagged(tuple(words), tuple(tags))] if words else []
@@ -176,14 +219,17 @@ def _read_question(row: dict[str, Any], where: str) -> list[Example]:
         texts, starts = ([texts], [starts]) if isinstance(texts, str) else (texts, starts)
     else:
         texts, starts = [a["text"] for a in found], [a["answer_start"] for a in found]
-    context = str(row["context"])
+    context = _string(row["context"], where)
     for text, start in zip(texts, starts, strict=True):
         if context[int(start) : int(start) + len(text)] != text:
             raise DataError(f"{where}: the context does not say {text[:40]!r} at character {start}: answer_start counts characters from 0")
-    return [Question(str(row["question"]).strip(), context, tuple(map(str, texts)), tuple(map(int, starts)))]
+    starts = tuple(int(start) + len(text) - len(text.lstrip()) for text, start in zip(texts, starts, strict=True))
+    return [Question(_string(row["question"], where).strip(), context, tuple(text.strip() for text in texts), starts)]
 
 
 def _read_squad(row: dict[str, Any], where: str) -> list[Example]:
+    if any("answers" not in q for p in row["paragraphs"] for q in p["qas"]):
+        raise DataError(f"{where} has no answers: give data with answers, there is nothing to learn or measure without them")
     rows = [{"context": p["context"], "question": q["question"], "answers": q["answers"]} for p in row["paragraphs"] for q in p["qas"]]
     return [e for r in rows for e in _read_question(r, where)]
 
@@ -197,8 +243,8 @@ def _read_text(row: dict[str, Any], where: str) -> list[Example]:
     name = str(int(label)) if isinstance(label, float | bool) else str(label).strip()
     pair = _pair(row)
     if pair:
-        return [Labelled(str(row[pair[0]]), name, str(row[pair[1]]))]
-    return [Labelled(str(row[_column(row, TEXTS) or ""]), name)]
+        return [Labelled(_string(row[pair[0]], where), name, _string(row[pair[1]], where))]
+    return [Labelled(_string(row[_column(row, TEXTS) or ""], where), name)]
 
 
 _KINDS = {
@@ -246,7 +292,7 @@ def _in_order(names: set[str]) -> tuple[str, ...]:
 
 
 def _whole(name: str) -> bool:
-    return name.lstrip("-").isdecimal()
+    return re.fullmatch(r"-?\d+", name) is not None
 
 
 def _fraction(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Encoders with the head of a task: loaded as they are, or given a fresh head for what the data asks.
 
-A folder of *ForSequenceClassification, *ForTokenClassification or *ForQuestionAnswering keeps its head and the names of its classes. A bare encoder
+A folder of *ForSequenceClassification, *ForTokenClassification or *ForQuestionAnswering keeps its head and the names of its classes; where it has only
+LABEL_0 and the like, the data's names take their place, so that the written folder means the same to data that lack some of them. A bare encoder
 (BertModel, *ForMaskedLM, *ForPreTraining) gets a head of the task, drawn from the seed, and the run says so. Nothing else may be random: a folder
 that lacks weights of the body is an error; the pooler between body and head counts as head where the folder has none, as after masked-language
 training.
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from compressor import linear
-from compressor.errors import DataError, ModelError
+from compressor.errors import DataError, ModelError, RecipeError
 from compressor.pipelines import load
 from compressor.pipelines.encoder_data import Task
 from compressor.prune import slicing
@@ -23,6 +24,8 @@ from compressor.prune import slicing
 ENCODERS = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra")  # model types
 HEAD = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification", "question": "ForQuestionAnswering"}
 BARE = ("Model", "ForMaskedLM", "ForPreTraining")
+NAMELESS = re.compile(r"LABEL_\d+")  # what transformers calls a class that was given no name
+LEAST = 16  # tokens of a question with a piece of its context
 
 
 @dataclass
@@ -41,21 +44,36 @@ class Encoder:
 
     @property
     def names(self) -> dict[int, str]:
-        """The data's name of each class."""
-        return {i: name for name, i in self.classes.items()}
+        """The data's name of each class, or the model's where the data has none."""
+        return {} if self.kind == "question" else own_names(self.loaded.config) | {i: name for name, i in self.classes.items()}
+
+
+def architecture(config: dict[str, Any]) -> str:
+    """The first name under architectures, empty if there is none."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def own_names(config: dict[str, Any]) -> dict[int, str]:
+    """The model's names of its classes. ModelError for an id2label that is no object of numbers and names."""
+    given = config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    try:
+        return {int(i): str(label) for i, label in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ModelError(f"id2label in config.json is {str(given)[:60]}, not names by the numbers of their classes: correct it") from None
 
 
 def is_encoder(config: dict[str, Any]) -> bool:
     """Whether a config.json is of an encoder that is pruned and tuned on labelled examples."""
-    first = str(next(iter(config.get("architectures") or []), ""))
+    first = architecture(config)
     return config.get("model_type") in ENCODERS and first.endswith((*HEAD.values(), *BARE)) and not first.endswith("LMHeadModel")
 
 
 def task_of(config: dict[str, Any]) -> str | None:
     """sequence, token or question for a model with such a head, None for a bare encoder; ModelError for a head that is no classifier."""
-    name = str(config["architectures"][0])
+    name = architecture(config)
     kind = next((kind for kind, suffix in HEAD.items() if name.endswith(suffix)), None)
-    problem, count = config.get("problem_type"), len(config.get("id2label") or {"0": "", "1": ""})
+    problem, count = config.get("problem_type"), len(own_names(config))
     if kind in ("sequence", "token") and (problem in ("regression", "multi_label_classification") or config.get("num_labels") == 1 or count == 1):
         raise ModelError(
             f"{name} predicts {'several labels' if problem == 'multi_label_classification' else 'a number'}: only one class a text is supported"
@@ -68,7 +86,7 @@ def load_encoder(name: str, device: str, task: Task, seed: int) -> Encoder:
     folder = load.resolve(name)
     config = load.any_config(folder)
     if not is_encoder(config):
-        raise ModelError(f"{folder} holds {', '.join(config['architectures']) or 'no named architecture'}, no encoder of {', '.join(ENCODERS)}")
+        raise ModelError(f"{folder} holds {architecture(config) or 'no named architecture'}, no encoder of {', '.join(ENCODERS)}")
     kind = task_of(config)
     if kind is not None and kind != task.kind:
         raise DataError(f"{task.name} holds examples for {HEAD[task.kind]}, and the model is {config['architectures'][0]}: give data of its task")
@@ -97,8 +115,21 @@ def _dense(name: str, config: dict[str, Any], device: str, task: Task, seed: int
     if body:
         raise ModelError(f"{folder} lacks weights, they would be random: {', '.join(body[:3])}{' …' if len(body) > 3 else ''}")
     loaded = load.Loaded(model.to(where).eval(), load.load_tokenizer(folder), folder, name, wanted, load.stored_dtype(folder))
+    classes = classes_of(wanted, task)
+    _name_classes(loaded, classes)
     note = f"{config['architectures'][0]} has no head for this task: a fresh one was drawn from seed {seed} ({', '.join(random)})"
-    return Encoder(loaded, task.kind, classes_of(wanted, task), fresh, [note] if fresh else [])
+    return Encoder(loaded, task.kind, classes, fresh, [note] if fresh else [])
+
+
+def _name_classes(loaded: load.Loaded, classes: dict[str, int]) -> None:
+    """Give a head without names of its own those of the data."""
+    own = own_names(loaded.config)
+    config: Any = loaded.model.config
+    if not classes or not all(NAMELESS.fullmatch(label) for label in own.values()):
+        return
+    names = own | {i: name for name, i in classes.items()}
+    config.id2label, config.label2id = names, {name: i for i, name in names.items()}
+    loaded.config |= {"id2label": dict(names), "label2id": dict(config.label2id)}
 
 
 def _head(config: dict[str, Any], task: Task) -> dict[str, Any]:
@@ -112,18 +143,26 @@ def _head(config: dict[str, Any], task: Task) -> dict[str, Any]:
 def classes_of(config: dict[str, Any], task: Task) -> dict[str, int]:
     """The model's class of each name of the data: by name, or as a number, or, where the model has no names of its own, in order.
 
-    DataError for data whose names are none of the model's.
+    DataError for data whose names are none of the model's, or two of which would be one class.
     """
     if task.kind == "question":
         return {}
-    own = {int(i): str(label) for i, label in (config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}).items()}
+    found = _aligned(own_names(config), task)
+    if len(set(found.values())) < len(found):
+        twice = [label for label in found if list(found.values()).count(found[label]) > 1]
+        raise DataError(f"{task.name} has the labels {twice[0]!r} and {twice[1]!r}, which are one class of the model: write them alike")
+    return found
+
+
+def _aligned(own: dict[int, str], task: Task) -> dict[str, int]:
     for told in (str, str.lower):  # letter by letter, then whatever their case
         by_name = {told(label): i for i, label in own.items()}
         if len(by_name) == len(own) and all(told(label) in by_name for label in task.labels):
             return {label: by_name[told(label)] for label in task.labels}
-    if all(label.isdecimal() and int(label) in own for label in task.labels):
+    numbers = all(label.isdecimal() for label in own.values())  # which say themselves what they mean
+    if not numbers and all(label.isdecimal() and int(label) in own for label in task.labels):
         return {label: int(label) for label in task.labels}
-    if all(re.fullmatch(r"LABEL_\d+", label) for label in own.values()) and len(own) == len(task.labels):
+    if all(NAMELESS.fullmatch(label) for label in own.values()) and len(own) == len(task.labels):
         return dict(zip(task.labels, own, strict=True))
     raise DataError(
         f"{task.name} has the labels {', '.join(task.labels[:4])} and the model {', '.join(list(own.values())[:4])}: give data of its task"
@@ -141,4 +180,7 @@ def max_length(config: dict[str, Any], kind: str, asked: int | None) -> int:
     offset = 2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0  # positions before the first token's
     positions = config.get("max_position_embeddings")
     most = {"max_position_embeddings": int(positions) - offset} if positions else {}
-    return load.context(most, asked, "seqlen") if asked is not None else min(load.context(most), 384 if kind == "question" else 128)
+    length = load.context(most, asked, "seqlen") if asked is not None else min(load.context(most), 384 if kind == "question" else 128)
+    if kind == "question" and length < LEAST:
+        raise RecipeError(f"seqlen={length} has no room for a question and a piece of its context: give at least {LEAST}")
+    return length

@@ -20,6 +20,7 @@ from compressor.errors import RecipeError
 from compressor.linear import find_blocks
 from compressor.pipelines.encoder_load import prunable
 from compressor.pipelines.encoder_units import Units
+from compressor.pipelines.methods import check_heeded
 from compressor.prune import Pruner
 from compressor.prune.masks import Pattern, parse_pattern
 from compressor.prune.obert import SCORES, Obert, Settings
@@ -69,11 +70,27 @@ def resolved(options: Prune, blocks: int) -> Prune:
     """The options with the method's own values where none were given; RecipeError for a method or pattern that encoders do not have."""
     if options.method not in SCORES:
         raise RecipeError(f"{options.method} does not prune encoders: use --prune {' or '.join(f'{name}:90%' for name in SCORES)}")
+    check_heeded(options, heeded(options))
+    begin, end = ramp(options)
+    if begin > end:
+        raise RecipeError(f"prune.begin={begin:g} comes after the end of the ramp, {end:g} of the steps: give prune.end too")
     pattern = options.pattern or "unstructured"
     if pattern != "structured":
         parse_pattern(pattern)
     first = min(FIRST_SMALL if blocks <= SMALL else FIRST, 0.75 * options.ratio) if options.initial is None else options.initial
     return replace(options, pattern=pattern, initial=first, lr=options.lr or LR)
+
+
+def heeded(options: Prune) -> set[str]:
+    """The keys of Prune that say something to a method and pattern on encoders."""
+    keys = {"steps", "epochs", "lr", "batch", "distill", "temperature", "one_shot", "initial", "prunes", "begin", "end"}
+    curvature = {"gradients", "gradient_batch", "recompute", "damp", "block"} if options.method == "obert" else set()
+    return keys | curvature | ({"multiple", "uniform"} if options.pattern == "structured" else set())
+
+
+def ramp(options: Prune) -> tuple[float, float]:
+    """First and last prune as shares of the steps."""
+    return BEGIN if options.begin is None else options.begin, END if options.end is None else options.end
 
 
 def check(model: nn.Module, options: Prune) -> None:
@@ -108,7 +125,7 @@ def schedule(options: Prune, steps: int) -> tuple[tuple[int, float], ...]:
     if options.one_shot or not steps:
         return ((0, options.ratio),)
     first = 0.0 if options.initial is None else options.initial
-    begin, end = (BEGIN if options.begin is None else options.begin), (END if options.end is None else options.end)
+    begin, end = ramp(options)
     at = events(round(begin * steps), min(round(end * steps), steps - 1), options.prunes)
     span = max(1, at[-1] - at[0])
     return tuple((step, options.ratio if step == at[-1] else cubic((step - at[0]) / span, first, options.ratio)) for step in at)

@@ -27,7 +27,7 @@ from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
 from compressor.prune import slicing
 from compressor.prune.masks import sparsity
-from compressor.recipe import Recipe
+from compressor.recipe import Eval, Recipe
 from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches
 from compressor.tune.encoder import EncoderTask, Examples, Teacher
@@ -69,7 +69,8 @@ class EncoderRun(Job):
         self.key_finetune = digest(base, learnt, asdict(recipe.finetune) if self.finetunes else None)
         self.key_prune = digest(self.key_finetune, recipe.digest("prune") if self.prunes else None)
         self.key_compress = digest(self.key_prune, recipe.digest("compress") if self.packs else None)
-        self.key_tune = digest(self.key_compress, recipe.digest("tune"))
+        teacher = (recipe.prune.distill, recipe.prune.temperature)  # of the tuner too, where nothing is pruned
+        self.key_tune = digest(self.key_compress, recipe.digest("tune"), teacher)
         self.key_measured = {
             name: digest(key, measured)
             for name, key in (("dense", self.key_finetune), ("pruned", self.key_prune), ("packed", self.key_compress), ("tuned", self.key_tune))
@@ -162,6 +163,8 @@ class EncoderRun(Job):
         targets = compress.plan(loaded.model, recipe.quant).packed()
         write.round_to_folder(loaded, {t.name for t in targets})
         ids = calibration(self.train_rows, recipe.data.nsamples, recipe.seed) if PACKERS[recipe.quant.packer].needs else None
+        if ids is not None:
+            self.report.notes.append(calibrated(self.train_rows, ids))
         folder = journal.subfolder("blocks", self.key_compress)
         with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
             dtype = load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
@@ -232,6 +235,10 @@ def check(recipe: Recipe) -> None:
     for key in ("outside", "calib"):
         if getattr(recipe.data, key) is not None:
             raise RecipeError(f"--{key} means nothing to an encoder, which is trained, calibrated and measured on --data: leave it out")
+    told = {"window": recipe.eval.window is not None, "max-tokens": recipe.eval.max_tokens != Eval().max_tokens}
+    for flag, given in (told | {"train-on-prompt": recipe.data.train_on_prompt}).items():
+        if given:
+            raise RecipeError(f"--{flag} means nothing to an encoder, which has no windows of text and no prompts: leave it out")
 
 
 def calibration(rows: Examples, nsamples: int, seed: int) -> Tensor:
@@ -241,6 +248,13 @@ def calibration(rows: Examples, nsamples: int, seed: int) -> Tensor:
     alike = (lengths == length).nonzero().flatten()
     chosen = alike[torch.randperm(len(alike), generator=torch.Generator().manual_seed(seed))[:nsamples]]
     return rows.padded(chosen.sort().values)[0]
+
+
+def calibrated(rows: Examples, ids: Tensor) -> str:
+    """What the packer saw, in words for the report."""
+    typed = rows.types is not None and bool(rows.types.any())
+    types = "; their token types were taken as 0, which the second texts of pairs are not" if typed else ""
+    return f"calibrated on {len(ids)} examples of {ids.shape[1]} tokens each, {ids.numel()} tokens{types}"
 
 
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
@@ -293,14 +307,18 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
 
 def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: int | None = None) -> dict[str, Any]:
     """Accuracy (sequences, words) or exact match and F1 (questions) of an encoder with a head, dense or compressed, on labelled examples."""
-    task, config = encoder_data.load_test(source), load.any_config(load.resolve(model))
+    config = load.any_config(load.resolve(model))
+    if not is_encoder(config):
+        raise ModelError(f"{model} holds {encoder_load.architecture(config) or 'no named architecture'}, which is no encoder")
     if encoder_load.task_of(config) is None:
         raise ModelError(f"{model} has no head for a task: prune or fine-tune it first with `compressor run`")
+    task = encoder_data.load_test(source)
     encoder = encoder_load.load_encoder(model, device, task, 0)
     rows = encoder_tokens.encode(task.test, encoder.loaded.tokenizer, encoder.classes, encoder_load.max_length(config, task.kind, seqlen))
     with show.task("evaluate", 1) as advance:
         found = encoder_eval.measure(encoder.model, rows, task.test, encoder.names)
         advance(1, "")
     dense = {name: w != 0 for name, w in write.block_weights(encoder.loaded).items() if isinstance(w, Tensor)}
-    document = {"model": model, "data": source, "data_sha256": task.sha256("test"), "folder_bytes": load.model_bytes(encoder.loaded.folder)}
+    document = {"model": model, "data": source, "data_sha256": task.sha256("test"), "split": task.rule}
+    document |= {"folder_bytes": load.model_bytes(encoder.loaded.folder)}
     return document | found | ({"sparsity": sparsity(dense)} if dense else {})

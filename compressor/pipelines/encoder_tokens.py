@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.errors import DataError, ModelError
+from compressor.errors import DataError, ModelError, RecipeError
 from compressor.pipelines.encoder_data import Labelled, Question
 from compressor.tune.encoder import Examples
 from compressor.tune.loss import MASKED
@@ -77,7 +77,8 @@ def _tagged(examples: list[Any], tokenizer: Any, labels: dict[str, int], max_len
 
 
 def _questions(examples: list[Question], tokenizer: Any, max_length: int) -> Encoded:
-    questions, stride = _short([e.question for e in examples], tokenizer, max_length), min(STRIDE, max_length // 4)
+    questions, left = _short([e.question for e in examples], tokenizer, max_length)
+    stride = min(STRIDE, max_length // 4, left - 1)
     ids: list[list[int]] = []
     types: list[list[int]] = []
     owner: list[int] = []
@@ -99,11 +100,17 @@ def _questions(examples: list[Question], tokenizer: Any, max_length: int) -> Enc
     return Encoded(rows, owner=owner, places=torch.tensor(places, dtype=torch.int32))
 
 
-def _short(texts: list[str], tokenizer: Any, max_length: int) -> list[str]:
-    """Questions of at most 64 tokens, and at most a third of a row."""
+def _short(texts: list[str], tokenizer: Any, max_length: int) -> tuple[list[str], int]:
+    """Questions of at most 64 tokens, and at most a third of a row; and the tokens that the longest leaves to the context.
+
+    RecipeError if it leaves fewer than two.
+    """
     most = min(QUESTION, max_length // 3)
     found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return [text if len(place) <= most else text[: place[most - 1][1]] for text, place in zip(texts, found, strict=True)]
+    left = max_length - tokenizer.num_special_tokens_to_add(pair=True) - min(most, max(map(len, found)))
+    if most < 1 or left < 2:
+        raise RecipeError(f"seqlen={max_length} leaves no room for a context beside its question: give at least 16")
+    return [text if len(place) <= most else text[: place[most - 1][1]] for text, place in zip(texts, found, strict=True)], left
 
 
 def _answer(example: Question, places: list[tuple[int, int]]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from compressor.prune.obert import Settings
 from compressor.prune.structured_obert import StructuredObert, part_weights
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families
-from compressor.prune.widths import Widths, choose
+from compressor.prune.widths import Widths, choose, multiple_of
 from compressor.recipe import Prune
 
 NEAR = 0.05  # how far the widths may be from the wanted ratio
@@ -37,7 +37,8 @@ class Units:
         self.masks: UnitMasks | None = None
 
     def widths_of(self, ratio: float) -> Widths:
-        return choose(self.model, ratio, "group", self.options.multiple, lambda queries, keys: not self.options.uniform)
+        multiple = self.options.multiple or multiple_of(families(self.model)[1].count)
+        return choose(self.model, ratio, "group", multiple, lambda queries, keys: not self.options.uniform)
 
     def widths(self, ratio: float) -> Mapping[str, int]:
         """How many units of each family stay, never fewer than at the end."""

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from compressor.errors import RecipeError
 from compressor.pipelines.packers import PACKERS
-from compressor.recipe import Quant, Recipe
+from compressor.recipe import Prune, Quant, Recipe
 from compressor.tune import TUNERS
 
 
@@ -15,6 +15,8 @@ def check_names(recipe: Recipe) -> None:
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
     if recipe.quant.packer == "none":
+        if idle := [key for key, value in asdict(Quant()).items() if key != "packer" and getattr(recipe.quant, key) != value]:
+            raise RecipeError(f"{idle[0]}={getattr(recipe.quant, idle[0])} says how to pack, and nothing is packed: add --quant, for example 3bit")
         return
     given, usual = asdict(recipe.quant), asdict(Quant())
     heeded = PACKERS[recipe.quant.packer].heeds
@@ -24,6 +26,13 @@ def check_names(recipe: Recipe) -> None:
     if idle:
         hint = "; tables go by --gpr" if idle[0] == "group" else ""
         raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")
+
+
+def check_heeded(options: Prune, heeded: set[str]) -> None:
+    """RecipeError for a key of the pruning section that was changed and says nothing to the method."""
+    idle = [key for key, value in asdict(Prune()).items() if key not in {"method", "ratio", "pattern", *heeded} and getattr(options, key) != value]
+    if idle:
+        raise RecipeError(f"prune.{idle[0]}={getattr(options, idle[0])} means nothing to {options.method} here: leave it out")
 
 
 def check_methods(recipe: Recipe) -> None:

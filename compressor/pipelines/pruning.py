@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compressor.errors import ModelError, RecipeError
 from compressor.linear import find_blocks, linears, packed_linears
 from compressor.pipelines import estimate, load, surgery
+from compressor.pipelines.methods import check_heeded
 from compressor.prune import lowrank, slicing
 from compressor.prune.depth import DepthPruner, kept_blocks
 from compressor.prune.importance import IMPORTANCES, PaperGradients
@@ -23,16 +24,25 @@ from compressor.prune.loraprune import STEPS_BEFORE, Ramp, UnitPruner
 from compressor.prune.obert import SCORES
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families, shape
-from compressor.prune.widths import TOLERANCE, Widths, choose, prunable
+from compressor.prune.widths import TOLERANCE, Widths, choose, multiple_of, prunable
 from compressor.recipe import Prune, Tune
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import TrainLog, train
 
-LR = 0.64  # of the low-rank paths, over the hidden size: 5e-3 at 128, as measured (docs/pruning.md), and near the paper's 1e-4 at 4096
+LR = 0.64  # of the low-rank paths, over the hidden size: 5e-3 at 128, as measured (docs/log.md), and near the paper's 1e-4 at 4096
 BEGIN, END = 0.05, 0.3  # the ramp, as shares of the steps: on small budgets healing pays more than going slowly
+NEAR = 0.1  # how far the widths may be from the wanted ratio
 PARTS = {"loraprune": "gate"}  # what a unit is scored by, where it is not all its linears
 METHODS = (*IMPORTANCES, "depth", "obert")
-SHAPES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")  # of config.json
+SHAPES = (
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)  # of config.json
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ def plan(model: nn.Module, options: Prune) -> Plan:
         raise RecipeError(f"pruning method {options.method!r} is unknown for a causal language model; choose {', '.join(METHODS)}")
     if sparse(options) and options.method not in SCORES:
         raise RecipeError(f"{options.method} removes whole units, not the pattern {options.pattern}: use obert, or leave the pattern out")
+    check_heeded(options, heeded(options))
     count = len(find_blocks(model)[1])
     if sparse(options):
         surgery.check(model, options)
@@ -65,19 +76,37 @@ def plan(model: nn.Module, options: Prune) -> Plan:
         return Plan(options.method, options.ratio, options.ratio, total, count)
     if options.method != "obert" and options.steps is not None and options.steps < 2:
         raise RecipeError(f"prune.steps={options.steps} leaves nothing to score units by: give at least a few steps")
-    total = prunable(model)
     if options.method == "depth":
+        total = sum(math.prod(shape(layer)) for layer in _all_linears(find_blocks(model)[1]))
         kept = kept_blocks(count, options.ratio)
         return Plan(options.method, options.ratio, 1 - kept / count, total, kept)
+    total = prunable(model)
+    if not options.uniform and options.unit == "query":
+        raise RecipeError("query heads go by as many from every group and block: leave out --unit query, or --per-layer")
     unit = options.unit if options.uniform else "group"
-    widths = choose(model, options.ratio, unit, options.multiple, lambda queries, keys: heads_fit(model, queries, keys))
+    widths = choose(model, options.ratio, unit, multiple(model, options), lambda queries, keys: heads_fit(model, queries, keys))
+    if abs(widths.ratio - options.ratio) > NEAR:
+        nearest = f"the nearest widths take {widths.ratio:.0%} of the prunable weights"
+        raise RecipeError(f"pruning {options.ratio:.0%} cannot be done: {nearest}; choose another ratio, or a smaller --multiple")
     return Plan(options.method, options.ratio, widths.ratio, total, count, widths)
+
+
+def _all_linears(blocks: nn.Module) -> list[nn.Module]:
+    return [*linears(blocks).values(), *packed_linears(blocks).values()]
+
+
+def multiple(model: nn.Module, options: Prune) -> int:
+    """What the FFN's width is to be a multiple of."""
+    return options.multiple or multiple_of(families(model)[1].count)
 
 
 def heads_fit(model: Any, queries: int, keys: int) -> bool:
     """Whether a model of this class, built from its configuration with so many heads, would have heads of the size they have now."""
     config, heads = model.config, families(model)[0]
     size = heads.parts[1].width  # rows of a key head
+    attention = model.get_submodule(heads.gate.name.rpartition(".")[0])
+    if any(p.numel() in (part.width * heads.count for part in heads.parts[:2]) and p.numel() > size for _n, p in own_parameters(attention)):
+        return False  # a norm over all heads: without some of them it would not be the same
     layers = {"num_hidden_layers": 1} | ({"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", None) else {})
     values = config.to_dict() | layers | {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": size}
     try:
@@ -88,6 +117,23 @@ def heads_fit(model: Any, queries: int, keys: int) -> bool:
     return (small.count, small.parts[0].width, small.parts[1].width) == (keys, queries // keys * size, size)
 
 
+def own_parameters(attention: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of an attention module that are of none of its linears."""
+    inside = tuple(f"{name}." for name, m in attention.named_modules() if name and hasattr(m, "in_features"))
+    return [(name, p) for name, p in attention.named_parameters() if not name.startswith(inside or ("-",))]
+
+
+def heeded(options: Prune) -> set[str]:
+    """The keys of Prune that say something to a method on causal language models."""
+    if options.method == "obert" or sparse(options):
+        own = {"damp", "block", "gradients", "recompute"} if options.method == "obert" else set()
+        return own | {"one_shot"} | ({"unit", "multiple"} if options.pattern == "structured" else set())
+    train = {"steps", "epochs", "lr", "batch", "accumulate", "gradient_checkpointing", "rank", "alpha", "start", "every", "begin", "end", "one_shot"}
+    if options.method == "depth":
+        return train
+    return train | {"unit", "multiple", "uniform", "parts"} | ({"estimate"} if options.method == "loraprune" else set())
+
+
 def rate(model: Any, options: Prune) -> float:
     """The learning rate of the low-rank paths."""
     return options.lr or LR / model.config.hidden_size
@@ -96,8 +142,8 @@ def rate(model: Any, options: Prune) -> float:
 def training(options: Prune) -> Tune:
     """The options of the training loop that heals while pruning."""
     return Tune(
-        method="prune", steps=options.steps or None, epochs=options.epochs, lr=options.lr, batch=options.batch, schedule="linear",
-        warmup=0.03, eval_every=0,
+        method="prune", steps=options.steps or None, epochs=options.epochs, lr=options.lr, batch=options.batch, accumulate=options.accumulate,
+        gradient_checkpointing=options.gradient_checkpointing, schedule="linear", warmup=0.03, eval_every=0,
     )  # fmt: skip
 
 
@@ -114,7 +160,7 @@ def tokens(options: Prune, objective: CausalLM, seed: int, model: nn.Module) -> 
     if options.method == "obert" or sparse(options):
         passes = len(find_blocks(model)[1]) * (2 if sparse(options) else 1)
         return 0 if options.method != "obert" else passes * options.recompute * options.gradients * length
-    return steps(options, objective, seed) * options.batch * length
+    return steps(options, objective, seed) * options.batch * options.accumulate * length
 
 
 def sparse(options: Prune) -> bool:
@@ -178,8 +224,9 @@ def prune(
         model, lowrank.parameters(paths), objective, training(options), seed, folder, fingerprint, None, on_step, pruner
     ), objective.ids, dtype)  # fmt: skip
     follow_config(loaded)
+    extra = {"widths": loaded.config[slicing.WIDTHS]} if loaded.config.get(slicing.WIDTHS) else {}
     log.notes += notes(model, todo)
-    facts = todo.facts() | {"packed_base": packed, "trainable": sum(p.numel() for p in lowrank.parameters(paths).values())}
+    facts = todo.facts() | extra | {"packed_base": packed, "trainable": sum(p.numel() for p in lowrank.parameters(paths).values())}
     return facts | {"steps": total, "lr": options.lr, "last_prune": ramp.end, "tokens": sum(row["tokens"] for row in log.curve)}, log
 
 
@@ -224,6 +271,8 @@ def _ramp(options: Prune, total: int) -> Ramp:
     if options.one_shot:
         return Ramp(STEPS_BEFORE, min(STEPS_BEFORE, total - 1), 1)
     begin, end = (BEGIN if options.begin is None else options.begin), (END if options.end is None else options.end)
+    if begin > end:
+        raise RecipeError(f"prune.begin={begin:g} comes after the end of the ramp, {end:g} of the steps: give prune.end too")
     last = min(max(round(end * total), 1), total - 1)
     return Ramp(min(round(begin * total), last), last, options.every)
 
@@ -240,7 +289,7 @@ def _units(
     kind = PaperGradients if options.method == "loraprune" and options.estimate == "paper" else IMPORTANCES[options.method]
     masks, importance, gate = UnitMasks(model, units), kind(paths), (options.parts or PARTS.get(options.method)) == "gate"
     kept = {f.key: todo.widths.kept(f) for f in units}
-    pruner = UnitPruner(paths, units, masks, kept, importance, ramp, options.uniform, {"ffn": options.multiple}, gate)
+    pruner = UnitPruner(paths, units, masks, kept, importance, ramp, options.uniform, {"ffn": multiple(model, options)}, gate)
     try:
         log = run(pruner)
         pruner.prune(ramp.end)  # what a dropped last step undid

@@ -244,5 +244,5 @@ def remarks(report: Report) -> list[str]:
         out.append("The written folder was not verified by reading it back.")
     if report.resumed:
         out.append("The run was resumed: its times count only the work after that.")
-    notes = report.training.get("notes")
-    return out + [str(n) for n in report.notes] + [str(n) for n in (notes if isinstance(notes, list) else [])]
+    told = [note for section in (report.pruning, report.training) if isinstance(notes := section.get("notes"), list) for note in notes]
+    return out + [str(n) for n in [*report.notes, *told]]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from compressor import __version__
-from compressor.errors import ModelError
+from compressor.errors import ModelError, RecipeError
 from compressor.pipelines import compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, write
 from compressor.pipelines.job import Job, default_output, digest, follow, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
@@ -20,7 +20,7 @@ from compressor.pipelines.methods import check_methods
 from compressor.pipelines.output import check_output, check_room, contract, finished, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
-from compressor.recipe import Recipe
+from compressor.recipe import Finetune, Recipe
 from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
@@ -31,6 +31,8 @@ class Run(Job):
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         check_methods(recipe)
+        if recipe.finetune != Finetune():
+            raise RecipeError(f"fine-tuning on a task first is for encoders, and {recipe.model} is none: leave --finetune out")
         self.prunes, self.packs = recipe.prune.method != "none", recipe.quant.packer != "none"
         self.sparse = self.prunes and pruning.sparse(recipe.prune)
         if self.sparse and self.packs:
@@ -101,7 +103,10 @@ class Run(Job):
 
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
         """The linears that will be packed, found before any work; those of the model as it will be by then."""
-        return compress.plan(model, self.recipe.quant).packed() if self.packs else []
+        prune, quant = self.recipe.prune, self.recipe.quant
+        if self.packs and self.prunes and not prune.uniform:  # any multiple may come out
+            PACKERS[quant.packer].resolve(pruning.multiple(model, prune), quant, "an FFN of uneven width")
+        return compress.plan(model, quant).packed() if self.packs else []
 
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""

@@ -15,7 +15,8 @@ A family's score is the sum over all its linears, as published, or with `gate` t
 there, and the rows that feed it say the same once more, with more noise. Which pays is measured in docs/pruning.md.
 
 W is always the weight in use, with the low-rank path folded in. Products of a weight's shape exist for a tile of rows at a time. The units' scores of
-one linear are divided by their norm, so that linears of different size count alike, then added over the linears of a family.
+one linear are divided by their norm, so that linears of different size count alike, then added over the linears of a family. Where blocks
+compete with each other they are not, or all blocks would matter alike.
 """
 
 from collections.abc import Callable, Mapping
@@ -73,8 +74,9 @@ class LoraGradients:
         a, b = path.a.detach(), path.b.detach()
         if not self.projected:
             return gb, a - ga, b, ga
-        left, right = gb @ inverse(a @ a.T), inverse(b.T @ b) @ ga
-        right -= (right @ a.T) @ inverse(a @ a.T) @ a  # what both paths show counts once
+        rows = inverse(a @ a.T)
+        left, right = gb @ rows, inverse(b.T @ b) @ ga
+        right -= (right @ a.T) @ rows @ a  # what both paths show counts once
         return left / path.gamma, a, b, right / path.gamma
 
     def clear(self) -> None:
@@ -175,13 +177,13 @@ IMPORTANCES: Mapping[str, type[Importance]] = {
 
 
 @torch.no_grad()
-def unit_scores(family: Family, paths: Mapping[str, LowRank], importance: Importance, gate: bool = False) -> Tensor:
-    """The importance of every unit of a family, float32 [count]; `gate`: as its gate alone has it."""
+def unit_scores(family: Family, paths: Mapping[str, LowRank], importance: Importance, gate: bool = False, scaled: bool = True) -> Tensor:
+    """The importance of every unit of a family, float32 [count]; `gate`: as its gate alone has it; not `scaled`: to compare with other blocks'."""
     total: Tensor | None = None
     for part in (family.gate,) if gate else family.parts:
         sums = _part_sums(part, family.count, paths[part.name], importance)
-        scaled = sums / (torch.linalg.vector_norm(sums) + EPSILON)
-        total = scaled if total is None else total + scaled
+        share = sums / (torch.linalg.vector_norm(sums) + EPSILON) if scaled else sums
+        total = share if total is None else total + share
     assert total is not None
     return total
 

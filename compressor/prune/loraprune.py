@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.errors import NumericError
 from compressor.prune.importance import Importance, unit_scores
 from compressor.prune.lowrank import LowRank
 from compressor.prune.schedule import cubic
@@ -68,6 +69,8 @@ class UnitPruner:
         for f in self.units:
             mask = self.masks.masks[f.key]
             if wanted[f.key] < int(mask.count_nonzero()):
+                if not bool(self.scores[f.key].any()):
+                    raise NumericError(f"no step gave finite scores for {f.key}: prune by loraprune or wanda, or in float32")
                 mask.copy_(select(self.scores[f.key].masked_fill(mask == 0, -torch.inf), wanted[f.key], f.within))
 
     def _gone(self, family: Family, share: float) -> int:
@@ -78,7 +81,7 @@ class UnitPruner:
     def observe(self, step: int) -> None:
         """Add the scores of a step whose gradients are there to the averages."""
         for f in self.units:
-            fresh = unit_scores(f, self.paths, self.importance, self.gate)
+            fresh = unit_scores(f, self.paths, self.importance, self.gate, self.uniform)
             if bool(torch.isfinite(fresh).all()):
                 self.scores[f.key].mul_(MEMORY).add_(fresh, alpha=1 - MEMORY)
 

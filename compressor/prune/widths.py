@@ -30,6 +30,11 @@ class Widths:
         return self.heads if family.kind == "heads" else self.ffn
 
 
+def multiple_of(ffn: int) -> int:
+    """What the width of an FFN of so many channels is kept a multiple of: 128, as groups of scales, or 64 where that is coarse."""
+    return 128 if ffn >= 4096 else 64
+
+
 def choose(model: nn.Module, ratio: float, unit: str, multiple: int, fits: Callable[[int, int], bool]) -> Widths:
     """The widths for a ratio; `unit` is group, query or auto; `fits(query heads, key heads)` says whether the architecture can have them.
 
@@ -45,8 +50,11 @@ def choose(model: nn.Module, ratio: float, unit: str, multiple: int, fits: Calla
             f"nothing can be pruned: the FFN has {dense.ffn} channels, which leaves no multiple of {multiple}; use a smaller --multiple"
         )
 
+    counts = {kind: [f.count for f in families(model, kind)[:2]] for kind in {w.unit for w in found}}
+
     def rank(w: Widths) -> tuple[float, float]:
-        return max(abs(w.ratio - ratio) - TOLERANCE, 0.0), _unevenness(model, w)
+        heads, ffn = counts[w.unit]
+        return max(abs(w.ratio - ratio) - TOLERANCE, 0.0), abs(w.heads / heads - w.ffn / ffn)  # then the most even shares
 
     return min(found, key=rank)
 
@@ -76,9 +84,3 @@ def _candidates(model: nn.Module, unit: str, multiple: int, fits: Callable[[int,
             gone = own * (1 - kept / heads.count) + channels * (1 - width / ffn.count)
             out.append(Widths(unit, kept, width, gone / total))
     return out
-
-
-def _unevenness(model: nn.Module, widths: Widths) -> float:
-    """How far apart the shares are that attention and FFN lose."""
-    heads, ffn = families(model, widths.unit)[:2]
-    return abs(widths.heads / heads.count - widths.ffn / ffn.count)

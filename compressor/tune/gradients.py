@@ -47,5 +47,5 @@ class Gradients:
         self.position += 1
         rows = self.batches.objective.rows(self.batches.windows(step))
         with torch.enable_grad():
-            mean = loss(*(t.to(weights[0].device) for t in rows)) / self.batches.tokens(step)
-            return torch.autograd.grad(mean, weights)
+            summed = loss(*(t.to(weights[0].device) for t in rows))  # the gradients of a mean would vanish in float16
+            return tuple(g.float() / self.batches.tokens(step) for g in torch.autograd.grad(summed, weights))

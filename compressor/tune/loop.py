@@ -181,7 +181,8 @@ class _State:
         self.pruner.hold()
 
     def update(self, lr: float, clip: float) -> float:
-        """One AdamW step on the gradients at hand; returns their norm before clipping."""
+        """One AdamW step on the gradients at hand, those of what is pruned left out; returns their norm before clipping."""
+        self.pruner.hold()
         norm = self.norm()
         if clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, norm)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.pipelines import load, render
+from compressor.pipelines.pruning import heeded
 from compressor.pipelines.run import Run, run
 from compressor.recipe import Prune, Recipe
 from compressor.tune.batches import CausalLM
@@ -17,10 +18,9 @@ from tests.prune.helpers import causal
 
 WORDS = "the def return import for in class of to self print value list"
 QUICK = Recipe().with_(
-    device="cpu", data__seqlen=32, data__nsamples=4, eval__max_tokens=128, tune__steps=3, tune__batch=4, prune__steps=12, prune__batch=4,
-    prune__gradients=6, prune__rank=4, prune__start="random",
-    prune__begin=0.1, prune__end=0.9, quant__packer="none",
+    device="cpu", data__seqlen=32, data__nsamples=4, eval__max_tokens=128, tune__steps=3, tune__batch=4, quant__packer="none",
 )  # fmt: skip
+PRUNING = {"steps": 12, "batch": 4, "gradients": 6, "rank": 4, "start": "random", "begin": 0.1, "end": 0.9}
 KEYS = {
     "method": "loraprune", "ratio": 0.4, "steps": 12, "batch": 2, "every": 2, "rank": 2, "alpha": 4.0, "multiple": 4, "gradients": 6,
     "begin": 0.1, "end": 0.9,
@@ -28,7 +28,27 @@ KEYS = {
 
 
 def options(**keys: Any) -> Prune:
-    return Prune(**KEYS | keys)
+    """KEYS, as far as the method reads them, and `keys`."""
+    return Prune(**_read(KEYS, {"method": KEYS["method"], "ratio": KEYS["ratio"]} | keys))
+
+
+def quick(**changes: Any) -> Recipe:
+    """A recipe of a short run: QUICK, PRUNING as far as the method reads it, and `changes`."""
+    recipe = QUICK.with_(**changes)
+    if recipe.prune.method == "none":
+        return recipe
+    return recipe.with_(
+        **{
+            f"prune__{key}": value
+            for key, value in _read(PRUNING, {"method": recipe.prune.method, "ratio": recipe.prune.ratio, "pattern": recipe.prune.pattern}).items()
+        }
+        | changes
+    )
+
+
+def _read(usual: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    known = heeded(Prune(**{key: given[key] for key in ("method", "ratio", "pattern") if key in given}))
+    return {key: value for key, value in usual.items() if key in known} | given
 
 
 def source(folder: Path, tokenizer: Any, kind: str = "llama", keys: int = 4, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
@@ -74,4 +94,4 @@ def whole(folder: Path, page: bool = False, **changes: Any) -> dict[str, Any]:
     with patch.object(Run, "_samples", lambda self: False), contextlib.ExitStack() as stack:
         if not page:
             stack.enter_context(patch.object(render, "write_html", lambda report, path: path.write_text("")))
-        return run(QUICK.with_(**changes | {key: str(path) for key, path in texts.items()}), folder)
+        return run(quick(**changes | {key: str(path) for key, path in texts.items()}), folder)

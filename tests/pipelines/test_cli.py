@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from compressor.errors import RecipeError
 from compressor.linear import linears
 from compressor.pipelines import cli, compress, load, write
-from compressor.recipe import Quant, Recipe
+from compressor.recipe import Prune, Quant, Recipe
 
 
 @pytest.fixture
@@ -168,8 +168,8 @@ def test_every_flag_of_run_reaches_the_recipe() -> None:
     group: Any = typer.main.get_command(cli.app)
     command = group.commands["run"]
     names = {p.name for p in command.params}
-    assert names - set(cli.FLAGS) == {"model", "quant", "output", "overwrite", "dry_run"} and set(cli.FLAGS) <= names
-    given: dict[str, object] = dict.fromkeys(cli.FLAGS)
+    assert names - set(cli.FLAGS) == {"model", "quant", "prune", "output", "overwrite", "dry_run"} and set(cli.FLAGS) <= names
+    given: dict[str, object] = dict.fromkeys([*cli.FLAGS, "prune"])
     assert cli.recipe_of("tiny", None, given) == Recipe()
     recipe = cli.recipe_of("tiny", "sketch2", given | {"refit": False, "exponent": 0.0, "absolute": False, "ignore": ["a", "b"], "seed": 0})
     assert (recipe.quant.bits, recipe.quant.packer, recipe.quant.refit, recipe.quant.exponent) == (2, "sketch", False, 0.0)
@@ -177,7 +177,7 @@ def test_every_flag_of_run_reaches_the_recipe() -> None:
 
 
 def test_flags_on_top_of_a_recipe_of_another_method(at: Path) -> None:
-    given: dict[str, Any] = dict.fromkeys(cli.FLAGS)
+    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune"])
     grids = Recipe().with_(quant__group=64, quant__symmetric=False, tune__method="peqa", tune__lr=5e-3)
     (at / "grids.yaml").write_text(yaml.safe_dump(grids.to_dict()))
     same = cli.recipe_of("grids.yaml", None, given)
@@ -198,3 +198,19 @@ def test_flags_on_top_of_a_recipe_of_another_method(at: Path) -> None:
 
 def test_names_from_files_do_not_steer_the_terminal() -> None:
     assert cli.one_line(ValueError("a\nb \x1b[31mred\x07")) == "a b \N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"
+
+
+def test_flags_of_pruning(at: Path) -> None:
+    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune"])
+    alone = cli.recipe_of("tiny", None, given | {"prune": "loraprune:30%", "per_layer": True, "batch": 2})
+    assert alone.prune == Prune(method="loraprune", ratio=0.3, uniform=False, batch=2) and alone.quant.packer == "none"
+    assert cli.recipe_of("tiny", "3bit", given | {"prune": "obert:2:4"}).prune.pattern == "2:4"
+    (at / "r.yaml").write_text(
+        yaml.safe_dump(Recipe().with_(prune__method="obert", prune__ratio=0.5, prune__pattern="2:4", prune__block=8).to_dict())
+    )
+    same = cli.recipe_of("r.yaml", None, given | {"prune": "obert:30%"})
+    assert (same.prune.pattern, same.prune.block, same.quant.packer) == (None, 8, "gptq"), "of the same method what the file says holds"
+    assert cli.recipe_of("r.yaml", None, given | {"prune": "wanda:30%"}).prune == Prune(method="wanda", ratio=0.3)
+    for flags, words in (({"unit": "group"}, "--unit says how to prune"), ({"prune": "wanda:30%", "steps": 3}, "--prune-steps")):
+        with pytest.raises(RecipeError, match=words):
+            cli.recipe_of("tiny", None, given | flags)

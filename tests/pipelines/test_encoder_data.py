@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.errors import DataError, ModelError, UserError
+from compressor.errors import DataError, ModelError, RecipeError, UserError
 from compressor.pipelines import encoder_data, encoder_load
 from compressor.pipelines.encoder_data import Labelled, Question, Tagged, load, load_test
 from compressor.pipelines.encoder_eval import entities, measure, overlap, text_of
@@ -44,6 +44,37 @@ def test_a_folder_keeps_its_parts_and_repeats_are_left_out(tmp_path: Path) -> No
     assert len(task.train) == 11
     assert "left out of training because they are in the test part too: 10" in task.rule
     assert load_test(str(tmp_path)).test == task.test
+
+
+def test_a_file_is_measured_on_what_a_run_would_hold_out_of_it(tmp_path: Path) -> None:
+    rows = [(f"film {i} fine", str(i % 2)) for i in range(40)]
+    made = str(encoders.write_tsv(tmp_path / "train.tsv", rows))
+    found = load_test(made)
+    assert found.test == load(made).test
+    assert found.rule == "one in 10 of 40 examples held out"
+    whole = load_test(str(encoders.write_tsv(tmp_path / "dev.tsv", rows)))
+    assert (len(whole.test), whole.rule) == (40, "all of the source")
+
+
+def test_parts_are_told_by_how_their_names_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(word: str, label: int | None = None) -> list[dict[str, Any]]:
+        return [{"premise": f"{word} {i}", "hypothesis": "b", "label": i % 2 if label is None else label} for i in range(20)]
+
+    parts = {"train": rows("t"), "validation_mismatched": rows("no"), "validation_matched": rows("yes"), "test_matched": rows("x", -1)}
+    monkeypatch.setattr(encoder_data, "tables", lambda source: (source, parts))
+    assert {e.text.split()[0] for e in load("mnli").test} == {"yes"}
+    assert load_test("mnli").rule == "validation_matched part of the source"
+
+
+def test_whole_numbers_only_are_numbers() -> None:
+    assert [encoder_data._whole(name) for name in ("-1", "10", "--1", "-", "")] == [True, True, False, False, False]
+
+
+def test_spaces_around_an_answer_are_no_part_of_it(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"question": "where ?", "context": "the film was rome .", "answers": {"text": [" rome "], "answer_start": [12]}}
+    asked = load_test(str(lines(tmp_path / "a.jsonl", [row]))).test
+    assert (asked[0].answers, asked[0].starts) == (("rome",), (13,))
+    assert encode(asked, tokenizer, {}, 24).rows.labels[0].tolist() != [0, 0]
 
 
 @pytest.mark.parametrize("columns", encoder_data.PAIRS)
@@ -97,6 +128,12 @@ def test_squad_and_its_rows_as_lines_are_the_same(tmp_path: Path) -> None:
         ("a.jsonl", '{"question": "q", "context": "abc", "answers": [{"text": "x", "answer_start": 1}]}\n' * 20, "does not say"),
         ("a.jsonl", "\n".join(['{"text": "a", "label": 1}', '{"other": 1}'] * 10), "not like the first"),
         ("a.jsonl", "\n".join(['{"text": "a", "label": null}'] * 20), "no label"),
+        ("a.jsonl", "\n".join(['{"text": "a", "label": 1}', '{"text": null, "label": 0}'] * 10), "example 2 has null"),
+        ("a.jsonl", "\n".join(['{"tokens": ["a", null], "tags": ["O", "O"]}'] * 20), "example 1 has null"),
+        ("a.jsonl", '{"question": null, "context": "abc", "answers": []}\n' * 20, "example 1 has null"),
+        ("a.jsonl", "\n".join(['{"text1": "a", "text2": "b", "label": 1}', '{"text": "a", "label": 0}'] * 10), "example 2, .*it has no text1"),
+        ("a.jsonl", "\n".join(['{"text": "a", "label": 0}', '{"text1": "a", "text2": "b", "label": 1}'] * 10), "example 2, .*it has no text"),
+        ("a.json", json.dumps({"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b"}]}]}]}), "has no answers"),
         ("a.jsonl", "[1]\n[2]", "list where rows"),
         ("a.tsv", "sentence\tlabel\n", "no examples"),
     ],
@@ -169,6 +206,17 @@ def test_windows_of_a_context_point_at_the_answer_or_at_the_start(tokenizer: Any
         else:
             assert last == 0
     assert hits >= 1
+
+
+def test_short_rows_leave_room_for_a_context(tokenizer: Any) -> None:
+    question = Question("where was the film of it ?", "the film was a story of it and paris . " * 3, (), ())
+    assert len(encode([question], tokenizer, {}, 16).rows) > 2
+    assert len(encode([question], tokenizer, {}, 8).rows) > 2
+    with pytest.raises(RecipeError, match="at least 16"):
+        encode([question], tokenizer, {}, 5)
+    with pytest.raises(RecipeError, match="at least 16"):
+        encoder_load.max_length({}, "question", 15)
+    assert encoder_load.max_length({}, "sequence", 15) == 15
 
 
 def test_a_slow_tokenizer_cannot_align(tokenizer: Any) -> None:
@@ -258,3 +306,23 @@ def test_classes_come_from_names_numbers_or_order() -> None:
     assert encoder_load.classes_of({"id2label": {"0": "Yes", "1": "yes"}}, task_of(("Yes", "yes"))) == {"Yes": 0, "yes": 1}
     with pytest.raises(DataError, match="NEGATIVE"):
         encoder_load.classes_of(named, task_of(("no", "yes")))
+
+
+def test_two_labels_of_the_data_are_never_one_class() -> None:
+    named = {"id2label": {"0": "no", "1": "yes"}}
+    for labels in (("Yes", "yes"), ("01", "1")):
+        with pytest.raises(DataError, match="one class of the model"):
+            encoder_load.classes_of(named, task_of(labels))
+
+
+def test_names_that_are_numbers_are_not_counted() -> None:
+    with pytest.raises(DataError, match="give data of its task"):
+        encoder_load.classes_of({"id2label": {"0": "1", "1": "2", "2": "3"}}, task_of(("0", "1")))
+
+
+@pytest.mark.parametrize("names", [5, ["a", "b"], {"a": "b"}])
+def test_a_damaged_configuration_is_one_sentence(names: Any) -> None:
+    with pytest.raises(ModelError, match="id2label in config"):
+        encoder_load.task_of({"architectures": ["BertForSequenceClassification"], "id2label": names})
+    assert encoder_load.task_of({"architectures": []}) is None
+    assert not encoder_load.is_encoder({"model_type": "bert", "architectures": 5})

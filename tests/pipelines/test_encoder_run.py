@@ -18,6 +18,7 @@ from compressor.linear import find_blocks, packed_linears
 from compressor.pipelines import encoder_data, encoder_load, encoder_prune, encoder_run, load
 from compressor.pipelines.show import Show
 from compressor.recipe import Prune, Recipe
+from compressor.tune.encoder import Examples
 from tests.pipelines import encoders
 
 QUICK: dict[str, Any] = {
@@ -69,9 +70,8 @@ def test_a_pruned_folder_is_small_whole_and_measures_the_same(pruned: tuple[Path
 
 def test_evaluation_of_the_folder_gives_the_number_of_the_run(pruned: tuple[Path, dict[str, Any]], place: Path) -> None:
     folder, document = pruned
-    held = encoder_data.load(str(place / "train.tsv")).test
-    data = encoders.write_tsv(place / "held.tsv", [(e.text, e.label) for e in held])
-    found = encoder_run.evaluate_encoder(str(folder), str(data), "cpu", Show())
+    found = encoder_run.evaluate_encoder(str(folder), str(place / "train.tsv"), "cpu", Show())
+    assert found["split"] == "one in 10 of 400 examples held out"
     assert found["accuracy"] == document["pruned"]["task"]["accuracy"]
     assert found["loss"] == pytest.approx(document["pruned"]["task"]["loss"], abs=1e-6)
     assert found["sparsity"] == pytest.approx(0.8, abs=1e-3)
@@ -136,7 +136,16 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_packed_on_top_keeps_the_zeros_and_is_tuned(place: Path) -> None:
+def test_packed_on_top_keeps_the_zeros_and_is_tuned(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, made = [], encoder_prune.prune
+
+    def prune(model: Any, *args: Any) -> Any:
+        found = made(model, *args)
+        save_file({name: w.detach() != 0 for name, w in encoder_load.prunable(model).items()}, tmp_path / "masks.safetensors")
+        before.append(tmp_path / "masks.safetensors")
+        return found
+
+    monkeypatch.setattr(encoder_prune, "prune", prune)
     keys = {"quant__packer": "gptq", "quant__bits": 4, "quant__group": 32, "tune__method": "peqa", "tune__steps": 10, "tune__batch": 16}
     document = encoder_run.run(recipe(place, **keys), place / "compound")
     assert document["packed"]["bits_per_weight"] < 3
@@ -144,8 +153,12 @@ def test_packed_on_top_keeps_the_zeros_and_is_tuned(place: Path) -> None:
     encoder = encoder_load.load_encoder(str(place / "compound"), "cpu", encoder_data.load(str(place / "train.tsv")), 0)
     layers = packed_linears(encoder.model)
     assert len(layers) == 12
-    gone = sum(int((layer.packed().dequantize() == 0).sum()) for layer in layers.values())
-    assert gone / sum(layer.in_features * layer.out_features for layer in layers.values()) >= 0.799
+    masks = load_file(before[0])
+    assert len(masks) == 12
+    for name, layer in layers.items():
+        assert not layer.packed().dequantize()[~masks[f"{name}.weight"]].any()
+    report = json.loads((place / "compound" / "report.json").read_text())
+    assert any(note.startswith("calibrated on ") and "tokens each" in note and "token types" not in note for note in report["notes"])
     text = (place / "compound" / "README.md").read_text()
     assert "80.0% pruned, 4 bits" in text
 
@@ -170,7 +183,7 @@ def test_whole_units_make_a_smaller_dense_model(place: Path, uniform: bool) -> N
 
 @pytest.mark.parametrize("pattern", ["4block", "2:4"])
 def test_patterns_and_one_shot_magnitude_without_training(place: Path, pattern: str) -> None:
-    keys = {"prune__method": "magnitude", "prune__ratio": 0.5, "prune__pattern": pattern, "prune__steps": 0}
+    keys = {"prune__method": "magnitude", "prune__ratio": 0.5, "prune__pattern": pattern, "prune__steps": 0, "prune__gradients": 256}
     out = place / f"magnitude {pattern.replace(':', 'of')}"
     encoder_run.run(recipe(place, **keys), out)
     for weight in encoder_load.prunable(encoder_load.load_encoder(str(out), "cpu", encoder_data.load(str(place / "train.tsv")), 0).model).values():
@@ -220,6 +233,14 @@ def test_a_dry_run_writes_nothing(place: Path) -> None:
         ({"prune__pattern": "structured", "prune__ratio": 0.9}, RecipeError, "the nearest widths"),
         ({"prune__pattern": "2:4", "prune__ratio": 0.8}, RecipeError, "goes to 50%"),
         ({"prune__pattern": "1:3", "prune__ratio": 0.5}, ModelError, "does not divide"),
+        ({"prune__begin": 0.95}, RecipeError, "give prune.end too"),
+        ({"prune__unit": "query"}, RecipeError, "prune.unit=query means nothing"),
+        ({"prune__multiple": 8}, RecipeError, "prune.multiple=8 means nothing"),
+        ({"prune__method": "magnitude"}, RecipeError, "prune.gradients=16 means nothing"),
+        ({"prune__method": "magnitude", "prune__gradients": 256, "prune__recompute": 2}, RecipeError, "prune.recompute=2 means nothing"),
+        ({"eval__window": 64}, RecipeError, "--window means nothing"),
+        ({"eval__max_tokens": 64}, RecipeError, "--max-tokens means nothing"),
+        ({"data__train_on_prompt": True}, RecipeError, "--train-on-prompt means nothing"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(place: Path, keys: dict[str, Any], kind: type[Exception], sentence: str) -> None:
@@ -228,7 +249,44 @@ def test_what_cannot_be_is_said_before_any_work(place: Path, keys: dict[str, Any
     assert not (place / "never").exists()
 
 
+def test_the_key_of_tuning_knows_the_teacher(place: Path) -> None:
+    keys = {"prune__method": "none", "prune__ratio": 0.0, "quant__packer": "rtn", "tune__method": "peqa"}
+    made = [
+        encoder_run.EncoderRun(recipe(place, **keys, **more), place / "keys", Show())
+        for more in ({}, {"prune__distill": 0.5}, {"prune__temperature": 1.0})
+    ]
+    assert len({job.key_tune for job in made}) == 3
+    assert len({job.key_compress for job in made}) == 1
+
+
+def test_calibration_says_when_it_lost_token_types() -> None:
+    rows = Examples(
+        "sequence", torch.ones(6, dtype=torch.int32), torch.tensor([0, 3, 6]), torch.zeros(2, dtype=torch.int64), torch.ones(6, dtype=torch.int8)
+    )
+    said = encoder_run.calibrated(rows, encoder_run.calibration(rows, 8, 0))
+    assert said.startswith("calibrated on 2 examples of 3 tokens each, 6 tokens; their token types were taken as 0")
+
+
 # Loading.
+
+
+def test_a_head_without_names_takes_those_of_the_data(tmp_path: Path) -> None:
+    encoders.make_encoder(tmp_path, "BertForTokenClassification", num_labels=3)
+    task = encoder_data.Task("d", "token", [], [], ("1", "2", "3"), "")
+    first = encoder_load.load_encoder(str(tmp_path), "cpu", task, 0)
+    assert first.classes == {"1": 0, "2": 1, "3": 2}
+    assert first.model.config.id2label == {0: "1", 1: "2", 2: "3"}
+    fewer = replace(task, labels=("1", "2"))
+    assert encoder_load.classes_of(first.loaded.config, fewer) == {"1": 0, "2": 1}
+    assert replace(first, classes={"1": 0, "2": 1}).names == {0: "1", 1: "2", 2: "3"}
+
+
+def test_a_folder_without_architectures_is_one_sentence(tmp_path: Path) -> None:
+    encoders.make_encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": []}))
+    with pytest.raises(ModelError, match="no named architecture"):
+        encoder_run.evaluate_encoder(str(tmp_path), "x.tsv", "cpu", Show())
 
 
 FAMILIES = {

@@ -111,9 +111,9 @@ def test_a_packed_base_is_pruned_and_comes_out_dense(folder: Path) -> None:
 def test_what_the_user_should_know_is_noted(folder: Path) -> None:
     _, _, log = prune(folder, steps=2, uniform=False)
     assert any("only compressor loads this folder" in note for note in log.notes)
-    _, facts, log = prune(folder, steps=2, ratio=0.03, multiple=48)
-    assert facts["asked"] == 0.03 and log.notes == [
-        f"3.0% was asked for; the nearest that heads, channels or blocks allow in their steps is {facts['ratio']:.1%}"
+    _, facts, log = prune(folder, steps=2, ratio=0.17, multiple=48)
+    assert facts["asked"] == 0.17 and log.notes == [
+        f"17.0% was asked for; the nearest that heads, channels or blocks allow in their steps is {facts['ratio']:.1%}"
     ]
     assert prune(folder, steps=2, method="depth", ratio=1 / 3)[2].notes == []
 

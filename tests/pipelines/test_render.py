@@ -91,7 +91,7 @@ def test_the_page_shows_every_section() -> None:
     page = render.page(full())
     for title in ("Results", "Protocol", "Quality against size", "Training", "Packing error", "Layers", "Time and memory", "Samples", "Recipe"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("<svg ") == 3 and page.count("</svg>") == 3
+    assert page.count("<svg ") == 4 and page.count("</svg>") == 4
     for text in (
         "ab" * 32,
         "5.681",
@@ -173,7 +173,7 @@ def test_only_a_hub_id_is_a_base_model(source: str | None) -> None:
     report = full()
     report.model |= {"source": source, "name": "/data/private/model"}
     card = cards.card(report)
-    assert "base_model" not in front_matter(card) and "private" not in card and "# model, 3 bits" in card
+    assert "base_model" not in front_matter(card) and "private" not in card and "# model, 25.0% pruned, 3 bits" in card
 
 
 def test_card_says_how_to_load() -> None:

@@ -156,12 +156,13 @@ def test_what_cannot_be_read_is_done_anew(tmp_path: Path) -> None:
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------------------------
 
-FAST = {"prune__block": 8, "prune__gradients": 3}
+FAST = {"prune__block": 8, "prune__gradients": 3}  # of oBERT
 
 
 @pytest.mark.parametrize(("ratio", "pattern"), [(0.5, None), (0.5, "2:4")])
 def test_zeros_stay_zeros_through_packing_and_tuning(tmp_path: Path, ratio: float, pattern: str | None) -> None:
-    changes = {"prune__method": "obert" if pattern is None else "magnitude", "prune__ratio": ratio, "prune__pattern": pattern} | FAST
+    changes = {"prune__method": "obert" if pattern is None else "magnitude", "prune__ratio": ratio, "prune__pattern": pattern}
+    changes |= FAST if pattern is None else {}
     document = whole(tmp_path / "out", quant__packer="gptq", quant__bits=3, tune__method="peqa", **changes)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["pruning"]["ratio"] == pytest.approx(0.5, abs=1e-5) and report["pruning"]["pattern"] == (pattern or "unstructured")
@@ -184,5 +185,6 @@ def test_sparse_weights_alone_are_written_as_masks_and_read_back(tmp_path: Path)
     model = ours(tmp_path / "out")
     gone = torch.cat([m.flatten() for m in zeros(model).values()])
     assert float(gone.float().mean()) == pytest.approx(0.8, abs=1e-4) and document["pruned"]["bits_per_weight"] < 4
-    assert set(gone.view(-1, 4).sum(1).tolist()) <= {0, 4}
+    runs = gone.view(-1, 4).sum(1)
+    assert float((runs == 4).float().mean()) == pytest.approx(0.8, abs=1e-4) and int(((runs > 0) & (runs < 4)).sum()) < 5, "but for what rounds to 0"
     assert document["pruned"]["folder_bytes"] < 0.6 * document["dense"]["folder_bytes"]

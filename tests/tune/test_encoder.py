@@ -34,7 +34,7 @@ def examples_of(kind, count=13, seed=1):
     labels = {
         "sequence": torch.randint(0, 3, (count,), generator=draw),
         "token": torch.randint(0, 3, (total,), generator=draw).masked_fill(torch.rand(total, generator=draw) < 0.4, -100),
-        "question": torch.stack([torch.randint(0, 3, (count,), generator=draw)] * 2, 1) + torch.tensor([0, 0]),
+        "question": torch.stack([torch.randint(0, 2, (count,), generator=draw)] * 2, 1) + torch.tensor([0, 1]),
     }[kind]
     ids = torch.randint(1, 50, (total,), generator=draw, dtype=torch.int32)
     return Examples(kind, ids, offsets, labels, torch.randint(0, 2, (total,), generator=draw, dtype=torch.int8))
@@ -130,6 +130,35 @@ def test_the_loop_learns_and_distils():
     student = model_of("sequence", 9)
     log = train(student, dict(student.named_parameters()), EncoderTask(rows, Teacher(copy.deepcopy(model))), options, 0, None, "")
     assert log.curve[-1]["loss"] < 0.5 * log.curve[0]["loss"]
+
+
+def test_what_is_pruned_does_not_count_in_the_norm():
+    model, rows = model_of("sequence"), examples_of("sequence", 8)
+    gone, seen = model.bert.encoder.layer[0].output.dense.weight, []
+
+    class Pruner:
+        restarts = ()
+
+        def tensors(self):
+            return {}
+
+        def prune(self, step):
+            self.hold()
+
+        def observe(self, step):
+            grads = [p.grad for p in model.parameters() if p is not gone and p.grad is not None]
+            seen.append((float(torch.nn.utils.get_total_norm(grads)), float(gone.grad.norm())))
+
+        def hold(self):
+            with torch.no_grad():
+                gone.zero_()
+                if gone.grad is not None:
+                    gone.grad.zero_()
+
+    options = Tune(method="dense", batch=8, steps=1, lr=1e-3, warmup=0.0, eval_every=0)
+    log = train(model, dict(model.named_parameters()), EncoderTask(rows), options, 0, None, "", pruner=Pruner())
+    assert seen[0][1] > 0.01 * seen[0][0]
+    assert log.curve[0]["grad_norm"] == pytest.approx(seen[0][0], rel=1e-6)
 
 
 def weights_of(model):
