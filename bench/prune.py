@@ -2,7 +2,8 @@
 
 Every arm trains the same low-rank paths on the same windows for the same number of steps at the same rate; what differs is the score, and whether
 units go gradually or all at once (LLM-Pruner's own way: a few batches are scored, then everything goes, then the model is healed). Perplexities in
-domain and outside of it, before anything is packed. With --bytes instead: pruned, 3 bits and PEQA beside dense, 2 bits and PEQA at equal bytes; with --sparse single weights, by oBERT and by magnitude, all at once and without training.
+domain and outside of it, before anything is packed. With --bytes instead: pruned, 3 bits and PEQA beside dense, 2 bits and PEQA at equal bytes.
+With --sparse: single weights, by oBERT and by magnitude, all at once and without training.
 
 Each finished row is kept: the same command goes on where it stopped. Rows of another version of the package are replaced.
 
@@ -69,7 +70,7 @@ class Bench:
         quant = "" if recipe.quant.packer == "none" else f"{recipe.quant.packer} {recipe.quant.bits} bits g{recipe.quant.group}, {recipe.tune.method}"
         return facts | {
             "model": self.name, "arm": arm, "asked": prune.ratio, "quant": quant, "seed": recipe.seed,
-            "way": "one shot" if prune.one_shot else "gradual", "steps": prune.steps, "lr": prune.lr,
+            "way": "one shot" if prune.one_shot else "gradual", "steps": prune.steps or "", "lr": prune.lr or "",
             "domain_ppl": round(found["domain"]["perplexity"], 4),
             "outside_ppl": round(found["outside"]["perplexity"], 4), "block_bytes": round(bits / 8), "seconds": round(time.perf_counter() - start, 1),
             "domain_sha256": self.domain.test.sha256[:12], "outside_sha256": self.outside.sha256[:12], "window": self.seqlen,
@@ -92,7 +93,8 @@ def arms(options: argparse.Namespace) -> Iterator[tuple[str, Recipe]]:
     for seed in range(42, 42 + options.seeds):
         if options.sparse:
             for (pattern, ratio), method in itertools.product(SPARSE, ("obert", "magnitude")):
-                keys = {"method": method, "pattern": pattern, "ratio": ratio, "gradients": 128, "damp": options.damp, "one_shot": True}
+                keys = {"method": method, "pattern": pattern, "ratio": ratio, "one_shot": True}
+                keys |= {"gradients": 128, "damp": options.damp} if method == "obert" else {}
                 yield f"{method}, {pattern}", base.with_(seed=seed, **{f"prune__{k}": v for k, v in keys.items()})
             continue
         if options.bytes:
@@ -139,7 +141,7 @@ def main() -> None:
     rows = [r for r in csv.DictReader(options.out.open()) if r["compressor"] == __version__] if options.out.exists() else []
     bench = Bench(options)
     for arm, recipe in arms(options):
-        wanted = {"model": bench.name, "arm": arm, "asked": recipe.prune.ratio, "seed": recipe.seed}
+        wanted = {"model": bench.name, "arm": arm, "asked": recipe.prune.ratio, "seed": recipe.seed, "steps": recipe.prune.steps or ""}
         if any(all(row[k] == str(v) for k, v in wanted.items()) for row in rows):
             continue
         row = bench.row(arm, recipe)

@@ -136,7 +136,8 @@ def mean(rows: list[dict[str, str]], key: str) -> float:
 def decoders() -> list[str]:
     """LoRAPrune beside its baselines, by model and ratio, mean over the seeds; then pruned at 3 bits beside dense at 2."""
     rows, lines = read("prune.csv"), []
-    plain = [r for r in rows if not r["quant"]]
+    single = [r for r in rows if r["method"] in ("obert", "magnitude") and not r["steps"] and not r["quant"]]
+    plain = [r for r in rows if not r["quant"] and r not in single]
     for model in dict.fromkeys(r["model"] for r in plain):
         own = [r for r in plain if r["model"] == model]
         ratios = list(dict.fromkeys(r["asked"] for r in own))
@@ -155,10 +156,20 @@ def decoders() -> list[str]:
                     cells.append(f"{mean(found, 'domain_ppl'):.2f} / {mean(found, 'outside_ppl'):.1f}" if found else "–")
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
+    lines += ["| single weights, at once, not trained | gone | oBERT: in domain / outside | magnitude |", "|---|---|---|---|"]
+    for model, pattern, asked in dict.fromkeys((r["model"], r["arm"].split(", ")[1], r["asked"]) for r in single):
+        own = {r["method"]: r for r in single if (r["model"], r["arm"].split(", ")[1], r["asked"]) == (model, pattern, asked)}
+        cells = (
+            [f"{float(r['domain_ppl']):.1f} / {float(r['outside_ppl']):.1f}" for r in (own["obert"], own["magnitude"])]
+            if len(own) == 2
+            else ["–", "–"]
+        )
+        lines.append(f"| {model}, {pattern} | {float(asked):.0%} | {' | '.join(cells)} |")
+    lines.append("")
     lines += ["| at equal bytes | gone | bytes of the blocks' linears | in domain | outside |", "|---|---|---|---|---|"]
     for r in rows:
         if r["quant"]:
-            gone = f"{float(r['ratio']):.1%}" if r["ratio"] else "–"
+            gone = f"{float(r['ratio']):.1%}" if float(r["ratio"] or 0) else "–"
             lines.append(
                 f"| {r['model']}: {r['arm']} | {gone} | {int(r['block_bytes']):,} | {float(r['domain_ppl']):.2f} | {float(r['outside_ppl']):.1f} |"
             )

@@ -190,7 +190,7 @@ def parse_prune(text: str) -> dict[str, Any]:
             raise RecipeError(f"--prune {text!r} keeps {keep} of {of}: write for example {method}:2:4")
         return {"method": method, "ratio": 1 - keep / of, "pattern": rest}
     m = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(%?)(?::(structured|unstructured|4block))?", rest)
-    if m is None or not re.fullmatch(r"[a-z]+", method):
+    if m is None or not re.fullmatch(r"[a-z]+", method) or method == "none":
         raise RecipeError(f"--prune {text!r} is not understood; write for example loraprune:30%, obert:90%, obert:80%:4block or obert:2:4")
     share = float(m[1]) / (100 if m[2] else 1)
     if not 0 < share < 1:

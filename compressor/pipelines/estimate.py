@@ -19,7 +19,7 @@ from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
 from compressor.pipelines.packers import PACKERS
 from compressor.prune import slicing
-from compressor.recipe import Quant, Recipe
+from compressor.recipe import Prune, Quant, Recipe
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
 
@@ -76,11 +76,19 @@ def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
         )
         alive = 12 * _config(before).hidden_size + 4 * (getattr(_config(before), "intermediate_size", None) or 4 * _config(before).hidden_size)
         step = recipe.prune.batch * counts.step // max(recipe.tune.batch, 1)
-        out["peak_bytes"]["prune"] = BASE + parameters * size + paths + step * size * alive * _config(before).num_hidden_layers
+        out["peak_bytes"]["prune"] = BASE + parameters * size + step * size * alive * _config(before).num_hidden_layers
+        out["peak_bytes"]["prune"] += {"obert": _fishers(recipe.prune, before), "taylor": paths + parameters * size}.get(recipe.prune.method, paths)
         speed = matmul_speed(device) * EFFICIENCY
         scoring = counts.prune_steps * parameters * (4 * recipe.prune.rank + 8)
         out["seconds"]["prune"] = round((4.5 * parameters * counts.pruning + scoring) / speed, 1)
     return out
+
+
+def _fishers(options: Prune, model: nn.Module) -> int:
+    """Bytes of the curvature of one block, of the gradients that wait to be added to it, and of the scores and masks of all."""
+    blocks = linear.find_blocks(model)[1]
+    one, all_ = (sum(m.in_features * m.out_features for m in linear.linears(part).values()) for part in (blocks[0], blocks))
+    return one * (4 * (options.block or 50) + 8 + 64) + 6 * all_
 
 
 def _parameters(model: nn.Module) -> int:

@@ -225,14 +225,14 @@ def prune(
     ), objective.ids, dtype)  # fmt: skip
     follow_config(loaded)
     extra = {"widths": loaded.config[slicing.WIDTHS]} if loaded.config.get(slicing.WIDTHS) else {}
-    log.notes += notes(model, todo)
+    log.notes += notes(model, todo, packed)
     facts = todo.facts() | extra | {"packed_base": packed, "trainable": sum(p.numel() for p in lowrank.parameters(paths).values())}
     return facts | {"steps": total, "lr": options.lr, "last_prune": ramp.end, "tokens": sum(row["tokens"] for row in log.curve)}, log
 
 
-def notes(model: Any, todo: Plan) -> list[str]:
-    """What the user should know of the shape that came out."""
-    out = []
+def notes(model: Any, todo: Plan, packed: bool) -> list[str]:
+    """What the user should know of the model that came out."""
+    out = ["the base was packed; what is left of it is dense, and larger than it was unless it is packed again"] if packed else []
     if abs(todo.ratio - todo.asked) > TOLERANCE:
         out.append(f"{todo.asked:.1%} was asked for; the nearest that heads, channels or blocks allow in their steps is {todo.ratio:.1%}")
     if getattr(model.config, slicing.WIDTHS, None) is not None:
@@ -248,7 +248,7 @@ def _surgery(
         facts, said = surgery.single_weights(loaded.model, options, objective, seed, folder, fingerprint)
     else:
         facts, said = {}, surgery.whole_units(loaded.model, options, todo.widths, objective, seed, folder, fingerprint)
-        said = [*said, *notes(loaded.model, todo)]
+        said = [*said, *notes(loaded.model, todo, False)]
         follow_config(loaded)
     facts |= {"gradients": options.gradients, "recompute": options.recompute, "damp": options.damp} if options.method == "obert" else {}
     return todo.facts() | facts, TrainLog(0, notes=said)
