@@ -7,8 +7,9 @@
     question, context, answers; or SQuAD's own .json                          the answer's place in the context
 
 Sources and their parts are as in sources.py: a folder with train and test or validation files keeps them (a test part without labels, as GLUE has
-it, is passed over; of validation_matched and validation_mismatched the first counts), any other source gives every tenth example to the test part; a
-training example that is in the test part word for word is left out. The columns of the first example are those of all. Labels are the sorted names of the training part, numbers by value; a model that has a head keeps its own names.
+it, is passed over; of validation_matched and validation_mismatched the first counts), any other source gives every tenth example to the test part;
+a training example that is in the test part word for word is left out. The columns of the first example are those of all. Labels are the sorted
+names of the training part, numbers by value; a model that has a head keeps its own names.
 
 Words in pieces: the first piece carries the word's tag, the others -100. Long contexts are cut into windows that overlap by 128 tokens; a window
 without the whole answer points at the first token (Devlin et al., 2019, arXiv 1810.04805). Long texts lose their end, which is counted.
@@ -129,7 +130,7 @@ def load_test(source: str) -> Task:
 def _measured(parts: dict[str, list[Any]], name: str) -> tuple[list[Example] | None, str]:
     """The first part to measure on that has labels, with its name."""
     for start in PARTS:
-        for key in sorted((key for key in parts if key.startswith(start)), key=lambda key: (key != start, not key.endswith("_matched"), key)):
+        for key in sorted(key for key in parts if key.startswith(start)):  # _matched before _mismatched
             if found := _labelled(parts[key], f"{name} [{key}]"):
                 return found, key
     return None, ""

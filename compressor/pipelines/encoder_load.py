@@ -1,10 +1,10 @@
 """Encoders with the head of a task: loaded as they are, or given a fresh head for what the data asks.
 
-A folder of *ForSequenceClassification, *ForTokenClassification or *ForQuestionAnswering keeps its head and the names of its classes; where it has only
-LABEL_0 and the like, the data's names take their place, so that the written folder means the same to data that lack some of them. A bare encoder
-(BertModel, *ForMaskedLM, *ForPreTraining) gets a head of the task, drawn from the seed, and the run says so. Nothing else may be random: a folder
-that lacks weights of the body is an error; the pooler between body and head counts as head where the folder has none, as after masked-language
-training.
+A folder of *ForSequenceClassification, *ForTokenClassification or *ForQuestionAnswering keeps its head and the names of its classes; where it has
+only LABEL_0 and the like, the data's names take their place, so that the written folder means the same to data that lack some of them. A bare
+encoder (BertModel, *ForMaskedLM, *ForPreTraining) gets a head of the task, drawn from the seed, and the run says so. Nothing else may be random: a
+folder that lacks weights of the body is an error; the pooler between body and head counts as head where the folder has none, as after masked-
+language training.
 Limits: one label a text (no regression, no several labels at once); architectures that transformers has with all three heads.
 """
 

@@ -319,6 +319,6 @@ def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: i
         found = encoder_eval.measure(encoder.model, rows, task.test, encoder.names)
         advance(1, "")
     dense = {name: w != 0 for name, w in write.block_weights(encoder.loaded).items() if isinstance(w, Tensor)}
-    document = {"model": model, "data": source, "data_sha256": task.sha256("test"), "split": task.rule}
+    document: dict[str, Any] = {"model": model, "data": source, "data_sha256": task.sha256("test"), "split": task.rule}
     document |= {"folder_bytes": load.model_bytes(encoder.loaded.folder)}
     return document | found | ({"sparsity": sparsity(dense)} if dense else {})
