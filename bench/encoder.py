@@ -120,9 +120,11 @@ def arms(rows: list[dict[str, Any]]) -> Iterator[Arm]:
     for ratio, pattern in shapes:
         for score in ("obert", "magnitude"):
             keys = {"method": score, "ratio": ratio, "pattern": pattern}
-            yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0, "gradients": GRADIENTS, "damp": best.damp(GRADIENTS)})
+            curved = {"gradients": GRADIENTS, "damp": best.damp(GRADIENTS)} if score == "obert" else {}
+            yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0} | curved)
             if ratio != 0.7:
-                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score), "gradients": 24, "damp": best.damp(GRADIENTS)}
+                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score)}
+                training |= {"gradients": 24, "damp": best.damp(GRADIENTS)} if score == "obert" else {}
                 yield Arm(f"gradual {score} {ratio:.0%} {pattern}", keys | training)
     for ratio, rounds in ((0.8, 4), (0.8, 16), (0.9, 4)):  # with 1 they are the one-shot rows
         keys = {"method": "obert", "ratio": ratio, "steps": 0, "damp": best.damp(GRADIENTS), "gradients": GRADIENTS, "recompute": rounds}
