@@ -124,7 +124,10 @@ def arms(rows: list[dict[str, Any]]) -> Iterator[Arm]:
             yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0} | curved)
             if ratio != 0.7:
                 training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score)}
-                training |= {"gradients": 24, "damp": best.damp(GRADIENTS)} if score == "obert" else {}
+                few = (
+                    GRADIENTS if pattern == "structured" else 24
+                )  # whole units: fewer gradients than entries of a Fisher block of 64 move survivors too far
+                training |= {"gradients": few, "damp": best.damp(GRADIENTS)} if score == "obert" else {}
                 yield Arm(f"gradual {score} {ratio:.0%} {pattern}", keys | training)
     for ratio, rounds in ((0.8, 4), (0.8, 16), (0.9, 4)):  # with 1 they are the one-shot rows
         keys = {"method": "obert", "ratio": ratio, "steps": 0, "damp": best.damp(GRADIENTS), "gradients": GRADIENTS, "recompute": rounds}
