@@ -23,6 +23,7 @@ import copy
 import csv
 import fcntl
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from rows import write_rows
 from torch import nn
 
 from compressor import __version__
+from compressor.linear import block_weights
 from compressor.pipelines import encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens
 from compressor.prune import obert
 from compressor.prune.fisher import collect
@@ -84,8 +86,12 @@ class Chosen:
     def damp(self, gradients: int) -> float | None:
         return self._best({d: [swept(gradients, d, ratio) for m, e, ratio in SWEEP if (m, e) == (gradients, d)] for d in DAMPS})
 
-    def rate(self, score: str) -> float | None:
-        return self._best({lr: [f"sweep gradual {score} 90% lr {lr:g}"] for lr in RATES})
+    def curvature(self, score: str) -> dict[str, Any]:
+        """What an arm of this score takes for its Fisher matrices."""
+        return {"gradients": GRADIENTS, "damp": self.damp(GRADIENTS)} if score == "obert" else {}
+
+    def rate(self, score: str, ratio: float) -> float | None:
+        return self._best({lr: [f"sweep gradual {score} {ratio:.0%} lr {lr:g}"] for lr in RATES})
 
     def _best(self, names: dict[float, list[str]]) -> float | None:
         if any(name not in self.found for group in names.values() for name in group):
@@ -104,33 +110,19 @@ def arms(rows: list[dict[str, Any]]) -> Iterator[Arm]:
     for gradients, damp, ratio in SWEEP:
         keys = {"method": "obert", "ratio": ratio, "steps": 0, "damp": damp, "gradients": gradients}
         yield Arm(swept(gradients, damp, ratio), keys, True)
-    for score in ("obert", "magnitude"):
-        for lr in RATES:
-            keys = {
-                "method": score,
-                "ratio": 0.9,
-                "steps": STEPS // 2,
-                "prunes": PRUNES,
-                "lr": lr,
-                "gradients": GRADIENTS,
-                "damp": best.damp(GRADIENTS),
-            }
-            yield Arm(f"sweep gradual {score} 90% lr {lr:g}", keys, True)
+    for ratio, score, lr in itertools.product((0.9, 0.5), ("obert", "magnitude"), RATES):
+        keys = {"method": score, "ratio": ratio, "steps": STEPS // 2, "prunes": PRUNES, "lr": lr} | best.curvature(score)
+        yield Arm(f"sweep gradual {score} {ratio:.0%} lr {lr:g}", keys, True)
     shapes = (*((ratio, "unstructured") for ratio in (0.5, 0.7, 0.8, 0.9, 0.97)), (0.8, "4block"), (0.5, "structured"))
     for ratio, pattern in shapes:
         for score in ("obert", "magnitude"):
             keys = {"method": score, "ratio": ratio, "pattern": pattern}
-            curved = {"gradients": GRADIENTS, "damp": best.damp(GRADIENTS)} if score == "obert" else {}
-            yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0} | curved)
+            yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0} | best.curvature(score))
             if ratio != 0.7:
-                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score)}
-                few = (
-                    GRADIENTS if pattern == "structured" else 24
-                )  # whole units: fewer gradients than entries of a Fisher block of 64 move survivors too far
-                training |= {"gradients": few, "damp": best.damp(GRADIENTS)} if score == "obert" else {}
-                yield Arm(f"gradual {score} {ratio:.0%} {pattern}", keys | training)
+                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score, 0.5 if ratio <= 0.5 else 0.9)}
+                yield Arm(f"gradual {score} {ratio:.0%} {pattern}", keys | training | best.curvature(score))
     for ratio, rounds in ((0.8, 4), (0.8, 16), (0.9, 4)):  # with 1 they are the one-shot rows
-        keys = {"method": "obert", "ratio": ratio, "steps": 0, "damp": best.damp(GRADIENTS), "gradients": GRADIENTS, "recompute": rounds}
+        keys = {"method": "obert", "ratio": ratio, "steps": 0, "recompute": rounds} | best.curvature("obert")
         yield Arm(f"recompute {rounds} {ratio:.0%}", keys)
 
 
@@ -177,16 +169,16 @@ class Bench:
 
     def sweep(self, count: int, todo: list[Arm]) -> Iterator[dict[str, Any]]:
         """One-shot arms that take the same gradients, which are taken once."""
-        model, start = self.fresh(), time.perf_counter()
-        weights = encoder_load.prunable(model)
+        model, start = self.fresh().requires_grad_(True), time.perf_counter()
+        weights = block_weights(model)
         stream = Gradients(model, weights, EncoderTask(self.rows), Prune().gradient_batch, self.seed + 1)
-        masks, plain = obert.whole(weights, obert.Settings()), {name: w.detach().clone() for name, w in weights.items()}
+        masks, plain = obert.whole(weights), {name: w.detach().clone() for name, w in weights.items()}
         least = min(arm.keys["damp"] for arm in todo)
         fishers, notes = collect(model, weights, masks, stream, count, least, dict.fromkeys(weights, obert.BLOCK))
         print(*notes, f"{count} gradients: {time.perf_counter() - start:.0f} s", sep="\n", flush=True)
         for arm in todo:
             options = Prune(steps=0, **{key: value for key, value in arm.keys.items() if key != "steps"})
-            settings, masks, start = encoder_prune.settings(options), obert.whole(weights, obert.Settings()), time.perf_counter()
+            settings, masks, start = obert.Settings.of(options), obert.whole(weights), time.perf_counter()
             for name, fisher in fishers.items():
                 weights[name].data.copy_(plain[name])
                 fisher.damp = options.damp

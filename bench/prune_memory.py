@@ -51,7 +51,7 @@ def step(method: str, bits: int, batch: int, seqlen: int) -> dict[str, Any]:
     reset_peak()
     options = Prune(method=method, ratio=0.2, steps=2, batch=batch, start="random", one_shot=True)
     loaded = load.Loaded(model.eval(), None, Path("."), "random", dict(model.config.to_dict()), torch.float32)
-    pruning.follow_config(loaded)
+    loaded.follow_config()
     peaks: list[int] = []  # before the cut at the end, which is no part of a step
     pruning.prune(loaded, options, CausalLM(ids, ids), 0, on_step=lambda _row: peaks.append(peak_bytes()[""]))
     facts = {"parameters": parameters, "rank": options.rank, "torch": torch.__version__, "compressor": __version__}

@@ -99,6 +99,12 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def block_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of the nn.Linear layers of the blocks, by dotted name: what can be pruned. Embeddings, norms and head are not."""
+    prefix, blocks = find_blocks(model)
+    return {f"{prefix}.{name}.weight": layer.get_parameter("weight") for name, layer in linears(blocks).items()}
+
+
 def packed_linears(module: nn.Module) -> dict[str, PackedLinear]:
     """All PackedLinear layers inside `module` by dotted name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, PackedLinear)}

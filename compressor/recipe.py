@@ -68,6 +68,7 @@ class Prune:
     recompute: int = 1  # oBERT: estimates a prune, each for a part of what it removes
     damp: float = 1e-7  # oBERT: added to the diagonal of the Fisher
     block: int | None = None  # oBERT: weights a block of the inverse Fisher
+    joint: bool = True  # oBERT: what stays moves as is best for all that goes together; false: by the sum of lone moves, as published
     gradient_batch: int = 16  # encoders: examples of a mini-batch gradient
     distill: float = 1.0  # encoders: share of the dense model's answers in the loss while pruning and tuning
     temperature: float = 2.0  # encoders: of these answers

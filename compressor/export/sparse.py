@@ -82,24 +82,7 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 def schemes_of(config: Mapping[str, Any], where: Path | str) -> Schemes:
     """{module: its form} of a quantization_config; ModelError if it is of another format or version, or damaged."""
-    if config.get("quant_method") != METHOD or config.get("format") != FORMAT:
-        raise ModelError(f"{where} is stored as {config.get('quant_method')}/{config.get('format')}, not as {METHOD}/{FORMAT}")
-    version = config.get("version")
-    if type(version) is not int or version != VERSION:
-        raise ModelError(f"{where} has version {version!r} of the sparse format, and this compressor reads version {VERSION}: update compressor")
-    groups, damaged = config.get("groups"), f"{where}/config.json is damaged"
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise ModelError(f"{damaged}: the groups of its quantization_config are no list of mappings")
-    schemes: Schemes = {}
-    for group in groups:
-        scheme, modules = _scheme(group, damaged), group.get("modules")
-        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-            raise ModelError(f"{damaged}: the modules of a group are no list of names")
-        for name in modules:
-            if name in schemes:
-                raise ModelError(f"{damaged}: it lists {name} twice")
-            schemes[name] = scheme
-    return schemes
+    return shards.read_groups(config, where, (METHOD, FORMAT, VERSION), _scheme)
 
 
 def _scheme(group: Mapping[str, Any], damaged: str) -> Scheme:

@@ -77,30 +77,19 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 def schemes_of(config: Mapping[str, Any], where: Path | str) -> Schemes:
     """{module: (bits, segment)} of a quantization_config; ModelError if it is of another format or version, or damaged."""
-    if config.get("quant_method") != METHOD or config.get("format") != FORMAT:
-        raise ModelError(f"{where} is quantised as {config.get('quant_method')}/{config.get('format')}, not as {METHOD}/{FORMAT}")
-    version = config.get("version")
-    if type(version) is not int or version != VERSION:
-        raise ModelError(f"{where} has version {version!r} of the table format, and this compressor reads version {VERSION}: update compressor")
-    groups, damaged = config.get("groups"), f"{where}/config.json is damaged"
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise ModelError(f"{damaged}: the groups of its quantization_config are no list of mappings")
-    schemes: Schemes = {}
-    for group in groups:
-        bits, segment, modules = group.get("bits"), group.get("segment"), group.get("modules")
-        if type(bits) is not int or bits not in layout.BITS:
-            raise ModelError(f"{where} holds weights of {bits!r} bits; compressor reads 2, 3 and 4")
-        if type(segment) is not int or segment < 1:
-            raise ModelError(f"{damaged}: segment {segment!r} is no number of columns")
-        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-            raise ModelError(f"{damaged}: the modules of a group are no list of names")
-        for name in modules:
-            if name in schemes:
-                raise ModelError(f"{damaged}: it lists {name} twice")
-            schemes[name] = (bits, segment)
+    schemes = shards.read_groups(config, where, (METHOD, FORMAT, VERSION), _scheme)
     if not schemes:
-        raise ModelError(f"{damaged}: its quantization_config lists no modules")
+        raise ModelError(f"{where}/config.json is damaged: its quantization_config lists no modules")
     return schemes
+
+
+def _scheme(group: Mapping[str, Any], damaged: str) -> tuple[int, int]:
+    bits, segment = group.get("bits"), group.get("segment")
+    if type(bits) is not int or bits not in layout.BITS:
+        raise ModelError(f"{damaged}: a group has weights of {bits!r} bits; compressor reads 2, 3 and 4")
+    if type(segment) is not int or segment < 1:
+        raise ModelError(f"{damaged}: segment {segment!r} is no number of columns")
+    return bits, segment
 
 
 def check_modules(schemes: Schemes, present: Iterable[str], where: Path | str) -> None:

@@ -20,6 +20,7 @@ sparse dense weights; an automatic device map counts those at their size on disk
 
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -183,12 +184,10 @@ class CompressorQuantizer(HfQuantizer):
 
         All packed weights lie in CPU memory once more meanwhile. Raises ModelError for layers that are no sketches.
         """
-        if getattr(model, "_hf_peft_config_loaded", False):
+        parts = _saved_parts(model, table)
+        if parts is None:
             return None, {}
-        own, packed = _own_and_packed(model)
-        why = table.fits(packed)
-        if why:
-            raise ModelError(f"the model cannot be saved as a {table.NAME} folder: {why}")
+        own, packed = parts
         for name, weight in packed.items():
             own |= table.tensors_of(name, weight)
         schemes = {name: (weight.bits, weight.group) for name, weight in packed.items()}
@@ -223,12 +222,10 @@ class SparseQuantizer(CompressorQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """(what save_pretrained writes, no metadata): each linear in its smallest form, tied ones as they are. ModelError for sketches."""
-        if getattr(model, "_hf_peft_config_loaded", False):
+        parts = _saved_parts(model, sparse)
+        if parts is None:
             return None, {}
-        own, packed = _own_and_packed(model)
-        why = sparse.fits(packed)
-        if why:
-            raise ModelError(f"the model cannot be saved as a {sparse.NAME} folder: {why}")
+        own, packed = parts
         places = [tensor.data_ptr() for tensor in own.values()]
         names = sorted(linear.linears(model))
         alone = [name for name in names if places.count(own[f"{name}.weight"].data_ptr()) == 1]
@@ -251,11 +248,18 @@ def _check_bias(layer: nn.Linear, stored: str, headers: dict[str, Tensor], where
         raise ModelError(f"{where}: {stored} {'lacks its' if layer.bias is not None else 'has a foreign'} bias")
 
 
-def _own_and_packed(model: Any) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
-    """(the tensors that are of no packed weight, packed weights by module name)."""
+def _saved_parts(model: Any, form: ModuleType) -> tuple[dict[str, Tensor], dict[str, PackedWeight]] | None:
+    """(the tensors that are of no packed weight, packed weights by module name); None where peft saves its adapters alone.
+
+    ModelError for a model that the format, a module of export/, cannot hold.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return None
     packed = {name: layer.packed() for name, layer in linear.packed_linears(model).items()}
     prefixes = tuple(f"{name}." for name in packed)
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes) or name.endswith(".bias")}
+    if why := form.fits(packed):
+        raise ModelError(f"the model cannot be saved as a {form.NAME} folder: {why}")
     return own, packed
 
 

@@ -48,7 +48,8 @@ def write_card(report: Report, path: str | os.PathLike[str]) -> None:
 def card(report: Report) -> str:
     plan = scheme(report)
     source = str(report.model.get("source") or "")
-    base = {"base_model": source, "base_model_relation": "quantized"} if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) else {}
+    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source)
+    base = {"base_model": source, "base_model_relation": "quantized" if packed(report) else "finetune"} if hub else {}
     methods = [*plan["packers"], *([plan["method"]] if plan["method"] != "none" else [])]
     if not packed(report):
         methods, plan["widths"] = [], []
@@ -146,12 +147,13 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
     own = "```sh\ncompressor eval FOLDER\ncompressor generate FOLDER\n```\n"
     if auto != "AutoModelForCausalLM":
         own = "```sh\ncompressor eval FOLDER --data labelled.tsv\n```\n"
-    if report.export.get("format") == "compressor table":
+    if report.pruning.get("widths"):
+        return "Its blocks have widths that no stock configuration can say: only compressor loads this folder.\n\n" + own
+    if report.export.get("format") in ("compressor table", "compressor sparse"):
         first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
         text = LOAD.format(auto=auto, package="# and compressor itself, from its source", first=first, config_import="", config="")
-        return text + "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\nOr with compressor itself:\n\n" + own
-    if report.pruning.get("widths"):
-        return "Its blocks differ in width, which no stock configuration can say: only compressor loads this folder.\n\n" + own
+        tables = "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\n" if plan["tables"] else ""
+        return text + tables + "Or with compressor itself:\n\n" + own
     if report.export.get("format") == "dense safetensors":
         return LOAD.format(auto=auto, package="", first="", config_import="", config="") + "Or with compressor itself:\n\n" + own
     if _other_format(report):
@@ -190,11 +192,13 @@ def _sizes(report: Report, plan: dict[str, Any]) -> str:
 
 
 def _limits(report: Report, plan: dict[str, Any]) -> list[str]:
-    out = ["The license and the terms of use of the base model apply.", "Perplexity is the only quality measured here; safety and tasks were not."]
+    out = ["The license and the terms of use of the base model apply."]
     if "task" in report.protocol:
-        out[1] = "Only this one task was measured, on held-out examples of the data it was trained on."
-    elif plan["method"] != "none":
-        out.append("Tuning fits one domain; the perplexity on the outside text shows what it cost elsewhere.")
+        out.append("Only this one task was measured, on held-out examples of the data it was trained on.")
+    else:
+        out.append("Perplexity is the only quality measured here; safety and tasks were not.")
+        if plan["method"] != "none":
+            out.append("Tuning fits one domain; the perplexity on the outside text shows what it cost elsewhere.")
     if report.unpacked:
         out.append(f"Left dense: {many(len(report.unpacked), 'linear')}; `report.html` gives name and reason.")
     return out

@@ -9,8 +9,6 @@ Packers that need no data never run the model at all.
 
 import contextlib
 import inspect
-import json
-import os
 import re
 import time
 from collections.abc import Callable
@@ -19,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
+from compressor.pipelines import journal
 from compressor.pipelines.fisher import squared_gradients
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
@@ -210,14 +207,15 @@ def compress(
     packer = PACKERS[quant.packer]
     fisher: dict[str, Tensor] = {}
     if packer.fisher and ids is not None:
-        missing = [t.name for i, row in enumerate(todo.targets) if _block_rows(work, i) is None for t in row if not t.reason]
+        open_rows = [row for i, row in enumerate(todo.targets) if work is None or journal.kept_facts(_block_path(work, i)) is None]
+        missing = [t.name for row in open_rows for t in row if not t.reason]
         fisher = squared_gradients(model, missing, ids) if missing else {}
     calibration = Calibration(model, blocks, ids) if packer.needs and ids is not None else None
     rows: list[dict[str, Any]] = []
     resumed = 0
     for index, block in enumerate(blocks):
         targets = [t for t in todo.targets[index] if not t.reason]
-        stored = _read_block(work, index)
+        stored = None if work is None else journal.kept(_block_path(work, index))
         if stored is not None:
             _apply_block(block, f"{todo.blocks_name}.{index}.", *stored)
             block_rows = stored[1]
@@ -225,7 +223,8 @@ def compress(
         else:
             prefix = f"{todo.blocks_name}.{index}."
             block_rows = _pack_block(block, index, targets, quant, scale_dtype, calibration, prefix, fisher, keep_zeros)
-            _write_block(work, index, block, block_rows, f"{todo.blocks_name}.{index}.")
+            if work is not None:
+                journal.keep(_block_path(work, index), _packed_tensors(block), block_rows)
         if calibration is not None and index + 1 < len(blocks):
             calibration.run(block, index, keep=True)
         for row in block_rows:
@@ -305,39 +304,8 @@ def _block_path(work: Path, index: int) -> Path:
     return work / f"block-{index:05d}.safetensors"
 
 
-def _write_block(work: Path | None, index: int, block: nn.Module, rows: list[dict[str, Any]], prefix: str) -> None:
-    if work is None:
-        return
-    layers = linear.packed_linears(block).items()
-    tensors = {f"{leaf}.{key}": t.contiguous().cpu() for leaf, layer in layers for key, t in layer.packed().tensors().items()}
-    path = _block_path(work, index)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"rows": json.dumps(rows), "prefix": prefix})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _block_rows(work: Path | None, index: int) -> list[dict[str, Any]] | None:
-    """Rows of a finished block, or None; a file that cannot be read is as good as none."""
-    if work is None or not _block_path(work, index).exists():
-        return None
-    try:
-        with safe_open(_block_path(work, index), "pt") as file:
-            return json.loads(file.metadata()["rows"])
-    except (SafetensorError, KeyError, ValueError, TypeError):
-        return None
-
-
-def _read_block(work: Path | None, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
-    """Tensors and rows of a finished block, or None."""
-    rows = _block_rows(work, index)
-    if work is None or rows is None:
-        return None
-    try:
-        return load_file(_block_path(work, index)), rows
-    except (SafetensorError, ValueError):
-        return None
+def _packed_tensors(block: nn.Module) -> dict[str, Tensor]:
+    return {f"{leaf}.{key}": t for leaf, layer in linear.packed_linears(block).items() for key, t in layer.packed().tensors().items()}
 
 
 def _apply_block(block: nn.Module, prefix: str, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor import linear
 from compressor.errors import DataError, ModelError, RecipeError
 from compressor.pipelines import load
 from compressor.pipelines.encoder_data import Task
@@ -167,12 +166,6 @@ def _aligned(own: dict[int, str], task: Task) -> dict[str, int]:
     raise DataError(
         f"{task.name} has the labels {', '.join(task.labels[:4])} and the model {', '.join(list(own.values())[:4])}: give data of its task"
     )
-
-
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of the linears of the blocks, by dotted name: what can be pruned. Embeddings, norms and head are not."""
-    prefix, blocks = linear.find_blocks(model)
-    return {f"{prefix}.{name}.weight": layer.get_parameter("weight") for name, layer in linear.linears(blocks).items()}
 
 
 def max_length(config: dict[str, Any], kind: str, asked: int | None) -> int:

@@ -9,7 +9,7 @@ Magnitude is the same pruner without curvature: same steps, same schedule, same 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from compressor.errors import RecipeError
-from compressor.linear import find_blocks
-from compressor.pipelines.encoder_load import prunable
+from compressor.linear import block_weights, find_blocks
 from compressor.pipelines.encoder_units import Units
 from compressor.pipelines.methods import check_heeded
-from compressor.prune import Pruner
-from compressor.prune.masks import Pattern, parse_pattern
+from compressor.prune import Pruner, obert
+from compressor.prune.masks import parse_pattern
 from compressor.prune.obert import SCORES, Obert, Settings
 from compressor.prune.schedule import cubic, events
 from compressor.recipe import Finetune, Prune, Tune
 from compressor.tune.batches import Batches
 from compressor.tune.encoder import EncoderTask, Examples, Teacher
 from compressor.tune.gradients import Gradients
-from compressor.tune.loop import TrainLog, train
+from compressor.tune.loop import OnStep, TrainLog, train
 
 LR = 8e-5
 BEGIN, END = 0.1, 0.9  # the ramp, as shares of the steps
 FIRST, FIRST_SMALL, SMALL = 0.7, 0.3, 6  # the ratio of the first prune; of models of at most so many blocks
-OnStep = Callable[[dict[str, Any]], None]
 
 
 def everything(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -84,7 +82,7 @@ def resolved(options: Prune, blocks: int) -> Prune:
 def heeded(options: Prune) -> set[str]:
     """The keys of Prune that say something to a method and pattern on encoders."""
     keys = {"steps", "epochs", "lr", "batch", "distill", "temperature", "one_shot", "initial", "prunes", "begin", "end"}
-    curvature = {"gradients", "gradient_batch", "recompute", "damp", "block"} if options.method == "obert" else set()
+    curvature = {"gradients", "gradient_batch", "recompute", "damp", "block", "joint"} if options.method == "obert" else set()
     return keys | curvature | ({"multiple", "uniform"} if options.pattern == "structured" else set())
 
 
@@ -99,24 +97,13 @@ def check(model: nn.Module, options: Prune) -> None:
     if options.pattern == "structured":
         Units(model, options)
         return
-    for name, weight in prunable(model).items():
-        settings(options).pattern.check(name, weight.shape)
-    if options.ratio > settings(options).pattern.limit:
-        raise RecipeError(f"pruning {options.ratio:.0%} cannot be done: the pattern {options.pattern} goes to {settings(options).pattern.limit:.0%}")
+    obert.check(block_weights(model), Settings.of(options), options.ratio)
 
 
 def training(options: Prune) -> Tune:
     return Tune(
         method="prune", steps=options.steps or None, epochs=options.epochs, lr=options.lr, batch=options.batch, schedule="linear", warmup=0.0,
         eval_every=0, checkpoint_every=200,
-    )  # fmt: skip
-
-
-def settings(options: Prune) -> Settings:
-    pattern = Pattern() if options.pattern == "structured" else parse_pattern(options.pattern or "unstructured")
-    return Settings(
-        pattern=pattern, score=options.method, damp=options.damp, block=options.block or 0,
-        gradients=options.gradients, rounds=options.recompute,
     )  # fmt: skip
 
 
@@ -163,17 +150,14 @@ def prune(
     model: nn.Module, rows: Examples, teacher: Teacher | None, options: Prune, seed: int, folder: Path | None = None, fingerprint: str = "",
     on_step: OnStep | None = None,
 ) -> tuple[dict[str, Any], TrainLog]:  # fmt: skip
-    """Prune in place, training what is left; facts for the report, and the log of the training. Whole units are cut out at the end.
-
-    The facts of a structured prune have under "config" what changes in config.json.
-    """
+    """Prune in place, training what is left; facts for the report, and the log of the training. Whole units are cut out at the end."""
     options = resolved(options, len(find_blocks(model)[1]))
     steps, parameters = steps_of(rows, options, seed), everything(model)
     plan, units = schedule(options, steps), Units(model, options) if options.pattern == "structured" else None
-    weights = prunable(model) if units is None else units.weights
-    total, trained = sum(w.numel() for w in prunable(model).values()), sum(p.numel() for p in parameters.values())
+    weights = block_weights(model) if units is None else units.weights
+    total, trained = sum(w.numel() for w in block_weights(model).values()), sum(p.numel() for p in parameters.values())
     gradients = Gradients(model, weights, EncoderTask(rows), options.gradient_batch, seed + 1)
-    pruner = Obert(model, weights, gradients, plan, settings(options)) if units is None else units.pruner(gradients, plan, settings(options))
+    pruner = Obert(model, weights, gradients, plan, Settings.of(options)) if units is None else units.pruner(gradients, plan, Settings.of(options))
     log = TrainLog(0)
     try:
         if steps:

@@ -6,7 +6,6 @@ every stage has a key made of the model, the data and the recipe up to it; train
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
-from compressor.linear import linears
+from compressor.linear import block_weights, linears
 from compressor.pipelines import compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
-from compressor.pipelines.encoder_load import is_encoder
-from compressor.pipelines.job import Job, default_output, digest, follow, plain, source_name
+from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods
 from compressor.pipelines.output import check_output, check_room, contract, finished, publish
@@ -32,8 +30,6 @@ from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches
 from compressor.tune.encoder import EncoderTask, Examples, Teacher
 from compressor.tune.loop import train
-
-__all__ = ["EncoderRun", "dry_run", "evaluate_encoder", "is_encoder", "run"]
 
 
 class EncoderRun(Job):
@@ -48,7 +44,6 @@ class EncoderRun(Job):
         check(recipe)
         recipe = recipe.with_(tune=resolved(recipe.tune))
         super().__init__(recipe, output, show, command)
-        self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer != "none", recipe.tune.method != "none"
         self.source = load.resolve(recipe.model)
         self.config = load.any_config(self.source)
         if self.config.get("quantization_config") or self.config.get(slicing.WIDTHS):
@@ -92,7 +87,7 @@ class EncoderRun(Job):
                 self._compress(journal)
             if self.tunes:
                 self._tune(journal)
-            self._write(journal)
+            self.write(self.encoder.loaded, self.key, journal)
             publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
@@ -124,19 +119,11 @@ class EncoderRun(Job):
         for note in self.encoder.notes + [t.note for t in targets if t.note]:
             self.show.say(note)
 
-    def _steps(self, name: str, key: str, total: int, work: Callable[[Path, Callable[[dict[str, Any]], None]], Any], journal: Journal) -> Any:
-        """A stage that trains, with its checkpoint folder and its progress."""
-        folder = journal.subfolder(name, key)
-        with self.stage(name), self.show.task(name, total) as advance:
-            return work(folder, follow(advance))
-
     def _finetune(self, journal: Journal) -> None:
         options, seed = self.recipe.finetune, self.recipe.seed
         total = Batches(EncoderTask(self.train_rows), encoder_prune.finetune_options(options), seed).steps
-        log = self._steps("finetune", self.key_finetune, total, lambda folder, on_step: encoder_prune.finetune(
-            self.encoder.model, self.train_rows, options, seed, folder, self.key_finetune, on_step
-        ), journal)  # fmt: skip
-        journal.resumed |= log.resumed_from > 0
+        with self.training("finetune", self.key_finetune, total, journal) as (folder, on_step):
+            log = encoder_prune.finetune(self.encoder.model, self.train_rows, options, seed, folder, self.key_finetune, on_step)
         self.report.notes += [
             f"the dense model was fine-tuned on the task for {log.steps} steps of {options.batch} examples at {options.lr:g}",
             *log.notes,
@@ -145,62 +132,37 @@ class EncoderRun(Job):
     def _prune(self, journal: Journal) -> None:
         options, seed = self.recipe.prune, self.recipe.seed
         total = encoder_prune.steps_of(self.train_rows, options, seed)
-        facts, log = self._steps("prune", self.key_prune, total, lambda folder, on_step: encoder_prune.prune(
-            self.encoder.model, self.train_rows, self.teacher, options, seed, folder, self.key_prune, on_step
-        ), journal)  # fmt: skip
-        journal.resumed |= log.resumed_from > 0
-        self.encoder.loaded.config |= facts.pop("config", {})
+        with self.training("prune", self.key_prune, total, journal) as (folder, on_step):
+            facts, log = encoder_prune.prune(self.encoder.model, self.train_rows, self.teacher, options, seed, folder, self.key_prune, on_step)
+        self.encoder.loaded.follow_config()
         self.report.pruning = facts | {"curve": log.curve, "notes": log.notes}
         if not self.packs:
             write.round_to_folder(self.encoder.loaded, set())
         self._measure("pruned", journal)
         if self.sparse:
             bits = write.bits_per_weight(write.block_weights(self.encoder.loaded), sparse=True)
-            self._record("pruned", bits_per_weight=bits, sparsity=facts["ratio"])
+            self.record("pruned", bits_per_weight=bits, sparsity=facts["ratio"])
 
     def _compress(self, journal: Journal) -> None:
-        recipe, loaded = self.recipe, self.encoder.loaded
-        targets = compress.plan(loaded.model, recipe.quant).packed()
-        write.round_to_folder(loaded, {t.name for t in targets})
+        recipe = self.recipe
         ids = calibration(self.train_rows, recipe.data.nsamples, recipe.seed) if PACKERS[recipe.quant.packer].needs else None
         if ids is not None:
             self.report.notes.append(calibrated(self.train_rows, ids))
-        folder = journal.subfolder("blocks", self.key_compress)
-        with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
-            dtype = load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
-            loaded.rows, loaded.unpacked, resumed = compress.compress(
-                loaded.model, recipe.quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
-            )
-        journal.resumed |= resumed > 0
-        self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
+        self.pack(self.encoder.loaded, ids, self.key_compress, journal)
         self._measure("packed", journal)
 
     def _tune(self, journal: Journal) -> None:
         options, seed, model = self.recipe.tune, self.recipe.seed, self.encoder.model
         tuner = TUNERS[options.method](options)
         parameters, objective = tuner.attach(model), EncoderTask(self.train_rows, self.teacher)
-        log = self._steps("tune", self.key_tune, Batches(objective, options, seed).steps, lambda folder, on_step: train(
-            model, parameters, objective, options, seed, folder, self.key_tune, None, on_step
-        ), journal)  # fmt: skip
-        journal.resumed |= log.resumed_from > 0
+        with self.training("tune", self.key_tune, Batches(objective, options, seed).steps, journal) as (folder, on_step):
+            log = train(model, parameters, objective, options, seed, folder, self.key_tune, None, on_step)
         tuner.detach(model)
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(self.train_rows),
             "curve": log.curve, "notes": log.notes,
         }  # fmt: skip
         self._measure("tuned", journal)
-
-    def _write(self, journal: Journal) -> None:
-        folder, loaded = self.work / "folder", self.encoder.loaded
-        shutil.rmtree(folder, ignore_errors=True)
-        with self.stage("export"):
-            self.report.export = write.write_folder(loaded, folder, self.sparse)
-        size = load.model_bytes(folder)
-        for name in ("packed", "tuned") if self.packs else ("pruned",):
-            if getattr(self.report, name, None):
-                self._record(name, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size)
-        self.report.resumed, self.report.keys = journal.resumed, self.key
-        self.write_record(folder)
 
     def _measure(self, name: str, journal: Journal) -> None:
         found = journal.get(name, self.key_measured[name])
@@ -218,13 +180,7 @@ class EncoderRun(Job):
         sizes = {} if name != "dense" else {
             "bits_per_weight": float(torch.finfo(self.encoder.loaded.dtype).bits), "folder_bytes": self.report.model["dense_bytes"],
         }  # fmt: skip
-        self._record(name, task=found, **sizes)
-
-    def _record(self, name: str, **values: Any) -> None:
-        entry = getattr(self.report, name) | values
-        if "folder_bytes" in entry:
-            entry["ratio"] = self.report.model["dense_bytes"] / entry["folder_bytes"]
-        setattr(self.report, name, entry)
+        self.record(name, task=found, **sizes)
 
 
 def check(recipe: Recipe) -> None:
@@ -277,7 +233,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     check_output(job.place, overwrite=True)
     job._load()
     model, rows, seed = job.encoder.model, job.train_rows, recipe.seed
-    weights = sum(w.numel() for w in encoder_load.prunable(model).values())
+    weights = sum(w.numel() for w in block_weights(model).values())
     steps = {
         "finetune": Batches(EncoderTask(rows), encoder_prune.finetune_options(recipe.finetune), seed).steps if job.finetunes else 0,
         "prune": encoder_prune.steps_of(rows, recipe.prune, seed) if job.prunes else 0,
@@ -308,7 +264,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
 def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: int | None = None) -> dict[str, Any]:
     """Accuracy (sequences, words) or exact match and F1 (questions) of an encoder with a head, dense or compressed, on labelled examples."""
     config = load.any_config(load.resolve(model))
-    if not is_encoder(config):
+    if not encoder_load.is_encoder(config):
         raise ModelError(f"{model} holds {encoder_load.architecture(config) or 'no named architecture'}, which is no encoder")
     if encoder_load.task_of(config) is None:
         raise ModelError(f"{model} has no head for a task: prune or fine-tune it first with `compressor run`")

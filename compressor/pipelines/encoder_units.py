@@ -10,17 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from compressor.errors import RecipeError
 from compressor.prune import slicing
 from compressor.prune.fisher import Gradients
 from compressor.prune.obert import Settings
 from compressor.prune.structured_obert import StructuredObert, part_weights
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families
-from compressor.prune.widths import Widths, choose, multiple_of
+from compressor.prune.widths import Widths, check_near, choose, multiple_of
 from compressor.recipe import Prune
-
-NEAR = 0.05  # how far the widths may be from the wanted ratio
 
 
 class Units:
@@ -29,9 +26,7 @@ class Units:
     def __init__(self, model: nn.Module, options: Prune):
         self.model, self.options = model, options
         self.last = self.widths_of(options.ratio)
-        if abs(self.last.ratio - options.ratio) > NEAR:
-            more = "leave more, or set prune.uniform to false" if options.uniform else "choose another ratio"
-            raise RecipeError(f"pruning {options.ratio:.0%} cannot be done: the nearest widths take {self.last.ratio:.0%} of the weights; {more}")
+        check_near(self.last, options.ratio, "leave more, or set prune.uniform to false" if options.uniform else "choose another ratio")
         self.families: list[Family] = [f for f in families(model) if f.kind == "ffn" or self.last.heads < f.count]
         self.weights = part_weights(model, self.families)
         self.masks: UnitMasks | None = None
@@ -56,18 +51,8 @@ class Units:
             self.masks.remove()
 
     def cut(self, total: int) -> dict[str, Any]:
-        """Cut out what the masks took; facts for the report, with what changes in config.json. total: the weights there were."""
+        """Cut out what the masks took; facts for the report. total: the weights there were."""
         assert self.masks is not None
-        config: Any = self.model.config
-        before = {key: getattr(config, key) for key in ("num_attention_heads", "intermediate_size")}
-        count = {f.kind: f.count for f in families(self.model)}
         slicing.cut(self.model, self.families, self.masks.masks, next(self.model.parameters()).dtype)
-        heads, ffn, blocks = self.last.heads, self.last.ffn, len({f.block for f in self.families})
-        changed: dict[str, Any] = {"intermediate_size": ffn}
-        if heads < count["heads"]:
-            changed = {slicing.WIDTHS: {"queries": [heads] * blocks, "keys": [heads] * blocks, "ffn": [ffn] * blocks}}
-            for key, value in before.items():
-                setattr(config, key, value)
-            setattr(config, slicing.WIDTHS, changed[slicing.WIDTHS])
         left = sum(w.numel() for w in part_weights(self.model, families(self.model)).values())
-        return {"ratio": 1 - left / total, "heads": heads, "ffn": ffn, "config": changed}
+        return {"ratio": 1 - left / total, "heads": self.last.heads, "ffn": self.last.ffn}

@@ -1,4 +1,7 @@
-"""What every run shares: the output folder and the work folder beside it, stages with their times, a report that a stopped run leaves behind."""
+"""What every run shares: the output folder and the work folder beside it, stages with their times, a report that a stopped run leaves behind.
+
+Also the stages that are the same for any model: packing, training from checkpoints, writing the folder.
+"""
 
 import contextlib
 import hashlib
@@ -12,17 +15,21 @@ import torch
 import yaml
 
 from compressor.errors import OutputError
-from compressor.pipelines import card, load, render
+from compressor.pipelines import card, compress, load, render, write
+from compressor.pipelines.journal import Journal
 from compressor.pipelines.output import disk_full
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
 from compressor.recipe import Recipe
+from compressor.tune.loop import OnStep
 
 
 class Job:
-    """One run of one recipe into one folder."""
+    """One run of one recipe into one folder. `sparse`: whether single weights are pruned, whose zeros the packer and the folder keep."""
+
+    sparse = False
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         self.recipe, self.output, self.show = recipe, output, show
@@ -31,6 +38,7 @@ class Job:
             raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
         self.work = self.place.with_name(self.place.name + ".partial")
         self.device = load.pick_device(recipe.device)
+        self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer != "none", recipe.tune.method != "none"
         self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
 
     @contextlib.contextmanager
@@ -58,8 +66,43 @@ class Job:
         with Stage(name, self.report.seconds, self.report.peak_bytes, str(self.device)):
             yield
 
-    def write_record(self, folder: Path) -> None:
-        """Report, page, card and recipe."""
+    def pack(self, loaded: load.Loaded, ids: torch.Tensor | None, key: str, journal: Journal) -> None:
+        """Pack the model's linears in place; ids: windows to calibrate on, for packers that need them."""
+        quant = self.recipe.quant
+        targets = compress.plan(loaded.model, quant).packed()
+        write.round_to_folder(loaded, {t.name for t in targets})
+        folder = journal.subfolder("blocks", key)
+        with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
+            dtype = load.scale_dtype(quant.scale_dtype, loaded.dtype)
+            loaded.rows, loaded.unpacked, _ = compress.compress(
+                loaded.model, quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
+            )
+        self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
+
+    @contextlib.contextmanager
+    def training(self, name: str, key: str, total: int, journal: Journal) -> Iterator[tuple[Path, OnStep]]:
+        """A stage of `total` steps: the folder for its checkpoints, and what to call after each step."""
+        with self.stage(name), self.show.task(name, total) as advance:
+            yield journal.subfolder(name, key), follow(advance)
+
+    def record(self, name: str, **values: Any) -> None:
+        """Add to what the report says of the dense, pruned, packed or tuned model."""
+        entry = (getattr(self.report, name) or {}) | values
+        if "folder_bytes" in entry:
+            entry["ratio"] = self.report.model["dense_bytes"] / entry["folder_bytes"]
+        setattr(self.report, name, entry)
+
+    def write(self, loaded: load.Loaded, key: str, journal: Journal) -> None:
+        """The output folder, still in the work folder: weights, report, page, card and recipe."""
+        folder = self.work / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        with self.stage("export"):
+            self.report.export = write.write_folder(loaded, folder, self.sparse)
+        size = load.model_bytes(folder)
+        for name in ("packed", "tuned") if self.packs else ("pruned",):
+            if getattr(self.report, name):
+                self.record(name, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size)
+        self.report.resumed, self.report.keys = journal.resumed, key
         self.report.save(folder / "report.json")
         render.write_html(self.report, folder / "report.html")
         card.write_card(self.report, folder / "README.md")
@@ -89,7 +132,7 @@ def source_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
 
 
-def follow(advance: Callable[[int, str], None]) -> Callable[[dict[str, Any]], None]:
+def follow(advance: Callable[[int, str], None]) -> OnStep:
     """What a training loop calls after each step, to move a progress bar that says the loss."""
     done = 0
 

@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from compressor.errors import OutputError
 
 
@@ -51,7 +55,35 @@ class Journal:
             if old != path and old.is_dir():
                 shutil.rmtree(old)
         path.mkdir(exist_ok=True)
+        self.resumed |= any(path.glob("*.safetensors"))
         return path
+
+
+def keep(path: Path, tensors: dict[str, Tensor], facts: Any) -> None:
+    """Tensors with what belongs to them, JSON, in one safetensors file that is whole on the disk before it has its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def kept_facts(path: Path) -> Any:
+    """The facts of a file that `keep` wrote, or None; a file that cannot be read is as good as none."""
+    with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["facts"])
+    return None
+
+
+def kept(path: Path) -> tuple[dict[str, Tensor], Any] | None:
+    """Tensors and facts of a file that `keep` wrote, or None."""
+    facts = kept_facts(path)
+    if facts is None:
+        return None
+    with contextlib.suppress(SafetensorError, OSError, ValueError):
+        return load_file(path), facts
+    return None
 
 
 @contextlib.contextmanager

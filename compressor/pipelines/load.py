@@ -52,6 +52,9 @@ COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
+SHAPES = (
+    "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+)  # keys of config.json that pruning changes  # fmt: skip
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
 
 
@@ -86,6 +89,15 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def follow_config(self) -> None:
+        """Bring the configuration that will be written to what that of the model, which was pruned, says now."""
+        model: Any = self.model
+        now: dict[str, Any] = model.config.to_dict()
+        shapes = {key: now[key] for key in (*SHAPES, slicing.WIDTHS) if now.get(key) is not None}
+        layers = now.get("num_hidden_layers")
+        lists = {key: value for key, value in now.items() if isinstance(value, list) and len(value) == layers and key != "architectures"}
+        self.config = {k: v for k, v in self.config.items() if k != "quantization_config"} | shapes | lists
 
 
 def resolve(name: str) -> Path:

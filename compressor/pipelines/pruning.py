@@ -5,7 +5,6 @@ its low-rank paths are folded in, and the stages that follow pack it anew.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
-from compressor.linear import find_blocks, linears, packed_linears
+from compressor.linear import block_weights, find_blocks, linears, packed_linears
 from compressor.pipelines import estimate, load, surgery
 from compressor.pipelines.methods import check_heeded
-from compressor.prune import lowrank, slicing
+from compressor.prune import lowrank, obert, slicing
 from compressor.prune.depth import DepthPruner, kept_blocks
 from compressor.prune.importance import IMPORTANCES, PaperGradients
-from compressor.prune.loraprune import STEPS_BEFORE, Ramp, UnitPruner
+from compressor.prune.loraprune import STEPS_BEFORE, UnitPruner
 from compressor.prune.obert import SCORES
+from compressor.prune.schedule import Ramp
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families, shape
-from compressor.prune.widths import TOLERANCE, Widths, choose, multiple_of, prunable
+from compressor.prune.widths import TOLERANCE, Widths, check_near, choose, multiple_of, prunable
 from compressor.recipe import Prune, Tune
 from compressor.tune.batches import Batches, CausalLM
-from compressor.tune.loop import TrainLog, train
+from compressor.tune.loop import OnStep, TrainLog, train
 
 LR = 0.64  # of the low-rank paths, over the hidden size: 5e-3 at 128, as measured (docs/log.md), and near the paper's 1e-4 at 4096
 BEGIN, END = 0.05, 0.3  # the ramp, as shares of the steps: on small budgets healing pays more than going slowly
-NEAR = 0.1  # how far the widths may be from the wanted ratio
 PARTS = {"loraprune": "gate"}  # what a unit is scored by, where it is not all its linears
 METHODS = (*IMPORTANCES, "depth", "obert")
-SHAPES = (
-    "num_hidden_layers",
-    "n_layer",
-    "num_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-)  # of config.json
 
 
 @dataclass(frozen=True)
@@ -71,8 +61,9 @@ def plan(model: nn.Module, options: Prune) -> Plan:
     check_heeded(options, heeded(options))
     count = len(find_blocks(model)[1])
     if sparse(options):
-        surgery.check(model, options)
-        total = sum(math.prod(shape(layer)) for layer in linears(find_blocks(model)[1]).values())
+        weights = block_weights(model)
+        obert.check(weights, obert.Settings.of(options), options.ratio)
+        total = sum(w.numel() for w in weights.values())
         return Plan(options.method, options.ratio, options.ratio, total, count)
     if options.method != "obert" and options.steps is not None and options.steps < 2:
         raise RecipeError(f"prune.steps={options.steps} leaves nothing to score units by: give at least a few steps")
@@ -85,9 +76,7 @@ def plan(model: nn.Module, options: Prune) -> Plan:
         raise RecipeError("query heads go by as many from every group and block: leave out --unit query, or --per-layer")
     unit = options.unit if options.uniform else "group"
     widths = choose(model, options.ratio, unit, multiple(model, options), lambda queries, keys: heads_fit(model, queries, keys))
-    if abs(widths.ratio - options.ratio) > NEAR:
-        nearest = f"the nearest widths take {widths.ratio:.0%} of the prunable weights"
-        raise RecipeError(f"pruning {options.ratio:.0%} cannot be done: {nearest}; choose another ratio, or a smaller --multiple")
+    check_near(widths, options.ratio, "choose another ratio, or a smaller --multiple")
     return Plan(options.method, options.ratio, widths.ratio, total, count, widths)
 
 
@@ -126,7 +115,7 @@ def own_parameters(attention: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def heeded(options: Prune) -> set[str]:
     """The keys of Prune that say something to a method on causal language models."""
     if options.method == "obert" or sparse(options):
-        own = {"damp", "block", "gradients", "recompute"} if options.method == "obert" else set()
+        own = {"damp", "block", "gradients", "recompute", "joint"} if options.method == "obert" else set()
         return own | {"one_shot"} | ({"unit", "multiple"} if options.pattern == "structured" else set())
     train = {"steps", "epochs", "lr", "batch", "accumulate", "gradient_checkpointing", "rank", "alpha", "start", "every", "begin", "end", "one_shot"}
     if options.method == "depth":
@@ -201,7 +190,7 @@ def prune(
     seed: int,
     folder: Path | None = None,
     fingerprint: str = "",
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[dict[str, Any], TrainLog]:
     """Prune the loaded model in place, healing it on the objective's windows; returns facts for the report and the log of the training.
 
@@ -213,17 +202,20 @@ def prune(
     if packed:
         check_packed(loaded.name, options)
     if options.method == "obert" or sparse(options):
-        return _surgery(loaded, options, todo, objective, seed, folder, fingerprint)
+        return _surgery(loaded, options, todo, objective, seed, folder)
     paths = lowrank.attach(model, options.rank, options.alpha, seed)
     if options.start == "inputs":
         lowrank.align(model, paths, objective.ids)
     total = steps(options, objective, seed)
     ramp = _ramp(options, total)
-    run = _depth if todo.widths is None else _units
-    log = run(model, options, todo, paths, ramp, lambda pruner: train(
-        model, lowrank.parameters(paths), objective, training(options), seed, folder, fingerprint, None, on_step, pruner
-    ), objective.ids, dtype)  # fmt: skip
-    follow_config(loaded)
+    pruner = _pruner(model, options, todo, paths, ramp, objective.ids)
+    try:
+        log = train(model, lowrank.parameters(paths), objective, training(options), seed, folder, fingerprint, None, on_step, pruner)
+        pruner.prune(ramp.end)  # what a dropped last step undid
+    finally:
+        pruner.detach()
+    pruner.finish(model, dtype)
+    loaded.follow_config()
     extra = {"widths": loaded.config[slicing.WIDTHS]} if loaded.config.get(slicing.WIDTHS) else {}
     log.notes += notes(model, todo, packed)
     facts = todo.facts() | extra | {"packed_base": packed, "trainable": sum(p.numel() for p in lowrank.parameters(paths).values())}
@@ -240,28 +232,16 @@ def notes(model: Any, todo: Plan, packed: bool) -> list[str]:
     return out
 
 
-def _surgery(
-    loaded: load.Loaded, options: Prune, todo: Plan, objective: CausalLM, seed: int, folder: Path | None, fingerprint: str
-) -> tuple[dict[str, Any], TrainLog]:
+def _surgery(loaded: load.Loaded, options: Prune, todo: Plan, objective: CausalLM, seed: int, folder: Path | None) -> tuple[dict[str, Any], TrainLog]:
     """oBERT, and magnitude by its patterns: all at once, without training."""
     if todo.widths is None:
-        facts, said = surgery.single_weights(loaded.model, options, objective, seed, folder, fingerprint)
+        facts, said = surgery.single_weights(loaded.model, options, objective, seed, folder)
     else:
-        facts, said = {}, surgery.whole_units(loaded.model, options, todo.widths, objective, seed, folder, fingerprint)
+        facts, said = {}, surgery.whole_units(loaded.model, options, todo.widths, objective, seed, folder)
         said = [*said, *notes(loaded.model, todo, False)]
-        follow_config(loaded)
+        loaded.follow_config()
     facts |= {"gradients": options.gradients, "recompute": options.recompute, "damp": options.damp} if options.method == "obert" else {}
     return todo.facts() | facts, TrainLog(0, notes=said)
-
-
-def follow_config(loaded: load.Loaded) -> None:
-    """Bring the configuration that will be written to what the model's own says now."""
-    config: Any = loaded.model.config
-    now: dict[str, Any] = config.to_dict()
-    shapes = {key: now[key] for key in (*SHAPES, slicing.WIDTHS) if now.get(key) is not None}
-    per_layer = {key for key, value in now.items() if isinstance(value, list) and len(value) == now.get("num_hidden_layers")}  # also what was derived
-    lists = {key: now[key] for key in (*loaded.config, *per_layer) if isinstance(now.get(key), list)}
-    loaded.config = {k: v for k, v in loaded.config.items() if k != "quantization_config"} | shapes | lists
 
 
 def _ramp(options: Prune, total: int) -> Ramp:
@@ -277,39 +257,11 @@ def _ramp(options: Prune, total: int) -> Ramp:
     return Ramp(min(round(begin * total), last), last, options.every)
 
 
-Training = Callable[[Any], TrainLog]
-
-
-def _units(
-    model: nn.Module, options: Prune, todo: Plan, paths: dict[str, lowrank.LowRank], ramp: Ramp, run: Training, ids: Tensor, dtype: torch.dtype
-) -> TrainLog:
-    """Heads and FFN channels."""
-    assert todo.widths is not None
-    units = families(model, todo.widths.unit)
+def _pruner(model: nn.Module, options: Prune, todo: Plan, paths: dict[str, lowrank.LowRank], ramp: Ramp, ids: Tensor) -> UnitPruner | DepthPruner:
+    """The pruner of whole blocks, or of heads and FFN channels, with its masks on the model."""
+    if todo.widths is None:
+        return DepthPruner(model, todo.blocks, ids, replace(ramp, every=1) if options.one_shot else ramp)
+    units, kept = families(model, todo.widths.unit), todo.widths.kept
     kind = PaperGradients if options.method == "loraprune" and options.estimate == "paper" else IMPORTANCES[options.method]
-    masks, importance, gate = UnitMasks(model, units), kind(paths), (options.parts or PARTS.get(options.method)) == "gate"
-    kept = {f.key: todo.widths.kept(f) for f in units}
-    pruner = UnitPruner(paths, units, masks, kept, importance, ramp, options.uniform, {"ffn": multiple(model, options)}, gate)
-    try:
-        log = run(pruner)
-        pruner.prune(ramp.end)  # what a dropped last step undid
-    finally:
-        importance.detach()
-        masks.remove()
-    slicing.cut(model, units, masks.masks, dtype)
-    return log
-
-
-def _depth(
-    model: nn.Module, options: Prune, todo: Plan, paths: dict[str, lowrank.LowRank], ramp: Ramp, run: Training, ids: Tensor, dtype: torch.dtype
-) -> TrainLog:
-    """Whole blocks."""
-    pruner = DepthPruner(model, todo.blocks, ids, replace(ramp, every=1) if options.one_shot else ramp)
-    try:
-        log = run(pruner)
-        pruner.prune(ramp.end)  # what a dropped last step undid
-    finally:
-        pruner.detach()
-    slicing.drop_blocks(model, pruner.keep())
-    slicing.dissolve(model, dtype)
-    return log
+    gate, chunk = (options.parts or PARTS.get(options.method)) == "gate", {"ffn": multiple(model, options)}
+    return UnitPruner(paths, units, UnitMasks(model, units), {f.key: kept(f) for f in units}, kind(paths), ramp, options.uniform, chunk, gate)

@@ -14,7 +14,7 @@ import torch
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.pipelines import compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, write
-from compressor.pipelines.job import Job, default_output, digest, follow, plain, source_name
+from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods
 from compressor.pipelines.output import check_output, check_room, contract, finished, publish
@@ -33,12 +33,11 @@ class Run(Job):
         check_methods(recipe)
         if recipe.finetune != Finetune():
             raise RecipeError(f"fine-tuning on a task first is for encoders, and {recipe.model} is none: leave --finetune out")
-        self.prunes, self.packs = recipe.prune.method != "none", recipe.quant.packer != "none"
+        recipe = recipe.with_(tune=resolved(recipe.tune))
+        super().__init__(recipe, output, show, command)
         self.sparse = self.prunes and pruning.sparse(recipe.prune)
         if self.sparse and self.packs:
             compress.check_keep_zeros(recipe.quant)
-        recipe = recipe.with_(tune=resolved(recipe.tune))
-        super().__init__(recipe, output, show, command)
         self.source = load.resolve(recipe.model)
         self.config = load.read_config(self.source)
         if self.config.get("quantization_config") and not self.prunes:
@@ -66,7 +65,6 @@ class Run(Job):
 
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
-        recipe = self.recipe
         with open_work(self.work) as journal, self.safe_report():
             loaded = self._load()
             calibration, windows = self.texts(loaded.tokenizer)
@@ -74,10 +72,11 @@ class Run(Job):
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
             if self.packs:
-                self._compress(loaded, calibration, journal)
-            if recipe.tune.method != "none" and windows is not None:
+                self.pack(loaded, calibration, self.key_compress, journal)
+                self._measured("packed", self.key_packed, loaded, journal)
+            if self.tunes and windows is not None:
                 self._tune(loaded, windows, journal)
-            self._write(loaded, journal)
+            self.write(loaded, self.key_tuned, journal)
             publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
@@ -113,7 +112,7 @@ class Run(Job):
         recipe, ids, windows = self.recipe, None, None
         if self.packs and PACKERS[recipe.quant.packer].needs:
             ids = data.calibration(self.calib, tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
-        if recipe.tune.method != "none" or self.prunes:
+        if self.tunes or self.prunes:
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
         return ids, windows
 
@@ -124,18 +123,16 @@ class Run(Job):
             journal.put("dense", self.key_dense, found)
         bits = torch.finfo(getattr(torch, self.report.model["dense_dtype"])).bits
         packed = load.packed_weights(loaded.model)  # a base that is packed, to be pruned
-        self._record(
-            "dense", found, bits_per_weight=write.bits_per_weight(packed) if packed else float(bits), folder_bytes=self.report.model["dense_bytes"]
-        )
+        self._record("dense", found)
+        bits_per_weight = write.bits_per_weight(packed) if packed else float(bits)
+        self.record("dense", bits_per_weight=bits_per_weight, folder_bytes=self.report.model["dense_bytes"])
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
 
     def _prune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
         options, seed, objective = self.recipe.prune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
-        folder = journal.subfolder("prune", self.key_prune)
-        with self.stage("prune"), self.show.task("prune", pruning.steps(options, objective, seed)) as advance:
-            facts, log = pruning.prune(loaded, options, objective, seed, folder, self.key_prune, follow(advance))
-        journal.resumed |= log.resumed_from > 0
+        with self.training("prune", self.key_prune, pruning.steps(options, objective, seed), journal) as (folder, on_step):
+            facts, log = pruning.prune(loaded, options, objective, seed, folder, self.key_prune, on_step)
         self.report.pruning = facts | {"curve": log.curve, "notes": log.notes}
         if not self.packs:
             write.round_to_folder(loaded, set())
@@ -143,52 +140,21 @@ class Run(Job):
         bits, full = write.bits_per_weight(weights, self.sparse), float(torch.finfo(loaded.dtype).bits)
         saved = (full - bits) * sum(w.shape[0] * w.shape[1] for w in weights.values()) / 8
         self._measured("pruned", self.key_pruned, loaded, journal)
-        self._record("pruned", {}, bits_per_weight=bits, folder_bytes=round(write.tensor_bytes(loaded) - saved))
-
-    def _compress(self, loaded: load.Loaded, ids: torch.Tensor | None, journal: Journal) -> None:
-        recipe = self.recipe
-        targets = compress.plan(loaded.model, recipe.quant).packed()
-        write.round_to_folder(loaded, {t.name for t in targets})
-        folder = journal.subfolder("blocks", self.key_compress)
-        with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
-            dtype = load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
-            loaded.rows, loaded.unpacked, resumed = compress.compress(
-                loaded.model, recipe.quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
-            )
-        journal.resumed |= resumed > 0
-        self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
-        self._measured("packed", self.key_packed, loaded, journal)
+        self.record("pruned", bits_per_weight=bits, folder_bytes=round(write.tensor_bytes(loaded) - saved))
 
     def _tune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
-        recipe = self.recipe
-        tuner = TUNERS[recipe.tune.method](recipe.tune)
+        options, seed, objective = self.recipe.tune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
+        tuner = TUNERS[options.method](options)
         parameters = tuner.attach(loaded.model)
-        folder = journal.subfolder("tune", self.key_tune)
-        steps = Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed).steps
-        with self.stage("tune"), self.show.task("tune", steps) as advance:
-            log = train(
-                loaded.model, parameters, CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed, folder, self.key_tune,
-                self._domain_perplexity(loaded), follow(advance),
-            )  # fmt: skip
-        journal.resumed |= log.resumed_from > 0
+        evaluate = self._domain_perplexity(loaded)
+        with self.training("tune", self.key_tune, Batches(objective, options, seed).steps, journal) as (folder, on_step):
+            log = train(loaded.model, parameters, objective, options, seed, folder, self.key_tune, evaluate, on_step)
         tuner.detach(loaded.model)
         self.report.training = {
-            "method": recipe.tune.method, "lr": recipe.tune.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(windows.ids),
+            "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(windows.ids),
             "curve": log.curve, "evals": [{"step": e["step"], "perplexity": e["value"]} for e in log.evals], "notes": log.notes,
         }  # fmt: skip
         self._measured("tuned", self.key_tuned, loaded, journal)
-
-    def _write(self, loaded: load.Loaded, journal: Journal) -> None:
-        folder = self.work / "folder"
-        shutil.rmtree(folder, ignore_errors=True)
-        with self.stage("export"):
-            self.report.export = write.write_folder(loaded, folder, self.sparse)
-        size = load.model_bytes(folder)
-        for name in ("packed", "tuned") if self.packs else ("pruned",):
-            if getattr(self.report, name, None):
-                self._record(name, {}, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size)
-        self.report.resumed, self.report.keys = journal.resumed, self.key_tuned
-        self.write_record(folder)
 
     def _measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> None:
         found = journal.get(name, key)
@@ -225,12 +191,8 @@ class Run(Job):
             ids, labels = evaluate.stream(self.domain.test, loaded.tokenizer), None
         return lambda: evaluate.perplexity(loaded.model, ids, self.window, self.recipe.eval.max_tokens, labels=labels)["perplexity"]
 
-    def _record(self, name: str, found: dict[str, Any], **sizes: Any) -> None:
-        entry = getattr(self.report, name) or {}
-        entry |= {k: found[k] for k in ("domain", "outside") if k in found} | sizes
-        if "folder_bytes" in entry:
-            entry["ratio"] = self.report.model["dense_bytes"] / entry["folder_bytes"]
-        setattr(self.report, name, entry)
+    def _record(self, name: str, found: dict[str, Any]) -> None:
+        self.record(name, **{k: found[k] for k in ("domain", "outside") if k in found})
         for i, prompt in enumerate(found.get("prompts", [])):
             if len(self.report.samples) <= i:
                 self.report.samples.append({"prompt": prompt})
@@ -273,7 +235,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
         tokens = pruning.tokens(recipe.prune, objective, recipe.seed, before) if job.prunes else 0
     counts = estimate.Counts(
         calibration=0 if ids is None else ids.numel(), tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
-        step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, tokens) for tokens in read), pruning=tokens, prune_steps=heals,
+        step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, count) for count in read), pruning=tokens, prune_steps=heals,
     )  # fmt: skip
     folder = load.folder_dtype(load.stored_dtype(job.source), job.config)
     found = estimate.estimate(recipe, model, folder, counts, job.source, before if job.prunes else None)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from compressor.errors import RecipeError
 from compressor.linear import find_blocks
-from compressor.prune.loraprune import Ramp
+from compressor.prune import slicing
+from compressor.prune.schedule import Ramp
 
 WINDOWS = 32  # of text that an influence is measured on
 BATCH = 8  # windows a forward pass
@@ -84,8 +85,14 @@ class DepthPruner:
         return [i for i, on in enumerate(self.alive) if on]
 
     def detach(self) -> None:
+        """Take the hooks off the model."""
         for hook in self.hooks:
             hook.remove()
+
+    def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Drop the masked blocks; low-rank paths become dense linears of this dtype."""
+        slicing.drop_blocks(model, self.keep())
+        slicing.dissolve(model, dtype)
 
 
 def kept_blocks(count: int, ratio: float) -> int:

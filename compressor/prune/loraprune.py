@@ -10,37 +10,20 @@ step whose scores are not finite leaves the averages as they are. Price: a pass 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.errors import NumericError
+from compressor.prune import slicing
 from compressor.prune.importance import Importance, unit_scores
 from compressor.prune.lowrank import LowRank
-from compressor.prune.schedule import cubic
+from compressor.prune.schedule import Ramp
 from compressor.prune.unit_masks import UnitMasks, select
 from compressor.prune.units import Family
 
 MEMORY = 0.9  # of the average of scores
 STEPS_BEFORE = 10  # steps of scores that a prune in one shot waits for
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """When how much is gone: prunes at every `every`-th step from `begin`, the last one at step `end`."""
-
-    begin: int
-    end: int
-    every: int
-
-    def share(self, step: int) -> float:
-        """Of what is to be removed, how much is to be gone at `step`, 0 to 1."""
-        if step >= self.end:
-            return 1.0
-        if step < self.begin or step % self.every:
-            return 0.0
-        return cubic((step - self.begin) / (self.end - self.begin), 0.0, 1.0)
 
 
 class UnitPruner:
@@ -71,7 +54,7 @@ class UnitPruner:
             if wanted[f.key] < int(mask.count_nonzero()):
                 if not bool(self.scores[f.key].any()):
                     raise NumericError(f"no step gave finite scores for {f.key}: prune by loraprune or wanda, or in float32")
-                mask.copy_(select(self.scores[f.key].masked_fill(mask == 0, -torch.inf), wanted[f.key], f.within))
+                mask.copy_(select(self.scores[f.key], wanted[f.key], f.within, self.masks.alive(f.key)))
 
     def _gone(self, family: Family, share: float) -> int:
         """Units of a family that are to be gone; query heads go by as many from every group."""
@@ -87,6 +70,15 @@ class UnitPruner:
 
     def hold(self) -> None:
         """Masks multiply activations, and nothing trains them."""
+
+    def detach(self) -> None:
+        """Take masks and hooks off the model."""
+        self.importance.detach()
+        self.masks.remove()
+
+    def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Cut out what is masked; dense linears of this dtype stay."""
+        slicing.cut(model, self.units, self.masks.masks, dtype)
 
 
 def allocate(

@@ -15,7 +15,7 @@ room for that there is compressor.prune.obert_blocks. Limits: damp is relative t
 batch of another size, asks for another; Adam's moments of survivors are not adjusted after the move.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from compressor.errors import RecipeError
 from compressor.prune.fisher import BlockFisher, Gradients, collect
-from compressor.prune.masks import Pattern, candidates, lowest, pruned
+from compressor.prune.masks import Pattern, candidates, lowest, parse_pattern, pruned
 from compressor.prune.obs import remove, saliency
+from compressor.recipe import Prune
 
 SCORES = ("obert", "magnitude")
 BLOCK, GROUP_BLOCK = 50, 32  # the paper's block, and its block for groups of 4
@@ -53,6 +54,12 @@ class Settings:
         if self.block < 0 or self.block % self.pattern.group:
             raise RecipeError(f"a Fisher block of {self.block} entries does not divide into groups of {self.pattern.group}: use a multiple")
 
+    @classmethod
+    def of(cls, options: Prune) -> "Settings":
+        """What a recipe asks for. RecipeError for options that cannot work."""
+        pattern = Pattern() if options.pattern == "structured" else parse_pattern(options.pattern or "unstructured")
+        return cls(pattern, options.method, options.damp, options.block or 0, options.gradients, options.recompute, options.joint)
+
     @property
     def size(self) -> int:
         """B, the entries of a Fisher block."""
@@ -60,10 +67,16 @@ class Settings:
         return self.block or (BLOCK if group == 1 else max(GROUP_BLOCK // group, 1) * group)
 
 
-def whole(weights: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, Tensor]:
-    """Masks under which nothing is pruned yet; ModelError, naming it, for a weight that the pattern does not divide."""
+def check(weights: Mapping[str, Tensor], settings: Settings, ratio: float) -> None:
+    """RecipeError for a ratio, ModelError for a weight, that the pattern does not allow; works on weights without values (meta device)."""
+    if not 0 <= ratio <= settings.pattern.limit:
+        raise RecipeError(f"pruning {ratio:.0%} cannot be done: the pattern {settings.pattern} goes to {settings.pattern.limit:.0%}")
     for name, w in weights.items():
         settings.pattern.check(name, w.shape)
+
+
+def whole(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Masks under which nothing is pruned yet."""
     return {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
 
 
@@ -105,8 +118,6 @@ def settle(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], fis
 
 def missing(masks: Mapping[str, Tensor], settings: Settings, ratio: float) -> int:
     """How many more units are to go to reach the ratio, of all units rounded to the nearest number."""
-    if not 0 <= ratio <= settings.pattern.limit:
-        raise RecipeError(f"a sparsity of {ratio:g} is out of reach: the pattern {settings.pattern} goes from 0 to {settings.pattern.limit:g}")
     gone, total = pruned(masks)
     return round(ratio * (total // settings.pattern.group)) - gone // settings.pattern.group
 
@@ -122,7 +133,7 @@ class Obert:
 
     weights: what can be pruned by dotted name, [n, k] each. gradients(count): runs `count` mini-batches one at a time and after each leaves the
     gradient of the task loss in `.grad` of the weights; the model is in eval mode meanwhile. schedule: (step, sparsity) pairs, both ascending.
-    moments(name): the optimiser's moments of a weight, to be held at zero where it is pruned; without it they only fade, which is harmless.
+    The optimiser's moments of what is pruned fade by themselves, which is harmless.
 
     notes: a sentence on each fault of a Fisher matrix. ModelError for weights that the pattern does not divide, RecipeError for a schedule that
     cannot be met.
@@ -135,16 +146,15 @@ class Obert:
         gradients: Gradients,
         schedule: tuple[tuple[int, float], ...],
         settings: Settings | None = None,
-        moments: Callable[[str], Iterable[Tensor]] | None = None,
     ):
-        self.model, self.weights, self.gradients, self.moments = model, dict(weights), gradients, moments
+        self.model, self.weights, self.gradients = model, dict(weights), gradients
         self.schedule, self.settings = tuple(schedule), settings or Settings()
-        self.masks = whole(self.weights, self.settings)
+        self.masks = whole(self.weights)
         self.notes: list[str] = []
         ratios = [ratio for _, ratio in self.schedule]
         if not self.weights or not ratios or ratios != sorted(ratios) or list(self.restarts) != sorted(set(self.restarts)):
             raise RecipeError("pruning needs weights, and a schedule whose steps and sparsities ascend")
-        missing(self.masks, self.settings, ratios[-1])
+        check(self.weights, self.settings, ratios[-1])
 
     @property
     def restarts(self) -> tuple[int, ...]:
@@ -179,16 +189,8 @@ class Obert:
 
     @torch.no_grad()
     def hold(self) -> None:
-        """Zeros in the weights, gradients and, if known, moments of what is pruned."""
+        """Zeros in the weights and gradients of what is pruned."""
         for name, w in self.weights.items():
-            gone = ~self.masks[name]
-            for tensor in (w, w.grad, *(self.moments(name) if self.moments else ())):
+            for tensor in (w, w.grad):
                 if tensor is not None:
-                    tensor.masked_fill_(gone, 0.0)
-
-
-def prune_once(model: nn.Module, weights: Mapping[str, nn.Parameter], gradients: Gradients, ratio: float, settings: Settings | None = None) -> Obert:
-    """Prune to the ratio at once, in place, without training; the masks and notes are in what is returned."""
-    pruner = Obert(model, weights, gradients, ((0, ratio),), settings)
-    pruner.prune(0)
-    return pruner
+                    tensor.masked_fill_(~self.masks[name], 0.0)

@@ -1,5 +1,7 @@
 """The cubic ramp of gradual pruning: fast while much can go, slow near the target (Zhu and Gupta, 2017, arXiv 1710.01878, equation 1)."""
 
+from dataclasses import dataclass
+
 
 def cubic(progress: float, first: float, last: float) -> float:
     """The ratio at `progress` of the way: `first` at 0 and before, exactly `last` at 1 and after."""
@@ -13,3 +15,20 @@ def events(start: int, end: int, count: int) -> tuple[int, ...]:
     if count < 2 or end <= start:
         return (end,)
     return tuple(sorted({round(start + (end - start) * i / (count - 1)) for i in range(count)}))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """When how much is gone: prunes at every `every`-th step from `begin`, the last one at step `end`."""
+
+    begin: int
+    end: int
+    every: int
+
+    def share(self, step: int) -> float:
+        """Of what is to be removed, how much is to be gone at `step`, 0 to 1."""
+        if step >= self.end:
+            return 1.0
+        if step < self.begin or step % self.every:
+            return 0.0
+        return cubic((step - self.begin) / (self.end - self.begin), 0.0, 1.0)

@@ -95,13 +95,14 @@ def describe(model: nn.Module) -> None:
     rows = [_widths(block, config) for block in blocks]
     config.num_hidden_layers = len(rows)
     widths = {key: [row[key] for row in rows] for key in ("queries", "keys", "ffn")}
-    differ = any(len(set(row)) > 1 for row in widths.values())
-    if differ or getattr(config, WIDTHS, None) is not None:
+    fewer, sized = rows[0]["queries"] != config.num_attention_heads, rows[0]["head_dim"]
+    special = any(len(set(row)) > 1 for row in widths.values()) or (fewer and not sized)  # BERT: a head's size follows from how many there are
+    if special or getattr(config, WIDTHS, None) is not None:
         setattr(config, WIDTHS, widths)
-    if differ:
+    if special:
         return
-    if rows[0]["head_dim"] and rows[0]["queries"] != config.num_attention_heads:
-        config.head_dim = rows[0]["head_dim"]  # else it would follow from the number of heads
+    if fewer:
+        config.head_dim = sized
     config.num_attention_heads, config.intermediate_size = rows[0]["queries"], rows[0]["ffn"]
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = rows[0]["keys"]

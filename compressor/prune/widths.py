@@ -14,6 +14,7 @@ from torch import nn
 from compressor.errors import ModelError, RecipeError
 from compressor.prune.units import Family, families, shape
 
+NEAR = 0.1  # how far the widths may be from the wanted ratio
 TOLERANCE = 0.01  # of the prunable parameters: widths this near to the wanted ratio count as equally near
 
 
@@ -57,6 +58,13 @@ def choose(model: nn.Module, ratio: float, unit: str, multiple: int, fits: Calla
         return max(abs(w.ratio - ratio) - TOLERANCE, 0.0), abs(w.heads / heads - w.ffn / ffn)  # then the most even shares
 
     return min(found, key=rank)
+
+
+def check_near(widths: Widths, ratio: float, instead: str) -> None:
+    """RecipeError for widths that are far from the wanted ratio; `instead` says what to do about it."""
+    if abs(widths.ratio - ratio) > NEAR:
+        nearest = f"the nearest widths take {widths.ratio:.0%} of the prunable weights"
+        raise RecipeError(f"pruning {ratio:.0%} cannot be done: {nearest}; {instead}")
 
 
 def prunable(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
 """A stream of mini-batch gradients of some weights, for what measures how sharp the loss is (the empirical Fisher of second-order pruning).
 
-The model is in eval mode and the loss is the mean of the mini-batch's own task loss. Mini-batches come from an endless stream of seeded
-permutations that continues from one call to the next; `position`, a tensor, says where it is, so that a checkpoint can hold it. The gradients
-that the training loop accumulates are set aside and come back, and nothing but the wanted weights gets a gradient.
+The loss is the mean of the mini-batch's own task loss. Mini-batches come from an endless stream of seeded permutations that continues from one call
+to the next; `position`, a tensor, says where it is, so that a checkpoint can hold it. Eval mode, and the gradients that were there before, are the
+business of who asks (compressor.prune.fisher.collect).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,32 +15,23 @@ from compressor.tune.batches import Batches, Objective
 
 
 class Gradients:
-    """gradients(count) yields `count` times, each time with fresh float32 gradients in `.grad` of the weights."""
+    """gradients(count) yields `count` times, each time with fresh float32 gradients in `.grad` of the weights, which must require one.
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], objective: Objective, batch: int, seed: int):
-        self.model, self.weights = model, dict(weights)
+    weights: None for whatever parameters of the model require a gradient when a call begins.
+    """
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter] | None, objective: Objective, batch: int, seed: int):
+        self.model, self.weights = model, None if weights is None else list(weights.values())
         self.batches = Batches(objective, Tune(batch=batch), seed)
         self.position = torch.zeros((), dtype=torch.int64)
 
     def __call__(self, count: int) -> Iterator[None]:
-        weights = list(self.weights.values())
-        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        training = self.model.training
-        try:
-            self.model.eval()
-            self.model.requires_grad_(False)
-            for weight in weights:
-                weight.requires_grad_(True)
-            loss = self.batches.objective.loss(self.model)
-            for _ in range(count):
-                for weight, gradient in zip(weights, self._next(loss, weights), strict=True):
-                    weight.grad = gradient
-                yield
-        finally:
-            for p, flag, grad in before:
-                p.requires_grad_(flag)
-                p.grad = grad
-            self.model.train(training)
+        weights = [p for p in self.model.parameters() if p.requires_grad] if self.weights is None else self.weights
+        loss = self.batches.objective.loss(self.model)
+        for _ in range(count):
+            for weight, gradient in zip(weights, self._next(loss, weights), strict=True):
+                weight.grad = gradient
+            yield
 
     def _next(self, loss: Callable[..., Tensor], weights: list[nn.Parameter]) -> tuple[Tensor, ...]:
         step = int(self.position)

@@ -42,6 +42,7 @@ from compressor.recipe import Tune
 from compressor.tune.batches import Batches, Objective, rate
 
 CHECKPOINT = "tune.safetensors"
+OnStep = Callable[[dict[str, Any]], None]  # gets the record of a step
 STRIKES = 3  # non-finite steps, or evaluations, in a row that end the run
 
 
@@ -65,7 +66,7 @@ def train(
     folder: Path | None,
     fingerprint: str,
     evaluate: Callable[[], float] | None = None,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: OnStep | None = None,
     pruner: Pruner | None = None,
 ) -> TrainLog:
     """Train `parameters` (what a tuner attached to `model`, float32) in place and return the log.

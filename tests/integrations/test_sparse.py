@@ -1,13 +1,12 @@
 """from_pretrained on a sparse folder: ordinary linears with zeros, packed layers with scales, the numbers of our own loader, and a folder again."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from compressor import linear
 from compressor.errors import ModelError
@@ -16,6 +15,7 @@ from compressor.linear import PackedLinear, packed_linears
 from compressor.pipelines import load, write
 from compressor.quant import PACKERS
 from compressor.recipe import Quant
+from tests.integrations.damaged import refuses
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}
 KINDS = ["llama", "qwen2", "bert", "distilbert"]
@@ -198,14 +198,7 @@ PACKED, DENSE = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_p
     ],
 )
 def test_damaged_folders_give_one_sentence(folder: Path, tmp_path: Path, damage, words: str) -> None:
-    broken = Path(shutil.copytree(folder, tmp_path / "x"))
-    tensors = load_file(broken / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=words) as error:
-        auto(broken)
-    assert "\n" not in str(error.value)
-    assert str(broken) in str(error.value)
+    refuses(auto, folder, tmp_path / "x", damage, words)
 
 
 def test_sketches_are_not_saved_and_dense_models_not_pruned_on_the_way(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from compressor.export import table
 from compressor.linear import PackedLinear, packed_linears
 from compressor.packed import PackedWeight, Table
 from compressor.pipelines import load
+from tests.integrations.damaged import refuses
 
 SCHEMES = [(2, 64, torch.float16), (3, 64, torch.bfloat16), (4, 48, torch.float32), (3, 32, torch.float16), (2, 20, torch.bfloat16)]
 
@@ -191,14 +192,7 @@ UP = "model.layers.0.mlp.up_proj"
     ],
 )
 def test_damaged_folders_give_one_sentence(folder: Path, tmp_path: Path, damage, words: str) -> None:
-    broken = Path(shutil.copytree(folder, tmp_path / "x"))
-    tensors = load_file(broken / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=words) as error:
-        auto(broken)
-    assert "\n" not in str(error.value)
-    assert str(broken) in str(error.value)
+    refuses(auto, folder, tmp_path / "x", damage, words)
 
 
 @pytest.mark.parametrize(

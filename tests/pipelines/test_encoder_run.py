@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compressor.errors import DataError, ModelError, OutputError, RecipeError
-from compressor.linear import find_blocks, packed_linears
+from compressor.linear import block_weights, find_blocks, packed_linears
 from compressor.pipelines import encoder_data, encoder_load, encoder_prune, encoder_run, load
 from compressor.pipelines.show import Show
 from compressor.recipe import Prune, Recipe
@@ -48,7 +48,7 @@ def pruned(place: Path) -> tuple[Path, dict[str, Any]]:
 def zeros(folder: Path) -> float:
     """The share of zeros in the blocks' linears, as a reader gets them."""
     model = encoder_load.load_encoder(str(folder), "cpu", encoder_data.load(str(folder.parent / "train.tsv")), 0).model
-    weights = encoder_load.prunable(model)
+    weights = block_weights(model)
     return sum(int((w == 0).sum()) for w in weights.values()) / sum(w.numel() for w in weights.values())
 
 
@@ -141,7 +141,7 @@ def test_packed_on_top_keeps_the_zeros_and_is_tuned(place: Path, tmp_path: Path,
 
     def prune(model: Any, *args: Any) -> Any:
         found = made(model, *args)
-        save_file({name: w.detach() != 0 for name, w in encoder_load.prunable(model).items()}, tmp_path / "masks.safetensors")
+        save_file({name: w.detach() != 0 for name, w in block_weights(model).items()}, tmp_path / "masks.safetensors")
         before.append(tmp_path / "masks.safetensors")
         return found
 
@@ -186,7 +186,7 @@ def test_patterns_and_one_shot_magnitude_without_training(place: Path, pattern: 
     keys = {"prune__method": "magnitude", "prune__ratio": 0.5, "prune__pattern": pattern, "prune__steps": 0, "prune__gradients": 256}
     out = place / f"magnitude {pattern.replace(':', 'of')}"
     encoder_run.run(recipe(place, **keys), out)
-    for weight in encoder_load.prunable(encoder_load.load_encoder(str(out), "cpu", encoder_data.load(str(place / "train.tsv")), 0).model).values():
+    for weight in block_weights(encoder_load.load_encoder(str(out), "cpu", encoder_data.load(str(place / "train.tsv")), 0).model).values():
         groups = (weight != 0).view(-1, 4).sum(1)
         assert bool(((groups == 0) | (groups == 4)).all() if pattern == "4block" else (groups <= 2).all())
 
@@ -307,7 +307,7 @@ def test_bare_encoders_get_a_head_and_nothing_else_is_random(tmp_path: Path, fam
     task = encoder_data.Task("d", kind, [], [], () if kind == "question" else ("a", "b", "c"), "")
     one, two = (encoder_load.load_encoder(str(tmp_path), "cpu", task, seed=3) for _ in range(2))
     assert one.fresh
-    assert len(encoder_load.prunable(one.model)) == 12
+    assert len(block_weights(one.model)) == 12
     assert all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(), strict=True))
     body = made.base_model.state_dict()
     mine = one.model.base_model.state_dict()
@@ -338,11 +338,11 @@ def test_heads_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_an_encoder() -> None:
-    assert encoder_run.is_encoder({"model_type": "bert", "architectures": ["BertForSequenceClassification"]})
-    assert encoder_run.is_encoder({"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]})
-    assert not encoder_run.is_encoder({"model_type": "bert", "architectures": ["BertLMHeadModel"]})
-    assert not encoder_run.is_encoder({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
-    assert not encoder_run.is_encoder({"model_type": "bert"})
+    assert encoder_load.is_encoder({"model_type": "bert", "architectures": ["BertForSequenceClassification"]})
+    assert encoder_load.is_encoder({"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]})
+    assert not encoder_load.is_encoder({"model_type": "bert", "architectures": ["BertLMHeadModel"]})
+    assert not encoder_load.is_encoder({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
+    assert not encoder_load.is_encoder({"model_type": "bert"})
 
 
 def test_schedules_end_at_the_ratio() -> None:

@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from compressor.errors import OutputError
-from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.journal import Journal, keep, kept, kept_facts, open_work
 
 
 def test_entries_survive_and_follow_their_fingerprint(tmp_path: Path) -> None:
@@ -52,3 +54,41 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path) -> None:
         (tmp_path / "closed").mkdir(mode=0o500)
         with pytest.raises(OutputError, match="Permission denied"), open_work(tmp_path / "closed" / "w"):
             pass
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_kept_tensors_come_back_with_their_facts(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x.safetensors"
+    assert kept(path) is None and kept_facts(path) is None
+    keep(path, {"x": torch.arange(6.0).view(2, 3).T}, ["n", {"a": 1}])
+    tensors, facts = kept(path) or ({}, None)
+    assert torch.equal(tensors["x"], torch.arange(6.0).view(2, 3).T) and facts == kept_facts(path) == ["n", {"a": 1}]
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for damage in (b"", b"noise" * 100):
+        path.write_bytes(damage)
+        assert kept(path) is None
+    save_file({"x": torch.ones(2)}, path)
+    assert kept(path) is None
+    save_file({"x": torch.ones(2)}, path, metadata={"facts": "{"})
+    assert kept(path) is None
+    keep(path, {"x": torch.ones(200)}, {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    assert kept(path) is None
+
+
+def test_a_stage_with_files_of_its_own_key_is_resumed(tmp_path: Path) -> None:
+    with open_work(tmp_path / "w") as found:
+        keep(found.subfolder("prune", "a") / "x.safetensors", {"x": torch.ones(2)}, {})
+        assert not found.resumed
+        found.subfolder("prune", "b")
+        assert not found.resumed, "of another key"
+        keep(found.subfolder("prune", "b") / "x.safetensors", {"x": torch.ones(2)}, {})
+        found.subfolder("prune", "b")
+        assert found.resumed

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.errors import ModelError, RecipeError
@@ -26,9 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     return source(tmp_path_factory.mktemp("source"), tokenizer)
 
 
-def prune(folder: Path, place: Path | None = None, fingerprint: str = "a", **keys: Any) -> tuple[load.Loaded, dict[str, Any], Any]:
+def prune(folder: Path, place: Path | None = None, **keys: Any) -> tuple[load.Loaded, dict[str, Any], Any]:
     loaded = load.load(str(folder), "cpu")
-    facts, log = pruning.prune(loaded, options(**{"method": "obert"} | keys), objective(), 5, place, fingerprint)
+    facts, log = pruning.prune(loaded, options(**{"method": "obert"} | keys), objective(), 5, place)
     return loaded, facts, log
 
 
@@ -77,23 +77,23 @@ def test_without_a_pattern_obert_is_unstructured_and_magnitude_structured() -> N
 
 
 def test_settings_say_what_was_asked_for() -> None:
-    found = surgery.settings(options(method="obert", pattern="2:4", damp=1e-4, block=8, gradients=9, recompute=3))
-    assert found == Settings(parse_pattern("2:4"), "obert", 1e-4, 8, 9, 3)
-    assert surgery.settings(options(method="magnitude", pattern="structured")).pattern == Pattern()
+    found = Settings.of(options(method="obert", pattern="2:4", damp=1e-4, block=8, gradients=9, recompute=3, joint=False))
+    assert found == Settings(parse_pattern("2:4"), "obert", 1e-4, 8, 9, 3, False)
+    assert Settings.of(options(method="magnitude", pattern="structured")).pattern == Pattern()
 
 
 def test_ratios_and_shapes_that_a_pattern_does_not_allow_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="2:4 prunes at most 50%, not 51%: lower the ratio, or choose another pattern"):
-        surgery.check(causal(keys=4), options(method="obert", pattern="2:4", ratio=0.51))
+    with pytest.raises(RecipeError, match="pruning 51% cannot be done: the pattern 2:4 goes to 50%"):
+        pruning.plan(causal(keys=4), options(method="obert", pattern="2:4", ratio=0.51))
     with pytest.raises((RecipeError, ModelError), match="down_proj"):
-        surgery.check(causal(keys=4, intermediate_size=50), options(method="obert", pattern="4block", ratio=0.5))
+        pruning.plan(causal(keys=4, intermediate_size=50), options(method="obert", pattern="4block", ratio=0.5))
 
 
 def test_mini_batches_are_single_windows_of_what_requires_a_gradient() -> None:
     model, goal = causal(keys=4, vocab_size=320), objective()
     model.requires_grad_(False)
     wanted = model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
-    stream, seen = surgery._Stream(model, goal, 5), []
+    stream, seen = surgery._stream(model, goal, 5), []
     for _ in stream(4):
         assert [n for n, p in model.named_parameters() if p.grad is not None] == ["model.layers.1.mlp.down_proj.weight"]
         seen.append(wanted.grad.clone())
@@ -127,31 +127,11 @@ def test_a_finished_prune_is_read_back(folder: Path, tmp_path: Path, monkeypatch
     first, facts, log = prune(folder, tmp_path, **keys)
     assert [p.name for p in tmp_path.iterdir()] == [DONE]
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "_Stream", lambda *args: pytest.fail("it was pruned again"))
+        patch.setattr(surgery, "_stream", lambda *args: pytest.fail("it was pruned again"))
         patch.setattr(surgery, "prune_blocks", lambda *args: pytest.fail("it was pruned again"))
         again, told, said = prune(folder, tmp_path, **keys)
     assert told == facts and said.notes == log.notes
     assert all(torch.equal(w, weights(again.model)[name]) for name, w in weights(first.model).items())
-    other, _, _ = prune(folder, tmp_path, "another run", **keys | {"gradients": 3})
-    assert any(
-        not torch.equal(w, weights(other.model)[name]) for name, w in weights(first.model).items() if w.shape == weights(other.model)[name].shape
-    )
-
-
-def test_what_cannot_be_read_is_done_anew(tmp_path: Path) -> None:
-    assert surgery._read(None, "a") is None and surgery._read(tmp_path, "a") is None
-    surgery._write(None, "a", {}, {})
-    surgery._write(tmp_path / "deep", "a", {"x": torch.ones(2)}, {"notes": ["n"]})
-    tensors, facts = surgery._read(tmp_path / "deep", "a") or ({}, {})
-    assert torch.equal(tensors["x"], torch.ones(2)) and facts == {"notes": ["n"]} and surgery._read(tmp_path / "deep", "b") is None
-    path = tmp_path / DONE
-    for damage in (b"", b"noise" * 100):
-        path.write_bytes(damage)
-        assert surgery._read(tmp_path, "a") is None
-    save_file({"x": torch.ones(2)}, path)
-    assert surgery._read(tmp_path, "a") is None
-    save_file({"x": torch.ones(2)}, path, metadata={"fingerprint": "a", "facts": "{"})
-    assert surgery._read(tmp_path, "a") is None
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------------------------
@@ -186,5 +166,6 @@ def test_sparse_weights_alone_are_written_as_masks_and_read_back(tmp_path: Path)
     gone = torch.cat([m.flatten() for m in zeros(model).values()])
     assert float(gone.float().mean()) == pytest.approx(0.8, abs=1e-4) and document["pruned"]["bits_per_weight"] < 4
     runs = gone.view(-1, 4).sum(1)
-    assert float((runs == 4).float().mean()) == pytest.approx(0.8, abs=1e-4) and int(((runs > 0) & (runs < 4)).sum()) < 5, "but for what rounds to 0"
+    assert int((runs == 4).sum()) == round(0.8 * len(runs))
+    assert int(((runs > 0) & (runs < 4)).sum()) < 5, "survivors under 3e-8, which float16 writes as 0: here one, of -1.8e-8"
     assert document["pruned"]["folder_bytes"] < 0.6 * document["dense"]["folder_bytes"]

@@ -1,5 +1,6 @@
 """Tiny random models of several architectures, windows to learn from, and low-rank paths that say something."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSe
 
 from compressor.linear import find_blocks, linears, swap, to_packed
 from compressor.prune import lowrank
+from compressor.prune.fisher import Gradients
+from compressor.prune.obert import Obert, Settings
 from compressor.tune.loss import loss_function
 from tests.tune.conftest import round_to_nearest, sketch
 
@@ -67,3 +70,45 @@ def backward(model: nn.Module, ids: Tensor) -> Tensor:
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
+
+
+class Regression:
+    """A small network that learns inputs `x` to outputs `y`; mini-batches of the first half follow a generator of their own.
+
+    batch: rows of a step; single: rows of a mini-batch gradient.
+    """
+
+    batch, single, rate = 64, 8, 5e-3
+
+    def __init__(self, net: nn.Module, x: Tensor, y: Tensor, seed: int, steps: int):
+        self.net, self.x, self.y, self.rng = net, x, y, torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.AdamW(net.parameters(), self.rate)
+        for _ in range(steps):
+            self.train_step()
+
+    def loss(self, size: int) -> Tensor:
+        rows = torch.randint(0, len(self.x) // 2, (size,), generator=self.rng)
+        return nn.functional.mse_loss(self.net(self.x[rows]), self.y[rows])
+
+    def train_step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.batch).backward()
+        self.optimizer.step()
+
+    def gradients(self, count: int) -> Iterator[None]:
+        for _ in range(count):
+            self.loss(self.single).backward()
+            yield
+
+    def test_loss(self) -> float:
+        """Of the second half, which nobody learns from."""
+        half = len(self.x) // 2
+        with torch.no_grad():
+            return float(nn.functional.mse_loss(self.net(self.x[half:]), self.y[half:]))
+
+
+def prune_once(model: nn.Module, weights: Mapping[str, nn.Parameter], gradients: Gradients, ratio: float, settings: Settings) -> Obert:
+    """Prune to the ratio at once; the masks and notes are in what is returned."""
+    pruner = Obert(model, weights, gradients, ((0, ratio),), settings)
+    pruner.prune(0)
+    return pruner

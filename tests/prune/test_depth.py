@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compressor.errors import RecipeError
 from compressor.linear import find_blocks
 from compressor.prune.depth import WINDOWS, DepthPruner, kept_blocks
-from compressor.prune.loraprune import Ramp
+from compressor.prune.schedule import Ramp
 from compressor.prune.slicing import drop_blocks
 from tests.prune.helpers import causal, logits, windows
 

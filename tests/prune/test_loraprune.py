@@ -9,8 +9,8 @@ from torch import Tensor
 
 from compressor.prune import loraprune
 from compressor.prune.importance import Magnitude, unit_scores
-from compressor.prune.loraprune import Ramp, UnitPruner, allocate
-from compressor.prune.schedule import cubic, events
+from compressor.prune.loraprune import UnitPruner, allocate
+from compressor.prune.schedule import Ramp, cubic, events
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families
 from tests.prune.helpers import causal, paths_of

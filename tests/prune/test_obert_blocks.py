@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from compressor.errors import RecipeError
 from compressor.prune.fisher import BlockFisher
-from compressor.prune.masks import Pattern, sparsity
-from compressor.prune.obert import Settings, prune_once
+from compressor.prune.masks import Pattern
+from compressor.prune.obert import Settings
 from compressor.prune.obert_blocks import prune_blocks
+from tests.prune.helpers import prune_once
 
 
 class Residual(nn.Module):
@@ -68,28 +69,18 @@ def test_one_global_threshold_is_that_of_all_at_once() -> None:
         assert model.whole_loss() < 1.1 * other.whole_loss()
 
 
-def test_local_ratios_are_met_in_each_chunk() -> None:
-    model = Model()
-    found = prune_blocks(model.net, model.chunks, model.gradients, 0.6, SETTINGS, local=True)
-    for chunk in model.chunks:
-        assert sparsity({name: found.masks[name] for name in chunk}) == pytest.approx(0.6, abs=1e-3)
-    assert all(not w[~found.masks[name]].any() for name, w in model.weights.items())
-
-
-@pytest.mark.parametrize("local", [True, False])
-def test_second_order_by_chunks_beats_magnitude_and_rounds_help(local: bool) -> None:
+def test_second_order_by_chunks_beats_magnitude_and_rounds_help() -> None:
     losses: dict[str, float] = {}
     for seed in range(2):
         for label, settings in {"once": SETTINGS, "four": Settings(gradients=64, block=16, rounds=4), "size": Settings(score="magnitude")}.items():
             model = Model(seed)
             dense = model.whole_loss()
-            prune_blocks(model.net, model.chunks, model.gradients, 0.5, settings, local)
+            prune_blocks(model.net, model.chunks, model.gradients, 0.5, settings)
             losses[label] = losses.get(label, 0.0) + model.whole_loss() - dense
     assert losses["four"] < 0.8 * losses["once"] and losses["once"] < 0.7 * losses["size"], losses
 
 
-@pytest.mark.parametrize("local", [True, False])
-def test_never_more_than_one_chunk_is_alive(local: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_more_than_one_chunk_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: weakref.WeakSet[BlockFisher] = weakref.WeakSet()
     peak, init = [0], BlockFisher.__init__
 
@@ -107,17 +98,15 @@ def test_never_more_than_one_chunk_is_alive(local: bool, monkeypatch: pytest.Mon
             assert having in [set(chunk) for chunk in model.chunks]
             yield
 
-    prune_blocks(model.net, model.chunks, gradients, 0.5, Settings(gradients=20, block=16, rounds=2), local)
+    prune_blocks(model.net, model.chunks, gradients, 0.5, Settings(gradients=20, block=16, rounds=2))
     chunk = sum(BlockFisher(w.numel(), 16, 1e-7, 20).nbytes for w in model.chunks[0].values())
     assert peak[0] == chunk
 
 
-def test_flags_return_and_masks_continue() -> None:
+def test_flags_return() -> None:
     model = Model(steps=5)
     model.net[1].up.bias.requires_grad_(False)
-    first = prune_blocks(model.net, model.chunks, model.gradients, 0.3, SETTINGS)
-    second = prune_blocks(model.net, model.chunks, model.gradients, 0.5, SETTINGS, masks=first.masks)
-    assert second.sparsity == 0.5 and all(not (second.masks[name] & ~mask).any() for name, mask in first.masks.items())
+    prune_blocks(model.net, model.chunks, model.gradients, 0.3, SETTINGS)
     flags = [name for name, p in model.net.named_parameters() if not p.requires_grad]
     assert flags == ["1.up.bias"] and all(p.grad is None for p in model.net.parameters())
 

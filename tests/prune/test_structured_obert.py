@@ -13,6 +13,7 @@ from compressor.prune.obert import Settings
 from compressor.prune.structured_obert import StructuredObert, block_of, cut, structure_scores
 from compressor.prune.unit_masks import UnitMasks, select
 from compressor.prune.units import Family, Part
+from tests.prune.helpers import Regression
 
 HEADS = Family(0, "heads", 4, (Part("query", 0, 4), Part("out", 1, 4)))
 FFN = Family(0, "ffn", 24, (Part("up", 0, 1), Part("down", 1, 1)))
@@ -157,36 +158,15 @@ def test_scores_that_are_not_numbers_matter_only_for_the_living() -> None:
         select(scores, 1)
 
 
-class Trained:
+class Trained(Regression):
     """The network after learning a task with fewer hidden directions than it has units."""
 
     def __init__(self, seed: int, steps: int = 200):
         torch.manual_seed(seed)
-        self.x = torch.randn(1024, 12) @ (torch.randn(12, 12) * torch.logspace(0, -1, 12))
-        self.y = torch.tanh(self.x @ torch.randn(12, 5)) @ torch.randn(5, 12)
-        self.net, self.rng = Net(), torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), 5e-3)
+        x = torch.randn(2048, 12) @ (torch.randn(12, 12) * torch.logspace(0, -1, 12))
+        y = torch.tanh(x @ torch.randn(12, 5)) @ torch.randn(5, 12)
+        super().__init__(Net(), x, y, seed, steps)
         self.masks = UnitMasks(self.net, [HEADS, FFN])
-        for _ in range(steps):
-            self.train_step()
-
-    def loss(self, size: int) -> Tensor:
-        rows = torch.randint(0, 1024, (size,), generator=self.rng)
-        return nn.functional.mse_loss(self.net(self.x[rows]), self.y[rows])
-
-    def train_step(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss(64).backward()
-        self.optimizer.step()
-
-    def gradients(self, count: int) -> Iterator[None]:
-        for _ in range(count):
-            self.loss(8).backward()
-            yield
-
-    def whole_loss(self) -> float:
-        with torch.no_grad():
-            return float(nn.functional.mse_loss(self.net(self.x), self.y))
 
     def pruner(self, *schedule: tuple[int, float], widths: Callable[[float], dict[str, int]] | None = None, **options: object) -> StructuredObert:
         settings = Settings(**{"gradients": 128, **options})
@@ -204,7 +184,7 @@ def test_pruned_by_curvature_beats_magnitude_and_the_move_helps() -> None:
             task = Trained(seed)
             task.pruner((0, 0.5), **options).prune(0)
             assert task.masks.kept() == {"0.heads": 2, "0.ffn": 12}
-            losses[label] = losses.get(label, 0.0) + task.whole_loss() / 4
+            losses[label] = losses.get(label, 0.0) + task.test_loss() / 4
     assert losses["obert"] < 0.8 * losses["magnitude"] and losses["rounds"] < losses["obert"], losses
 
 

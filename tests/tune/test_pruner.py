@@ -10,7 +10,8 @@ from compressor.errors import NumericError
 from compressor.prune import lowrank
 from compressor.prune.depth import DepthPruner
 from compressor.prune.importance import IMPORTANCES
-from compressor.prune.loraprune import Ramp, UnitPruner
+from compressor.prune.loraprune import UnitPruner
+from compressor.prune.schedule import Ramp
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import families
 from compressor.recipe import Tune
