@@ -20,7 +20,7 @@ from compressor.pipelines import compress, encoder_data, encoder_eval, encoder_l
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods
-from compressor.pipelines.output import check_output, check_room, contract, finished, publish
+from compressor.pipelines.output import check_output, check_room, contract, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
 from compressor.prune import slicing
@@ -215,14 +215,10 @@ def calibrated(rows: Examples, ids: Tensor) -> str:
 
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
     """The whole job on an encoder. An output folder that this very recipe has already written is returned as it is."""
-    show = show or Show()
-    output = output or default_output(recipe)
-    job = EncoderRun(recipe, output, show, command)
-    done = finished(job.place, job.key)
-    if done is not None and not overwrite:
-        show.say(f"{output} already holds the result of this recipe; nothing to do (--overwrite runs it again)")
-        return done | {"output": str(output)}
-    check_output(job.place, overwrite)
+    job = EncoderRun(recipe, output or default_output(recipe), show or Show(), command)
+    done = job.done(job.key, overwrite)
+    if done is not None:
+        return done
     check_room(job.place, 8 * load.model_bytes(job.source) if job.finetunes or job.prunes else load.model_bytes(job.source))
     return job.go()
 

@@ -17,7 +17,7 @@ import yaml
 from compressor.errors import OutputError
 from compressor.pipelines import card, compress, load, render, write
 from compressor.pipelines.journal import Journal
-from compressor.pipelines.output import disk_full
+from compressor.pipelines.output import check_output, disk_full, finished
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
@@ -40,6 +40,15 @@ class Job:
         self.device = load.pick_device(recipe.device)
         self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer != "none", recipe.tune.method != "none"
         self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
+
+    def done(self, key: str, overwrite: bool) -> dict[str, Any] | None:
+        """The contract document of an output folder that this very recipe has written, or None: it is to be written. OutputError if it cannot be."""
+        found = None if overwrite else finished(self.place, key)
+        if found is not None:
+            self.show.say(f"{self.output} already holds the result of this recipe; nothing to do (--overwrite runs it again)")
+            return found | {"output": str(self.output)}
+        check_output(self.place, overwrite)
+        return None
 
     @contextlib.contextmanager
     def safe_report(self) -> Iterator[None]:

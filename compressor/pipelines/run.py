@@ -17,7 +17,7 @@ from compressor.pipelines import compress, data, encoder_load, encoder_run, esti
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods
-from compressor.pipelines.output import check_output, check_room, contract, finished, publish
+from compressor.pipelines.output import check_output, check_room, contract, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
 from compressor.recipe import Finetune, Recipe
@@ -204,13 +204,10 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     show = show or Show()
     if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
         return encoder_run.run(recipe, output, overwrite, show, command)
-    output = output or default_output(recipe)
-    job = Run(recipe, output, show, command)
-    done = finished(job.place, job.key_tuned)
-    if done is not None and not overwrite:
-        show.say(f"{output} already holds the result of this recipe; nothing to do (--overwrite runs it again)")
-        return done | {"output": str(output)}
-    check_output(job.place, overwrite)
+    job = Run(recipe, output or default_output(recipe), show, command)
+    done = job.done(job.key_tuned, overwrite)
+    if done is not None:
+        return done
     check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + load.model_bytes(job.source) // 2)
     return job.go()
 

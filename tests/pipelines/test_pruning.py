@@ -174,7 +174,7 @@ def test_blocks_that_differ_are_for_our_loader_alone(tmp_path: Path, folder: Pat
     ({"pattern": "2:4"}, "loraprune removes whole units, not the pattern 2:4"),
     ({"method": "depth", "ratio": 0.05}, "a depth ratio of 5% takes 0 of 3"),
     ({"steps": 0}, "prune.steps=0 leaves nothing to score units by"), ({"steps": 1}, "prune.steps=1 leaves nothing"),
-    ({"method": "depth", "steps": 0}, "prune.steps=0"), ({"method": "obert", "pattern": "2:4", "ratio": 0.6}, "60% cannot be done: the pattern 2:4 goes to 50%"),
+    ({"method": "depth", "steps": 0}, "prune.steps=0"), ({"method": "obert", "pattern": "2:4", "ratio": 0.6}, "60% cannot be done: the pattern 2:4"),
 ])  # fmt: skip
 def test_plans_that_cannot_be_are_refused(keys: dict[str, Any], match: str) -> None:
     with pytest.raises(RecipeError, match=match):
