@@ -59,6 +59,7 @@ GRADIENTS = 64  # of an estimate
 DAMPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 SWEEP = tuple((m, damp, ratio) for m in (64, 256) for damp in DAMPS for ratio in (0.5, 0.7))
 RATES = (8e-5, 2e-4)
+GRADUAL_SWEEP = {0.9: (100, 5), 0.5: (60, 4)}  # ratio -> steps and prunes
 PRUNES = 4
 
 
@@ -110,8 +111,8 @@ def arms(rows: list[dict[str, Any]]) -> Iterator[Arm]:
     for gradients, damp, ratio in SWEEP:
         keys = {"method": "obert", "ratio": ratio, "steps": 0, "damp": damp, "gradients": gradients}
         yield Arm(swept(gradients, damp, ratio), keys, True)
-    for ratio, score, lr in itertools.product((0.9, 0.5), ("obert", "magnitude"), RATES):
-        keys = {"method": score, "ratio": ratio, "steps": STEPS // 2, "prunes": PRUNES, "lr": lr} | best.curvature(score)
+    for (ratio, (steps, prunes)), score, lr in itertools.product(GRADUAL_SWEEP.items(), ("obert", "magnitude"), RATES):
+        keys = {"method": score, "ratio": ratio, "steps": steps, "prunes": prunes, "lr": lr} | best.curvature(score)
         yield Arm(f"sweep gradual {score} {ratio:.0%} lr {lr:g}", keys, True)
     shapes = (*((ratio, "unstructured") for ratio in (0.5, 0.7, 0.8, 0.9, 0.97)), (0.8, "4block"), (0.5, "structured"))
     for ratio, pattern in shapes:
@@ -119,7 +120,7 @@ def arms(rows: list[dict[str, Any]]) -> Iterator[Arm]:
             keys = {"method": score, "ratio": ratio, "pattern": pattern}
             yield Arm(f"one-shot {score} {ratio:.0%} {pattern}", keys | {"steps": 0} | best.curvature(score))
             if ratio != 0.7:
-                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score, 0.5 if ratio <= 0.5 else 0.9)}
+                training = {"steps": STEPS, "prunes": PRUNES, "lr": best.rate(score, 0.5 if (ratio, pattern) == (0.5, "unstructured") else 0.9)}
                 yield Arm(f"gradual {score} {ratio:.0%} {pattern}", keys | training | best.curvature(score))
     for ratio, rounds in ((0.8, 4), (0.8, 16), (0.9, 4)):  # with 1 they are the one-shot rows
         keys = {"method": "obert", "ratio": ratio, "steps": 0, "recompute": rounds} | best.curvature("obert")

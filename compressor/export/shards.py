@@ -6,9 +6,9 @@ A shard is written as soon as it is full, so that a model is never in memory twi
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,6 @@ from compressor.errors import ModelError
 from compressor.packed import PackedWeight
 
 SHARD_BYTES = 4 << 30
-Scheme = TypeVar("Scheme")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -113,31 +112,3 @@ def read_headers(folder: Path | str, files: Iterable[Path | str]) -> dict[str, T
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{folder} cannot be read: {error}") from None
     return out
-
-
-def read_groups(
-    config: Mapping[str, Any], where: Path | str, kind: tuple[str, str, int], scheme_of: Callable[[Mapping[str, Any], str], Scheme]
-) -> dict[str, Scheme]:
-    """{module: its scheme} of a quantization_config of our own formats; ModelError if it is of another format or version, or damaged.
-
-    kind: quant_method, format and version. scheme_of reads one group; its second argument is how an error about the folder begins.
-    """
-    method, form, newest = kind
-    if config.get("quant_method") != method or config.get("format") != form:
-        raise ModelError(f"{where} is stored as {config.get('quant_method')}/{config.get('format')}, not as {method}/{form}")
-    version = config.get("version")
-    if type(version) is not int or version != newest:
-        raise ModelError(f"{where} has version {version!r} of the {form} format, and this compressor reads version {newest}: update compressor")
-    groups, damaged = config.get("groups"), f"{where}/config.json is damaged"
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise ModelError(f"{damaged}: the groups of its quantization_config are no list of mappings")
-    schemes: dict[str, Scheme] = {}
-    for group in groups:
-        scheme, modules = scheme_of(group, damaged), group.get("modules")
-        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-            raise ModelError(f"{damaged}: the modules of a group are no list of names")
-        for name in modules:
-            if name in schemes:
-                raise ModelError(f"{damaged}: it lists {name} twice")
-            schemes[name] = scheme
-    return schemes

@@ -20,6 +20,7 @@ from torch import Tensor
 from compressor.errors import ModelError
 from compressor.export import bitmask, shards
 from compressor.export.bitmask import DTYPES, PARTS, Scheme, estimate_bytes, stored_bits
+from compressor.export.groups import read_groups
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
 from compressor.packed import PackedWeight, Table
@@ -82,7 +83,7 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 def schemes_of(config: Mapping[str, Any], where: Path | str) -> Schemes:
     """{module: its form} of a quantization_config; ModelError if it is of another format or version, or damaged."""
-    return shards.read_groups(config, where, (METHOD, FORMAT, VERSION), _scheme)
+    return read_groups(config, where, (METHOD, FORMAT, VERSION, "sparse"), _scheme)
 
 
 def _scheme(group: Mapping[str, Any], damaged: str) -> Scheme:

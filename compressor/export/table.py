@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.export import shards
+from compressor.export.groups import read_groups
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
 from compressor.packed import PackedWeight, Table
@@ -77,7 +78,7 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 def schemes_of(config: Mapping[str, Any], where: Path | str) -> Schemes:
     """{module: (bits, segment)} of a quantization_config; ModelError if it is of another format or version, or damaged."""
-    schemes = shards.read_groups(config, where, (METHOD, FORMAT, VERSION), _scheme)
+    schemes = read_groups(config, where, (METHOD, FORMAT, VERSION, "table"), _scheme)
     if not schemes:
         raise ModelError(f"{where}/config.json is damaged: its quantization_config lists no modules")
     return schemes

@@ -24,6 +24,7 @@ from compressor.prune import Pruner, obert
 from compressor.prune.masks import parse_pattern
 from compressor.prune.obert import SCORES, Obert, Settings
 from compressor.prune.schedule import cubic, events
+from compressor.prune.widths import shape_notes
 from compressor.recipe import Finetune, Prune, Tune
 from compressor.tune.batches import Batches
 from compressor.tune.encoder import EncoderTask, Examples, Teacher
@@ -167,12 +168,12 @@ def prune(
             pruner.prune(0)
     finally:
         if units is not None:
-            units.release()
+            units.detach()
     left = {"ratio": pruner.sparsity} if isinstance(pruner, Obert) else {} if units is None else units.cut(total)
     model.requires_grad_(False)
-    log.notes += pruner.notes
+    log.notes += pruner.notes + ([] if units is None else shape_notes(model, options.ratio, left["ratio"]))
     facts = {"method": options.method, "pattern": options.pattern, "asked": options.ratio} | left
     facts |= {"steps": log.steps, "lr": options.lr, "schedule": [list(row) for row in plan], "prunable": total, "trainable": trained}
     if options.method == "obert":
-        facts |= {"gradients": options.gradients, "damp": options.damp, "recompute": options.recompute}
+        facts |= {"gradients": options.gradients, "damp": options.damp, "recompute": options.recompute, "joint": options.joint}
     return facts, log

@@ -87,7 +87,7 @@ class EncoderRun(Job):
                 self._compress(journal)
             if self.tunes:
                 self._tune(journal)
-            self.write(self.encoder.loaded, self.key, journal)
+            self.write_out(self.encoder.loaded, self.key, journal)
             publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
@@ -124,6 +124,7 @@ class EncoderRun(Job):
         total = Batches(EncoderTask(self.train_rows), encoder_prune.finetune_options(options), seed).steps
         with self.training("finetune", self.key_finetune, total, journal) as (folder, on_step):
             log = encoder_prune.finetune(self.encoder.model, self.train_rows, options, seed, folder, self.key_finetune, on_step)
+        journal.resumed |= log.resumed_from > 0
         self.report.notes += [
             f"the dense model was fine-tuned on the task for {log.steps} steps of {options.batch} examples at {options.lr:g}",
             *log.notes,
@@ -134,6 +135,7 @@ class EncoderRun(Job):
         total = encoder_prune.steps_of(self.train_rows, options, seed)
         with self.training("prune", self.key_prune, total, journal) as (folder, on_step):
             facts, log = encoder_prune.prune(self.encoder.model, self.train_rows, self.teacher, options, seed, folder, self.key_prune, on_step)
+        journal.resumed |= log.resumed_from > 0
         self.encoder.loaded.follow_config()
         self.report.pruning = facts | {"curve": log.curve, "notes": log.notes}
         if not self.packs:
@@ -157,6 +159,7 @@ class EncoderRun(Job):
         parameters, objective = tuner.attach(model), EncoderTask(self.train_rows, self.teacher)
         with self.training("tune", self.key_tune, Batches(objective, options, seed).steps, journal) as (folder, on_step):
             log = train(model, parameters, objective, options, seed, folder, self.key_tune, None, on_step)
+        journal.resumed |= log.resumed_from > 0
         tuner.detach(model)
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(self.train_rows),

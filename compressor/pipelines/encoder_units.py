@@ -41,11 +41,11 @@ class Units:
         return {f.key: max(now.kept(f), self.last.kept(f)) for f in self.families}
 
     def pruner(self, gradients: Gradients, schedule: tuple[tuple[int, float], ...], settings: Settings) -> StructuredObert:
-        """The pruner, with masks on the model until `release`."""
+        """The pruner, with masks on the model until `detach`."""
         self.masks = UnitMasks(self.model, self.families)
         return StructuredObert(self.model, self.masks, gradients, schedule, self.widths, settings)
 
-    def release(self) -> None:
+    def detach(self) -> None:
         """Take the masks off the model."""
         if self.masks is not None:
             self.masks.remove()
@@ -55,4 +55,6 @@ class Units:
         assert self.masks is not None
         slicing.cut(self.model, self.families, self.masks.masks, next(self.model.parameters()).dtype)
         left = sum(w.numel() for w in part_weights(self.model, families(self.model)).values())
-        return {"ratio": 1 - left / total, "heads": self.last.heads, "ffn": self.last.ffn}
+        config: Any = self.model.config
+        own = {"widths": getattr(config, slicing.WIDTHS)} if hasattr(config, slicing.WIDTHS) else {}
+        return {"ratio": 1 - left / total, "heads": self.last.heads, "ffn": self.last.ffn} | own

@@ -83,9 +83,10 @@ class Job:
         folder = journal.subfolder("blocks", key)
         with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
             dtype = load.scale_dtype(quant.scale_dtype, loaded.dtype)
-            loaded.rows, loaded.unpacked, _ = compress.compress(
+            loaded.rows, loaded.unpacked, taken = compress.compress(
                 loaded.model, quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
             )
+        journal.resumed |= taken > 0
         self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
 
     @contextlib.contextmanager
@@ -101,7 +102,7 @@ class Job:
             entry["ratio"] = self.report.model["dense_bytes"] / entry["folder_bytes"]
         setattr(self.report, name, entry)
 
-    def write(self, loaded: load.Loaded, key: str, journal: Journal) -> None:
+    def write_out(self, loaded: load.Loaded, key: str, journal: Journal) -> None:
         """The output folder, still in the work folder: weights, report, page, card and recipe."""
         folder = self.work / "folder"
         shutil.rmtree(folder, ignore_errors=True)

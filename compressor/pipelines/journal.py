@@ -55,7 +55,6 @@ class Journal:
             if old != path and old.is_dir():
                 shutil.rmtree(old)
         path.mkdir(exist_ok=True)
-        self.resumed |= any(path.glob("*.safetensors"))
         return path
 
 

@@ -95,7 +95,7 @@ class Loaded:
         model: Any = self.model
         now: dict[str, Any] = model.config.to_dict()
         shapes = {key: now[key] for key in (*SHAPES, slicing.WIDTHS) if now.get(key) is not None}
-        layers = now.get("num_hidden_layers")
+        layers = model.config.num_hidden_layers  # whatever the family calls it in its file
         lists = {key: value for key, value in now.items() if isinstance(value, list) and len(value) == layers and key != "architectures"}
         self.config = {k: v for k, v in self.config.items() if k != "quantization_config"} | shapes | lists
 

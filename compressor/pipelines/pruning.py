@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
 from compressor.linear import block_weights, find_blocks, linears, packed_linears
-from compressor.pipelines import estimate, load, surgery
+from compressor.pipelines import estimate, journal, load, surgery
 from compressor.pipelines.methods import check_heeded
 from compressor.prune import lowrank, obert, slicing
 from compressor.prune.depth import DepthPruner, kept_blocks
@@ -24,13 +24,14 @@ from compressor.prune.obert import SCORES
 from compressor.prune.schedule import Ramp
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families, shape
-from compressor.prune.widths import TOLERANCE, Widths, check_near, choose, multiple_of, prunable
+from compressor.prune.widths import Widths, check_near, choose, multiple_of, prunable, shape_notes
 from compressor.recipe import Prune, Tune
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import OnStep, TrainLog, train
 
 LR = 0.64  # of the low-rank paths, over the hidden size: 5e-3 at 128, as measured (docs/log.md), and near the paper's 1e-4 at 4096
 BEGIN, END = 0.05, 0.3  # the ramp, as shares of the steps: on small budgets healing pays more than going slowly
+PACKED_BASE = "the base was packed; what is left of it is dense, and larger than it was unless it is packed again"
 PARTS = {"loraprune": "gate"}  # what a unit is scored by, where it is not all its linears
 METHODS = (*IMPORTANCES, "depth", "obert")
 
@@ -217,31 +218,23 @@ def prune(
     pruner.finish(model, dtype)
     loaded.follow_config()
     extra = {"widths": loaded.config[slicing.WIDTHS]} if loaded.config.get(slicing.WIDTHS) else {}
-    log.notes += notes(model, todo, packed)
+    log.notes += [PACKED_BASE] * packed + shape_notes(model, todo.asked, todo.ratio)
     facts = todo.facts() | extra | {"packed_base": packed, "trainable": sum(p.numel() for p in lowrank.parameters(paths).values())}
     return facts | {"steps": total, "lr": options.lr, "last_prune": ramp.end, "tokens": sum(row["tokens"] for row in log.curve)}, log
 
 
-def notes(model: Any, todo: Plan, packed: bool) -> list[str]:
-    """What the user should know of the model that came out."""
-    out = ["the base was packed; what is left of it is dense, and larger than it was unless it is packed again"] if packed else []
-    if abs(todo.ratio - todo.asked) > TOLERANCE:
-        out.append(f"{todo.asked:.1%} was asked for; the nearest that heads, channels or blocks allow in their steps is {todo.ratio:.1%}")
-    if getattr(model.config, slicing.WIDTHS, None) is not None:
-        out.append("the blocks differ in width, which config.json cannot say to others: only compressor loads this folder")
-    return out
-
-
 def _surgery(loaded: load.Loaded, options: Prune, todo: Plan, objective: CausalLM, seed: int, folder: Path | None) -> tuple[dict[str, Any], TrainLog]:
     """oBERT, and magnitude by its patterns: all at once, without training."""
+    again = folder is not None and journal.kept_facts(folder / surgery.DONE) is not None
     if todo.widths is None:
         facts, said = surgery.single_weights(loaded.model, options, objective, seed, folder)
     else:
         facts, said = {}, surgery.whole_units(loaded.model, options, todo.widths, objective, seed, folder)
-        said = [*said, *notes(loaded.model, todo, False)]
+        said = [*said, *shape_notes(loaded.model, todo.asked, todo.ratio)]
         loaded.follow_config()
-    facts |= {"gradients": options.gradients, "recompute": options.recompute, "damp": options.damp} if options.method == "obert" else {}
-    return todo.facts() | facts, TrainLog(0, notes=said)
+    if options.method == "obert":
+        facts |= {"gradients": options.gradients, "recompute": options.recompute, "damp": options.damp, "joint": options.joint}
+    return todo.facts() | facts, TrainLog(0, notes=said, resumed_from=int(again))
 
 
 def _ramp(options: Prune, total: int) -> Ramp:

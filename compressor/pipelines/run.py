@@ -76,7 +76,7 @@ class Run(Job):
                 self._measured("packed", self.key_packed, loaded, journal)
             if self.tunes and windows is not None:
                 self._tune(loaded, windows, journal)
-            self.write(loaded, self.key_tuned, journal)
+            self.write_out(loaded, self.key_tuned, journal)
             publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
@@ -133,6 +133,7 @@ class Run(Job):
         options, seed, objective = self.recipe.prune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
         with self.training("prune", self.key_prune, pruning.steps(options, objective, seed), journal) as (folder, on_step):
             facts, log = pruning.prune(loaded, options, objective, seed, folder, self.key_prune, on_step)
+        journal.resumed |= log.resumed_from > 0
         self.report.pruning = facts | {"curve": log.curve, "notes": log.notes}
         if not self.packs:
             write.round_to_folder(loaded, set())
@@ -149,6 +150,7 @@ class Run(Job):
         evaluate = self._domain_perplexity(loaded)
         with self.training("tune", self.key_tune, Batches(objective, options, seed).steps, journal) as (folder, on_step):
             log = train(loaded.model, parameters, objective, options, seed, folder, self.key_tune, evaluate, on_step)
+        journal.resumed |= log.resumed_from > 0
         tuner.detach(loaded.model)
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(windows.ids),

@@ -7,7 +7,8 @@ The loop (compressor.tune.loop.train) calls a pruner at fixed points of every st
     hold()          before clipping, after the update, and after a step was undone: what is pruned stays pruned, its gradient counts nowhere
 
 `tensors` are the pruner's state beside the trained parameters (masks, scores): the loop keeps a good copy of them and writes them into its
-checkpoint, so that an interrupted run goes on as if it had not been. Whoever called the loop then makes the masks real (slicing.py, masks.py).
+checkpoint, so that an interrupted run goes on as if it had not been. Whoever called the loop then takes the pruner off the model (`detach`)
+and makes its masks real (`finish`, by slicing.py); masks of single weights are zeros already.
 """
 
 from collections.abc import Mapping

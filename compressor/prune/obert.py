@@ -70,7 +70,7 @@ class Settings:
 def check(weights: Mapping[str, Tensor], settings: Settings, ratio: float) -> None:
     """RecipeError for a ratio, ModelError for a weight, that the pattern does not allow; works on weights without values (meta device)."""
     if not 0 <= ratio <= settings.pattern.limit:
-        raise RecipeError(f"pruning {ratio:.0%} cannot be done: the pattern {settings.pattern} goes to {settings.pattern.limit:.0%}")
+        raise RecipeError(f"pruning {ratio:.0%} cannot be done: the pattern {settings.pattern} goes to {settings.pattern.limit:.0%}: prune less")
     for name, w in weights.items():
         settings.pattern.check(name, w.shape)
 

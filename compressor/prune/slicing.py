@@ -2,7 +2,8 @@
 
 The sliced model computes what the masked one did (a masked input contributes nothing), up to the order of sums. Low-rank paths are folded in, and
 packed linears come out dense: cutting columns leaves no whole groups, so whoever wants codes packs anew. One linear at a time is copied.
-Widths that differ between blocks cannot be said in a stock configuration: they are listed under WIDTHS, which only our loader reads.
+Widths that differ between blocks cannot be said in a stock configuration, nor fewer heads of the same size where their size follows from their number
+(BERT): those are listed under WIDTHS, which only our loader reads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from compressor.packing import panels
 from compressor.prune.lowrank import LowRank, weight_rows
 from compressor.prune.units import Family, arrangement, families, head_size, shape
 
-WIDTHS = "compressor_widths"  # key of config.json: {"heads": [key heads a block], "queries": [...], "ffn": [...]}
+WIDTHS = "compressor_widths"  # key of config.json: {"queries": [heads a block], "keys": [...], "ffn": [...]}
 
 
 @torch.no_grad()

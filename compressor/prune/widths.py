@@ -8,10 +8,12 @@ the nearest, the most even ones win: those that take like shares from attention 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from compressor.errors import ModelError, RecipeError
+from compressor.prune.slicing import WIDTHS
 from compressor.prune.units import Family, families, shape
 
 NEAR = 0.1  # how far the widths may be from the wanted ratio
@@ -65,6 +67,16 @@ def check_near(widths: Widths, ratio: float, instead: str) -> None:
     if abs(widths.ratio - ratio) > NEAR:
         nearest = f"the nearest widths take {widths.ratio:.0%} of the prunable weights"
         raise RecipeError(f"pruning {ratio:.0%} cannot be done: {nearest}; {instead}")
+
+
+def shape_notes(model: Any, asked: float, reached: float) -> list[str]:
+    """What the user should know of the shape that a pruned model came out with."""
+    out = []
+    if abs(reached - asked) > TOLERANCE:
+        out.append(f"{asked:.1%} was asked for; the nearest that heads, channels or blocks allow in their steps is {reached:.1%}")
+    if getattr(model.config, WIDTHS, None) is not None:
+        out.append("its blocks have widths that config.json cannot say to others: only compressor loads this folder")
+    return out
 
 
 def prunable(model: nn.Module) -> int:

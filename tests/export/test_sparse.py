@@ -262,7 +262,7 @@ def test_bits_beyond_the_end(tmp_path: Path) -> None:
     [
         ({"quant_method": "gptq"}, "gptq/bitmask"),
         ({"format": "csr"}, "compressor_sparse/csr"),
-        ({"version": 2}, "version 2 of the bitmask format.*update compressor"),
+        ({"version": 2}, "version 2 of the sparse format.*update compressor"),
         ({"version": True}, "version True"),
         ({"groups": None}, "no list of mappings"),
         ({"groups": [3]}, "no list of mappings"),

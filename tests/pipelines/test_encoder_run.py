@@ -176,9 +176,21 @@ def test_whole_units_make_a_smaller_dense_model(place: Path, uniform: bool) -> N
     widths = {(block.attention.self.query.out_features, block.intermediate.dense.out_features) for block in blocks}
     assert len(widths) == 1
     assert (widths.pop()[0] == 64) is uniform
+    config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
+    assert config["num_attention_heads"] == json.loads((place / "bert" / "config.json").read_text())["num_attention_heads"]
     if uniform:
         stock = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-        assert stock.config.intermediate_size < 128
+        assert stock.config.intermediate_size < 128 and "compressor_widths" not in config and "from_pretrained" in card
+    else:
+        assert config["compressor_widths"] == report["pruning"]["widths"] and "only compressor loads this folder" in card
+        assert "from_pretrained" not in card and any("only compressor loads" in note for note in report["pruning"]["notes"])
+
+
+def test_a_ratio_that_is_not_met_is_told(place: Path) -> None:
+    keys = {"prune__pattern": "structured", "prune__ratio": 0.32, "prune__method": "magnitude", "prune__steps": 0, "prune__gradients": 256}
+    encoder_run.run(recipe(place, **keys), place / "told")
+    pruning = json.loads((place / "told" / "report.json").read_text())["pruning"]
+    assert 0.05 < abs(pruning["ratio"] - 0.32) < 0.1 and any("32.0% was asked for; the nearest" in note for note in pruning["notes"])
 
 
 @pytest.mark.parametrize("pattern", ["4block", "2:4"])

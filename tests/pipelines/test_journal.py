@@ -81,14 +81,3 @@ def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
     assert kept(path) is None
-
-
-def test_a_stage_with_files_of_its_own_key_is_resumed(tmp_path: Path) -> None:
-    with open_work(tmp_path / "w") as found:
-        keep(found.subfolder("prune", "a") / "x.safetensors", {"x": torch.ones(2)}, {})
-        assert not found.resumed
-        found.subfolder("prune", "b")
-        assert not found.resumed, "of another key"
-        keep(found.subfolder("prune", "b") / "x.safetensors", {"x": torch.ones(2)}, {})
-        found.subfolder("prune", "b")
-        assert found.resumed

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from compressor.errors import ModelError, RecipeError
 from compressor.linear import packed_linears
 from compressor.pipelines import estimate, job, load, pruning, write
 from compressor.prune.importance import FullGradients, LoraGradients, PaperGradients
-from compressor.prune.slicing import WIDTHS
+from compressor.prune.slicing import WIDTHS, drop_blocks
 from compressor.prune.widths import prunable
 from compressor.tune import loop
 from compressor.tune.loop import CHECKPOINT
@@ -264,6 +265,20 @@ def test_a_run_killed_while_pruning_resumes_to_the_same_bytes(
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (full[0] / "model.safetensors").read_bytes()
     curves = [json.loads((folder / "report.json").read_text())["pruning"]["curve"] for folder in (full[0], tmp_path / "out")]
     assert curves[0] == curves[1]
+
+
+def test_lists_by_layer_follow_whatever_a_family_calls_their_number() -> None:
+    config = GPTNeoConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]],
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = GPTNeoForCausalLM(config)
+    loaded = load.Loaded(model, None, Path(), "neo", config.to_dict(), torch.float32)
+    drop_blocks(model, [0, 3])
+    loaded.follow_config()
+    assert loaded.config["num_layers"] == 2 and loaded.config["attention_layers"] == ["global", "local"]
+    again = GPTNeoConfig.from_dict(json.loads(json.dumps(loaded.config)))
+    assert again.attention_layers == ["global", "local"] and len(GPTNeoForCausalLM(again).transformer.h) == 2
 
 
 def test_pruning_alone_writes_a_dense_folder_also_of_a_packed_one(full: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -97,6 +97,9 @@ def test_encoders_are_cut_with_their_biases() -> None:
         assert error(model(input_ids=ids).logits, expected) < FLOAT
     attention = model.bert.encoder.layer[0].attention.self
     assert (attention.num_attention_heads, attention.all_head_size, attention.query.bias.shape) == (2, 16, (16,))
+    kept = {"queries": [2, 2], "keys": [2, 2], "ffn": [int(masks.masks[f"{i}.ffn"].sum()) for i in range(2)]}
+    assert getattr(model.config, WIDTHS) == kept, "fewer heads of the same size is what BERT's configuration cannot say"
+    assert (model.config.num_attention_heads, model.config.intermediate_size) == (4, 40)
 
 
 # --- one linear ----------------------------------------------------------------------------------------------------------------------------
