@@ -23,7 +23,7 @@ from compressor.pipelines.methods import check_heeded
 from compressor.prune import Pruner, obert
 from compressor.prune.masks import parse_pattern
 from compressor.prune.obert import SCORES, Obert, Settings
-from compressor.prune.schedule import cubic, events
+from compressor.prune.schedule import cubic, events, shares
 from compressor.prune.widths import shape_notes
 from compressor.recipe import Finetune, Prune, Tune
 from compressor.tune.batches import Batches
@@ -70,9 +70,7 @@ def resolved(options: Prune, blocks: int) -> Prune:
     if options.method not in SCORES:
         raise RecipeError(f"{options.method} does not prune encoders: use --prune {' or '.join(f'{name}:90%' for name in SCORES)}")
     check_heeded(options, heeded(options))
-    begin, end = ramp(options)
-    if begin > end:
-        raise RecipeError(f"prune.begin={begin:g} comes after the end of the ramp, {end:g} of the steps: give prune.end too")
+    shares(options, BEGIN, END)
     pattern = options.pattern or "unstructured"
     if pattern != "structured":
         parse_pattern(pattern)
@@ -85,11 +83,6 @@ def heeded(options: Prune) -> set[str]:
     keys = {"steps", "epochs", "lr", "batch", "distill", "temperature", "one_shot", "initial", "prunes", "begin", "end"}
     curvature = {"gradients", "gradient_batch", "recompute", "damp", "block", "joint"} if options.method == "obert" else set()
     return keys | curvature | ({"multiple", "uniform"} if options.pattern == "structured" else set())
-
-
-def ramp(options: Prune) -> tuple[float, float]:
-    """First and last prune as shares of the steps."""
-    return BEGIN if options.begin is None else options.begin, END if options.end is None else options.end
 
 
 def check(model: nn.Module, options: Prune) -> None:
@@ -113,7 +106,7 @@ def schedule(options: Prune, steps: int) -> tuple[tuple[int, float], ...]:
     if options.one_shot or not steps:
         return ((0, options.ratio),)
     first = 0.0 if options.initial is None else options.initial
-    begin, end = ramp(options)
+    begin, end = shares(options, BEGIN, END)
     at = events(round(begin * steps), min(round(end * steps), steps - 1), options.prunes)
     span = max(1, at[-1] - at[0])
     return tuple((step, options.ratio if step == at[-1] else cubic((step - at[0]) / span, first, options.ratio)) for step in at)

@@ -21,7 +21,7 @@ from compressor.prune.depth import DepthPruner, kept_blocks
 from compressor.prune.importance import IMPORTANCES, PaperGradients
 from compressor.prune.loraprune import STEPS_BEFORE, UnitPruner
 from compressor.prune.obert import SCORES
-from compressor.prune.schedule import Ramp
+from compressor.prune.schedule import Ramp, shares
 from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families, shape
 from compressor.prune.widths import Widths, check_near, choose, multiple_of, prunable, shape_notes
@@ -243,9 +243,7 @@ def _ramp(options: Prune, total: int) -> Ramp:
         raise RecipeError("one step of pruning leaves nothing to score units by: give more steps, or more text")
     if options.one_shot:
         return Ramp(STEPS_BEFORE, min(STEPS_BEFORE, total - 1), 1)
-    begin, end = (BEGIN if options.begin is None else options.begin), (END if options.end is None else options.end)
-    if begin > end:
-        raise RecipeError(f"prune.begin={begin:g} comes after the end of the ramp, {end:g} of the steps: give prune.end too")
+    begin, end = shares(options, BEGIN, END)
     last = min(max(round(end * total), 1), total - 1)
     return Ramp(min(round(begin * total), last), last, options.every)
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from compressor.errors import RecipeError
+from compressor.recipe import Prune
+
 
 def cubic(progress: float, first: float, last: float) -> float:
     """The ratio at `progress` of the way: `first` at 0 and before, exactly `last` at 1 and after."""
@@ -15,6 +18,14 @@ def events(start: int, end: int, count: int) -> tuple[int, ...]:
     if count < 2 or end <= start:
         return (end,)
     return tuple(sorted({round(start + (end - start) * i / (count - 1)) for i in range(count)}))
+
+
+def shares(options: Prune, begin: float, end: float) -> tuple[float, float]:
+    """First and last prune as shares of the steps: what is given, else `begin` and `end`. RecipeError if the first would come after the last."""
+    first, last = begin if options.begin is None else options.begin, end if options.end is None else options.end
+    if first > last:
+        raise RecipeError(f"prune.begin={first:g} comes after the end of the ramp, {last:g} of the steps: give prune.end too")
+    return first, last
 
 
 @dataclass(frozen=True)
