@@ -1,7 +1,7 @@
 """PackedLinear, and the walk that finds the linears of a model's decoder blocks and swaps them."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from compressor.errors import ModelError
 from compressor.kernels import dispatch
 from compressor.packed import Affine, PackedWeight, Table
+from compressor.view import WeightView
 
 
 def same_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -21,11 +22,13 @@ def same_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return moved
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """A linear layer on a packed weight; differentiable in x and in the values, never through a dense weight.
 
+    It is an nn.Linear so that libraries that adapt linears, such as peft, take it for one; `weight` shows them the decoded weight (view.py).
     `learned` is what tuners move: the scale [n, G] of an affine weight or the table [n, S, 2**bits] of a sketch. `tuned`, when a tuner has
-    attached one, is a module without inputs that returns the values to use in its place. Codes are buffers and never change.
+    attached one, is a module without inputs that returns the values to use in its place, and `tuned_zero` one that returns the zeros, float [n, G];
+    `zero` then holds floats of the dtype that they are stored in. Codes are buffers and never change.
     """
 
     words: Tensor
@@ -33,25 +36,35 @@ class PackedLinear(nn.Module):
     zero: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None):
-        super().__init__()
+        nn.Module.__init__(self)
         self.bits, self.group = weight.bits, weight.group
         self.out_features, self.in_features = weight.shape
         self.register_buffer("words", weight.words)
         self.register_buffer("learned", weight.learned)
         self.register_buffer("zero", weight.zero)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False))
         self.tuned: nn.Module | None = None
+        self.tuned_zero: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ModelError(f"a packed linear of {self.in_features} inputs was given {x.shape[-1]}")
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            raise ModelError(f"a packed linear of {self.in_features} inputs was given {input.shape[-1]}")
         learned = self.learned if self.tuned is None else self.tuned()
-        return dispatch.linear(x, self.words, learned, self.zero, self.bias, self.bits, self.group, self.out_features)
+        zero = self.zero if self.tuned_zero is None else self.tuned_zero()
+        return dispatch.linear(input, self.words, learned, zero, self.bias, self.bits, self.group, self.out_features)
+
+    def __getattr__(self, name: str) -> Any:
+        """`weight` for who asks: [n, k], decoded when read, never written; float32 on CPUs, else in the dtype of the values."""
+        if name != "weight":
+            return super().__getattr__(name)
+        dtype = torch.float32 if self.words.device.type == "cpu" else self.learned.dtype
+        return WeightView(lambda: self.packed().dequantize(dtype), (self.out_features, self.in_features), dtype, self.words.device)
 
     def packed(self) -> PackedWeight:
-        """The weight as it would be stored now, with the tuner's values if one is attached."""
+        """The weight as it would be stored now, with the tuner's values or zeros if one is attached."""
         learned = self.learned if self.tuned is None else self.tuned().detach().to(self.learned.dtype)
-        values = Table(learned) if self.table else Affine(learned, self.zero)
+        zero = self.zero if self.zero is None or self.tuned_zero is None else self.tuned_zero().detach().to(self.zero.dtype)
+        values = Table(learned) if self.table else Affine(learned, zero)
         return PackedWeight(self.words, values, self.bits, self.group, (self.out_features, self.in_features))
 
     @property
@@ -81,7 +94,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         if not isinstance(module, nn.ModuleList) or len({type(m) for m in module}) != 1:
             continue
-        holds = any(isinstance(m, nn.Linear | PackedLinear) for m in module[0].modules() if m is not module[0])
+        holds = any(isinstance(m, nn.Linear) for m in module[0].modules() if m is not module[0])
         if not holds:
             continue
         taken.append(f"{name}." if name else "")
@@ -95,8 +108,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """All nn.Linear layers inside `module` by dotted name, in definition order."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    """All dense nn.Linear layers inside `module` by dotted name, in definition order."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, PackedLinear)}
 
 
 def block_weights(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,8 +17,8 @@ from compressor.kernels import layout, reference
 class Affine:
     """weight = scale * (code - zero).
 
-    scale [n, G], in the dtype it is stored in; zero uint8 [n, G] with 0 <= zero < 2**bits, or None for symmetric weights, whose zero is the
-    midpoint 2**(bits-1) everywhere.
+    scale [n, G], in the dtype it is stored in; zero [n, G]: uint8 with 0 <= zero < 2**bits, or tuned ones, any finite floats in float16, bfloat16
+    or float32; None for symmetric weights, whose zero is the midpoint 2**(bits-1) everywhere.
     """
 
     scale: Tensor
@@ -74,6 +74,11 @@ class PackedWeight:
         """The zeros of an asymmetric affine weight."""
         return self.values.zero if isinstance(self.values, Affine) else None
 
+    @property
+    def float_zeros(self) -> bool:
+        """Whether the zeros are floats, as tuning leaves them, which only our own format holds."""
+        return self.zero is not None and self.zero.is_floating_point()
+
     def with_learned(self, learned: Tensor) -> "PackedWeight":
         """The same codes with another scale or table of the same shape."""
         values = Affine(learned, self.zero) if isinstance(self.values, Affine) else Table(learned)
@@ -88,10 +93,15 @@ class PackedWeight:
         return reference.dequantize(self.words, self.learned, self.zero, self.bits, self.group, *self.shape, dtype)
 
     def stored_bits(self) -> int:
-        """Bits this weight costs on disk: codes, scales or tables and, if asymmetric, zeros at `bits` each."""
+        """Bits this weight costs on disk: codes, scales or tables and, if asymmetric, zeros."""
         n, k = self.shape
-        zeros = 0 if self.zero is None else self.zero.numel() * self.bits
-        return n * k * self.bits + self.learned.numel() * self.learned.element_size() * 8 + zeros
+        return n * k * self.bits + self.learned.numel() * self.learned.element_size() * 8 + self.zero_bits()
+
+    def zero_bits(self) -> int:
+        """Bits the zeros cost on disk: `bits` each, as floats those of their dtype."""
+        if self.zero is None:
+            return 0
+        return self.zero.numel() * (8 * self.zero.element_size() if self.float_zeros else self.bits)
 
     def nbytes(self) -> int:
         """Bytes in memory, padding of the tiles included."""
@@ -113,3 +123,13 @@ class PackedWeight:
 def learned_of(values: Affine | Table) -> Tensor:
     """The scale or the table."""
     return values.scale if isinstance(values, Affine) else values.table
+
+
+def zeros_as_floats(scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The zeros of an affine weight [n, G] as tuning starts from them: floats that are left as they are, else float16, float32 where scales are."""
+    if zero is not None and zero.is_floating_point():
+        return zero
+    dtype = torch.float32 if scale.dtype == torch.float32 else torch.float16
+    if zero is None:
+        return torch.full_like(scale, 1 << (bits - 1), dtype=dtype, requires_grad=False)
+    return zero.to(dtype)

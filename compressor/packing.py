@@ -60,16 +60,17 @@ def panels(n: int, k: int, size: int | None = None, multiple: int = 1) -> list[s
     return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
 
 
-def relative_error(w: Tensor, packed: PackedWeight, stats: LayerStats | None) -> float:
+def relative_error(w: Tensor, packed: PackedWeight, stats: LayerStats | None, path: tuple[Tensor, Tensor] | None = None) -> float:
     """sqrt(tr(E H ET) / tr(W H WT)) with E = W - packed and H the mean of x xT; without a Hessian, the norm of E over the norm of W.
 
     w float32 [n, k]. With a Hessian this is the relative root-mean-square error of the layer's outputs on the calibration inputs: the square
-    *root* of the error ratio. 0 for a perfect copy, also of zeros; inf when something stands where only zeros were.
+    *root* of the error ratio. 0 for a perfect copy, also of zeros; inf when something stands where only zeros were. With a path A [r, k],
+    B [n, r] beside the packed weight E = W - packed - B A.
     """
     hessian = None if stats is None or stats.hessian is None else stats.hessian.to(w.device, torch.float32)
     wrong, whole = 0.0, 0.0
     for rows in panels(w.shape[0], w.shape[1], multiple=layout.ROWS):
-        wrong += _energy(w[rows] - dense_rows(packed, rows), hessian)
+        wrong += _energy(_difference(w, packed, rows, path), hessian)
         whole += _energy(w[rows], hessian)
     if wrong <= 0.0:
         return 0.0
@@ -81,6 +82,11 @@ def dense_rows(packed: PackedWeight, rows: slice) -> Tensor:
     words = packed.words[rows.start // layout.ROWS : -(-rows.stop // layout.ROWS)]
     learned, zero = packed.learned[rows], None if packed.zero is None else packed.zero[rows]
     return reference.dequantize(words, learned, zero, packed.bits, packed.group, rows.stop - rows.start, packed.shape[1], torch.float32)
+
+
+def _difference(w: Tensor, packed: PackedWeight, rows: slice, path: tuple[Tensor, Tensor] | None) -> Tensor:
+    e = w[rows] - dense_rows(packed, rows)
+    return e if path is None else torch.addmm(e, path[1][rows], path[0], alpha=-1)
 
 
 def _energy(e: Tensor, hessian: Tensor | None) -> float:

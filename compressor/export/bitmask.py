@@ -5,6 +5,8 @@ everything else is exactly zero when read: 0.0 in a dense weight, the zero's own
 stream of 2, 3 or 4 bits across rows. A block may hold zeros of its own, so each layer takes the size that is smallest: 4 for masks of 4-blocks, 1 for
 most others, more also where few codes of few bits are left. Block 0 means no mask: every weight is stored, the least for what is hardly sparse.
 
+The zeros of affine weights are codes, or floats as tuning leaves them; with those a weight is hardly ever exactly zero, so there is no mask.
+
 Price: 1 bit a weight for the mask, or 1/block; the entropy of a random mask is less (0.47 bits at 90 %, 0.19 at 97 %), and no coder takes that here,
 so that readers stay simple. Limits: the saving is on disk and on the wire; in memory a dense weight is dense again, a packed one packed.
 """
@@ -22,27 +24,33 @@ from compressor.kernels import layout
 from compressor.packed import Affine, PackedWeight, Table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ZEROS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}  # that zeros may be stored in as floats
 BLOCKS = (1, 2, 4, 8, 16)
 SHAPE_BYTES = 16  # weight_shape, two int64
 DENSE = ("weight_shape", "weight_mask", "weight_values")
-AFFINE = ("weight_shape", "weight_mask", "weight_codes", "weight_scale", "weight_zero_point")
+AFFINE = ("weight_shape", "weight_mask", "weight_codes", "weight_scale", "weight_zero_point", "weight_zero")
 PARTS = (*DENSE, *AFFINE[2:])
 LINE = 4096  # codes that are packed as one row of layout's streams: whole words, so that rows join without gaps
 
 
 @dataclass(frozen=True, order=True)
 class Scheme:
-    """How one linear is stored: `bits` 0 means dense values, and then `group` and `symmetric` say nothing; `block` 0 means no mask."""
+    """How one linear is stored: `bits` 0 means dense values, and then the rest says nothing; `block` 0 means no mask.
+
+    zeros: the dtype of zeros that are floats, for example "float16", with block 0 and not symmetric; "" where they are codes, or none.
+    """
 
     block: int
     bits: int = 0
     group: int = 0
     symmetric: bool = True
+    zeros: str = ""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The tensors that must be there."""
-        absent = {"weight_mask" if not self.block else "", "weight_zero_point" if self.symmetric else ""}
+        absent = {"weight_mask" if not self.block else "", "" if self.zeros else "weight_zero"}
+        absent.add("weight_zero_point" if self.symmetric or self.zeros else "")
         return tuple(part for part in (AFFINE if self.bits else DENSE) if part not in absent)
 
 
@@ -109,15 +117,14 @@ def size(shape: tuple[int, int], kept: int, block: int, width: int, values: int 
 
 def values_size(weight: PackedWeight) -> int:
     """Bytes of its scales and zeros."""
-    zeros = 0 if weight.zero is None else -(-weight.zero.numel() * weight.bits // 8)
-    return weight.learned.numel() * weight.learned.element_size() + zeros
+    return weight.learned.numel() * weight.learned.element_size() + -(-weight.zero_bits() // 8)
 
 
 def best(value: Tensor | PackedWeight) -> tuple[int, int]:
     """(block, bytes) of the smallest form; a dense weight that a mask does not shrink, or that holds what is not finite, has block 0: as it is."""
     shape = (value.shape[0], value.shape[1])
     if isinstance(value, PackedWeight):
-        width, values, masked = value.bits, values_size(value), True
+        width, values, masked = value.bits, values_size(value), not value.float_zeros
         plain = size(shape, 0, 0, width, values)
     else:
         width, values, masked = 8 * value.element_size(), 0, value.dtype in DTYPES and bool(torch.isfinite(value).all())
@@ -149,9 +156,12 @@ def encode(value: Tensor | PackedWeight) -> tuple[dict[str, Tensor], Scheme] | N
     else:
         codes = value.codes().flatten() if blocks is None else value.codes().view(-1, block)[blocks].flatten()
         parts = {"weight_codes": pack_codes(codes, value.bits), "weight_scale": value.learned.detach().contiguous()}
-        if value.zero is not None:
+        if value.zero is not None and value.float_zeros:
+            parts["weight_zero"] = value.zero.detach().contiguous()
+        elif value.zero is not None:
             parts["weight_zero_point"] = pack_codes(value.zero.flatten(), value.bits)
-        scheme = Scheme(block, value.bits, value.group, value.zero is None)
+        zeros = _plain(value.zero.dtype) if value.zero is not None and value.float_zeros else ""
+        scheme = Scheme(block, value.bits, value.group, value.zero is None, zeros)
     return {part: tensor.cpu() for part, tensor in ({"weight_shape": shape} | mask | parts).items()}, scheme
 
 
@@ -168,7 +178,9 @@ def check(parts: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], w
         lengths["weight_codes"] = (-(-n * k * scheme.bits // 8),)
     if scheme.bits:
         lengths["weight_scale"] = (n, k // scheme.group)
-    if not scheme.symmetric:
+    if scheme.zeros:
+        lengths["weight_zero"] = (n, k // scheme.group)
+    elif not scheme.symmetric:
         lengths["weight_zero_point"] = (-(-n * (k // scheme.group) * scheme.bits // 8),)
     for part, wanted in lengths.items():
         if tuple(parts[part].shape) != wanted:
@@ -185,7 +197,8 @@ def _check_parts(parts: Mapping[str, Tensor], scheme: Scheme, where: str) -> Non
         why = f"{' and '.join(absent)} missing" if absent else f"config.json says nothing of its {foreign[0]}"
         raise ModelError(f"{where} is {'incomplete' if absent else 'damaged'}: {why}")
     for part in scheme.parts:
-        wanted = {"weight_shape": (torch.int64,), "weight_values": DTYPES, "weight_scale": DTYPES}.get(part, (torch.uint8,))
+        kinds = {"weight_shape": (torch.int64,), "weight_values": DTYPES, "weight_scale": DTYPES}
+        wanted = (ZEROS[scheme.zeros],) if part == "weight_zero" else kinds.get(part, (torch.uint8,))
         if parts[part].dtype not in wanted:
             raise ModelError(f"{where} is damaged: {part} is {_plain(parts[part].dtype)}, and must be {' or '.join(map(_plain, wanted))}")
 
@@ -197,7 +210,7 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, where: str) -> Tensor | 
         raise ModelError(f"{where} is damaged: weight_shape must hold two positive int64 numbers")
     n, k = int(stored[0]), int(stored[1])
     check(parts, scheme, (n, k), where)
-    for part in ("weight_values", "weight_scale"):
+    for part in ("weight_values", "weight_scale", "weight_zero"):
         if part in parts and not bool(torch.isfinite(parts[part]).all()):
             raise ModelError(f"{where} is damaged: {part} holds numbers that are not finite")
     blocks = _read_mask(parts["weight_mask"], n * k // scheme.block, where) if scheme.block else None
@@ -209,7 +222,9 @@ def decode(parts: Mapping[str, Tensor], scheme: Scheme, where: str) -> Tensor | 
             raise ModelError(f"{where} is damaged: its mask keeps {count} weights, and {len(values)} are stored")
         return _spread(torch.zeros(n, k, dtype=values.dtype, device=values.device), values, blocks)
     codes, scale = _read_codes(parts["weight_codes"], scheme.bits, count, where), parts["weight_scale"]
-    zero = None if scheme.symmetric else _read_codes(parts["weight_zero_point"], scheme.bits, scale.numel(), where).view(scale.shape)
+    zero = parts.get("weight_zero")
+    if zero is None and not scheme.symmetric:
+        zero = _read_codes(parts["weight_zero_point"], scheme.bits, scale.numel(), where).view(scale.shape)
     whole = codes.view(n, k) if blocks is None else _spread(_zeros(Affine(scale, zero), scheme.bits, (n, k)).clone(), codes, blocks)
     return PackedWeight.pack(whole, Affine(scale, zero), scheme.bits)
 

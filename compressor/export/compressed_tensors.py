@@ -3,8 +3,8 @@
 Per packed linear: `weight_packed` int32 [n, ceil(k*bits/32)], the dense bit stream along k of codes 0..2**bits-1 (the format calls them
 signed codes plus 2**(bits-1), which is the same number); `weight_scale` [n, G]; `weight_shape` int64 (n, k); for asymmetric weights
 `weight_zero_point` int32 [ceil(n*bits/32), G], packed along n with the same offset, hence equal to our zeros. All bytes are documented in
-docs/format.md. Exact for every affine weight of 2, 3 and 4 bits. Readers older than compressed-tensors 0.18 know only a padded 3-bit stream
-(ten codes a word): this module reads that too and never writes it.
+docs/format.md. Exact for every affine weight of 2, 3 and 4 bits whose zeros are integers. Readers older than compressed-tensors 0.18 know only a
+padded 3-bit stream (ten codes a word): this module reads that too and never writes it.
 """
 
 import re
@@ -27,10 +27,13 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 
 
 def fits(packed: dict[str, PackedWeight]) -> str | None:
-    """Why this model cannot be written in this format, or None: affine weights of 2, 3 and 4 bits always can."""
+    """Why this model cannot be written in this format, or None: affine weights of 2, 3 and 4 bits can, unless their zeros are floats."""
     tables = sum(isinstance(weight.values, Table) for weight in packed.values())
     if tables:
         return f"{tables} of its {len(packed)} packed layers hold tables, which the format does not know"
+    floats = sum(weight.float_zeros for weight in packed.values())
+    if floats:
+        return f"{floats} of its {len(packed)} packed layers have tuned zeros, and the format's are integers"
     return None if packed else "no layer is packed"
 
 

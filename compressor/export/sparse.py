@@ -5,6 +5,8 @@ no place for a mask. Each linear takes the smallest of the forms in bitmask.py, 
 sparse stay as they are; so do embeddings, norms and biases. `quantization_config` names every module that is stored in another way than as one dense
 tensor, with its form: nothing is guessed from shapes, and whatever does not agree with it is an error. All bytes are documented in docs/format.md.
 
+It also holds what no standard does: affine weights whose zeros are floats, as QA-LoRA leaves them, exactly and without a mask.
+
 Price: a few passes over each weight to count. Limits: the saving is on disk and in transfer alone: what is read is an ordinary dense tensor, or an
 ordinary packed weight, and takes the memory and time of one. Sketches are refused: no entry of a table is exactly zero.
 """
@@ -40,6 +42,8 @@ def fits(packed: Mapping[str, PackedWeight]) -> str | None:
     for name, weight in packed.items():
         if weight.learned.dtype not in DTYPES or not bool(torch.isfinite(weight.learned).all()):
             return f"the scales of {name} are not finite numbers in float16, bfloat16 or float32"
+        if weight.zero is not None and weight.float_zeros and (weight.zero.dtype not in DTYPES or not bool(torch.isfinite(weight.zero).all())):
+            return f"the zeros of {name} are not finite numbers in float16, bfloat16 or float32"
     return None
 
 
@@ -75,7 +79,8 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
         modules[scheme].append(name)
     groups = []
     for scheme, names in sorted(modules.items()):
-        affine = {"bits": scheme.bits, "group": scheme.group, "symmetric": scheme.symmetric} if scheme.bits else {}
+        affine: dict[str, Any] = {"bits": scheme.bits, "group": scheme.group, "symmetric": scheme.symmetric} if scheme.bits else {}
+        affine |= {"zeros": scheme.zeros} if scheme.zeros else {}
         groups.append({"kind": "affine" if scheme.bits else "dense", "block": scheme.block} | affine | {"modules": names})
     dense = [name for name in ignore if name not in schemes]
     return {"quant_method": METHOD, "format": FORMAT, "version": VERSION, "groups": groups, "ignore": dense}
@@ -99,7 +104,12 @@ def _scheme(group: Mapping[str, Any], damaged: str) -> Scheme:
         raise ModelError(f"{damaged}: a group has weights of {bits!r} bits; compressor reads 2, 3 and 4")
     if type(columns) is not int or columns < 1 or type(symmetric) is not bool:
         raise ModelError(f"{damaged}: group {columns!r} is no number of columns, or symmetric {symmetric!r} is neither true nor false")
-    return Scheme(block, bits, columns, symmetric)
+    zeros = group.get("zeros")
+    if zeros is None:
+        return Scheme(block, bits, columns, symmetric)
+    if not isinstance(zeros, str) or zeros not in bitmask.ZEROS or block or symmetric:
+        raise ModelError(f"{damaged}: zeros {zeros!r} of a group are none of {', '.join(bitmask.ZEROS)}, or it has a mask or is symmetric")
+    return Scheme(block, bits, columns, symmetric, zeros)
 
 
 def check_modules(schemes: Schemes, names: Iterable[str], where: Path | str) -> None:

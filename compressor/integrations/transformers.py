@@ -9,7 +9,7 @@ The hooks of transformers.quantizers.HfQuantizer that are used:
                                            become ordinary nn.Linear layers, with their zeros, in the dtype that the model has
     get_state_dict_and_metadata            for save_pretrained: the stored tensors again, and a quantization_config of the layers as they are now
 
-`dtype=` decides about everything that is not packed; tables and scales keep the dtype they were learned in. compressor's hook registers this module
+`dtype=` decides about everything that is not packed; tables, scales and zeros keep their own dtype. compressor's hook registers this module
 (hook.py), so `import compressor` must come somewhere before from_pretrained: transformers ignores quantization methods that it does not know.
 `device_map=` needs accelerate, as everywhere in transformers. Limits: no tensor parallelism, and buffers must not be offloaded, nor may layers with
 sparse dense weights; an automatic device map counts those at their size on disk.
@@ -109,7 +109,7 @@ class StoredAffine(linear.PackedLinear):
         """Stored tensors -> words int32 (tile64x256), scale [n, G] and zero [n, G] or None, on the device they are on."""
         weight = _decoded(self, self.scheme, where)
         assert isinstance(weight, PackedWeight)
-        self.words, self.zero = weight.words, weight.zero
+        self.words, self.zero = weight.words, weight.zero  # float zeros are in the dtype that the folder names
         self.learned = weight.learned.to(self.stored_dtype)
         del self.stored_dtype, self.scheme
         object.__setattr__(self, "__class__", linear.PackedLinear)
@@ -142,6 +142,8 @@ class StoredDense(nn.Module):
 def _decoded(layer: Any, scheme: bitmask.Scheme, where: str) -> Tensor | PackedWeight:
     """The weight that a Stored… layer's buffers hold, which are then gone."""
     parts: dict[str, Tensor] = {part: getattr(layer, part) for part in scheme.parts}
+    if scheme.zeros:  # differs only where a model class keeps its layers in float32, which is exact
+        parts["weight_zero"] = parts["weight_zero"].to(bitmask.ZEROS[scheme.zeros])
     if any(tensor.is_meta for tensor in parts.values()):
         raise ModelError(f"{where} cannot be offloaded: load the model with a device_map that keeps buffers on CPUs or GPUs")
     weight = bitmask.decode(parts, scheme, where)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
+from compressor.linear import PackedLinear
 from compressor.prune.fisher import BlockFisher, Gradients, collect
 from compressor.prune.masks import Pattern
 from compressor.prune.obert import Settings, portions
@@ -41,7 +42,7 @@ def part_weights(model: nn.Module, families: Sequence[Family]) -> dict[str, nn.P
     out: dict[str, nn.Parameter] = {}
     for name in (part.name for family in families for part in family.parts):
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear) or isinstance(layer, PackedLinear):
             raise ModelError(f"{name} is a {type(layer).__name__}, and oBERT prunes dense linears: prune before packing")
         out[name] = layer.get_parameter("weight")
     return out
