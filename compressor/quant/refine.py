@@ -32,12 +32,12 @@ def refine(w: Tensor, codes: Tensor, values: Affine, hessian: Tensor, bits: int,
     low, high = scale / REACH, scale * REACH
     kept = None if keep is None else keep.to(w.device).T.contiguous()  # [k, n]
     for _ in range(rounds):
-        _move_scales(steps, scale, low, high, pull, hessian, values.scale.dtype)
-        _move_codes(steps, scale, zero, pull, hessian, bits, kept)
+        move_scales(steps, scale, low, high, pull, hessian, values.scale.dtype)
+        move_codes(steps, scale, zero, pull, hessian, bits, kept)
     return (steps + zero.unsqueeze(1)).view(-1, n).T.to(torch.uint8), scale.T.to(values.scale.dtype)
 
 
-def _move_scales(steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, pull: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
+def move_scales(steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, pull: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:
     """In place: scale += (d . pull) / (d . H d) for the steps d of one group after the other, kept between low and high."""
     group = steps.shape[1]
     for g, d in enumerate(steps):  # [group, n]
@@ -50,7 +50,7 @@ def _move_scales(steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, pull: 
         scale[g] += moved
 
 
-def _move_codes(steps: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, hessian: Tensor, bits: int, kept: Tensor | None) -> None:
+def move_codes(steps: Tensor, scale: Tensor, zero: Tensor, pull: Tensor, hessian: Tensor, bits: int, kept: Tensor | None) -> None:
     """In place: every column to the codes that are best given all others, but where `kept` [k, n] is false."""
     group, flat = steps.shape[1], steps.view(pull.shape)  # [k, n]
 

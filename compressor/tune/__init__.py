@@ -14,6 +14,7 @@ from torch import nn
 from compressor import recipe
 from compressor.errors import RecipeError
 from compressor.tune.peqa import Peqa
+from compressor.tune.qalora import QaLora
 from compressor.tune.table import TableTuner
 
 
@@ -26,18 +27,21 @@ class Tuner(Protocol):
 
 
 class Offered(Protocol):
-    """A class of tuners that users choose by name: `rates` is its default learning rate by parametrisation, `table` whether it wants sketches."""
+    """A class of tuners that users choose by name: `rates` is its default learning rate by parametrisation.
+
+    table: whether it wants sketches, None if it takes both.
+    """
 
     @property
     def rates(self) -> Mapping[str, float]: ...
 
     @property
-    def table(self) -> bool: ...
+    def table(self) -> bool | None: ...
 
     def __call__(self, options: recipe.Tune) -> Tuner: ...
 
 
-TUNERS: dict[str, Offered] = {"peqa": Peqa, "table": TableTuner}
+TUNERS: dict[str, Offered] = {"peqa": Peqa, "table": TableTuner, "qalora": QaLora}
 
 
 def resolved(options: recipe.Tune) -> recipe.Tune:

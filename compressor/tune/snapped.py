@@ -130,7 +130,7 @@ class ValueTuner(ABC):
         if layer.table != self.table:
             held, other = ("tables", "table") if layer.table else ("scales", "peqa")
             raise ModelError(f"{name} holds {held}, which this tuner of {self.what}s cannot train: tune the model with --tune {other}")
-        if layer.tuned is not None:
+        if layer.tuned is not None or layer.tuned_zero is not None:
             raise ModelError(f"{name} is being tuned already: detach the first tuner before attaching another")
         if not bool(torch.isfinite(layer.learned).all()):
             raise NumericError(f"the {self.what} of {name} is not finite: compress the model again")

@@ -16,8 +16,8 @@ VOCAB = 64
 
 def dense_llama(seed: int = 0, **config: float) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.1, **config)).eval()
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2} | config
+    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.1)).eval()
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int, symmetric: bool, dtype: torch.dtype) -> PackedWeight:
