@@ -1,9 +1,10 @@
-"""Task files: what a tuning moved, alone. One safetensors file of scales or tables, bound to the base that it was tuned on.
+"""Task files: what a tuning moved, alone. One safetensors file of scales, tables, zeros or an adapter, bound to the base that it was tuned on.
 
-Codes never move in tuning, so scales or tables are all that tells two tuned models of one base apart, and one base with several small files serves
-several tasks. The file carries a digest of everything it does not hold (codes, zeros, bits, groups, shapes, names, dense tensors): applied to any
-other base it would make noise, and is refused. Files come from strangers: a header is judged before a tensor is read, and nothing is applied before
-every tensor is judged. The bytes are documented in docs/format.md. Price: the digest reads the whole base, about a second a gigabyte of codes.
+Codes never move in tuning, so that is all that tells two tuned models of one base apart, and one base with several small files serves several tasks.
+The file carries a digest of everything it does not hold (codes, bits, groups, shapes, names, dense tensors; zeros beside scales, scales beside
+zeros, both beside an adapter): applied to any other base it would make noise, and is refused. Files come from strangers: a header is judged before a
+tensor is read, and nothing is applied before every tensor is judged. The bytes are documented in docs/format.md. Price: the digest reads the whole
+base, about a second a gigabyte of codes.
 Limit: dense tensors, such as norms and embeddings, are part of the base; a tuning that moves them has no task file.
 """
 
@@ -13,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, ModelError
 from compressor.export import shards
-from compressor.packed import Affine, PackedWeight
+from compressor.packed import Affine, PackedWeight, zeros_as_floats
 
 ENTRY, FORMAT, VERSION = "compressor", "task", 1
-KINDS = ("scale", "table")
+DIMS = {"scale": 2, "table": 3, "zero": 2}  # [n, G], [n, S, 2**bits], [n, G]
+ADAPTER = "adapter"  # tensors of peft under its names for them
+KINDS = (*DIMS, ADAPTER)
 
 
 @dataclass(frozen=True)
 class Task:
-    """`values` are scales [n, G] or tables [n, S, 2**bits] by module name, as `kind` says; `base` is the digest of the rest of the model.
+    """`values` are scales [n, G], tables [n, S, 2**bits] or zeros [n, G] by module name, or tensors of peft by theirs, as `kind` says.
 
-    `model`, `recipe` (the tune section) and `metrics` (perplexity by text) only inform.
+    `base` is the digest of the rest of the model, `config` that of peft for an adapter, and empty for the other kinds. `model`, `recipe` (the tune
+    section) and `metrics` (perplexity by text) only inform.
     """
 
     kind: str
@@ -43,52 +47,78 @@ class Task:
     model: str = ""
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     def header(self) -> dict[str, Any]:
         """The metadata entry; sections that hold nothing are left out."""
         head = {"format": FORMAT, "version": VERSION, "kind": self.kind, "base": self.base, "model": self.model}
-        return head | {key: value for key, value in (("recipe", self.recipe), ("metrics", self.metrics)) if value}
+        return head | {key: value for key, value in (("recipe", self.recipe), ("metrics", self.metrics), ("config", self.config)) if value}
 
 
 def kind_of(packed: Mapping[str, PackedWeight], where: str) -> str:
-    """scale or table; ModelError for a model that packs nothing, or both."""
-    kinds = {_kind(weight) for weight in packed.values()}
+    """scale, table or, where zeros are floats, zero; ModelError for a model that packs nothing or mixes these."""
+    kinds = {"zero" if weight.float_zeros else _kind(weight) for weight in packed.values()}
+    if kinds == {"scale", "zero"}:
+        raise ModelError(f"{where} holds tuned zeros in some layers and others in the rest, which no task file can hold: tune those of all layers")
     if len(kinds) != 1:
         raise ModelError(f"{where} {'mixes scales and tables' if kinds else 'holds no packed weights'}, which no task file can hold")
     return kinds.pop()
 
 
-def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight]) -> str:
-    """sha256, in hex, of everything that a task does not hold; the same for a base and for all that is tuned from it.
+def check_fits(kind: str, packed: Mapping[str, PackedWeight], file: str) -> None:
+    """ModelError if a base of these weights cannot take what a file of this kind holds; zeros fit any scales, an adapter anything."""
+    if kind == ADAPTER and packed:
+        return
+    held = kind_of(packed, "the base")
+    if held != kind and (held, kind) != ("scale", "zero"):
+        raise ModelError(f"{file} holds {kind}s, but the base holds {held}s{' that were tuned' * (held == 'zero')}: it was made for another base")
+
+
+def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind: str | None = None) -> str:
+    """sha256, in hex, of all that a task of this kind (None: of values) does not hold; the same for a base and what is tuned from it.
 
     `dense` are the other tensors in the dtype they are stored in. Codes are hashed one byte each in the order of the weight [n, k], whatever their
-    layout in memory or on disk.
+    layout in memory or on disk. For zeros the scales count and no zeros do; for an adapter all of them count.
     """
     found = hashlib.sha256()
 
     def add(head: dict[str, Any], *tensors: Tensor) -> None:
         found.update((json.dumps(head, sort_keys=True) + "\n").encode())
         for tensor in tensors:
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            found.update(raw(tensor))
 
     for name, weight in sorted(packed.items()):
-        zeros = [] if weight.zero is None else [weight.zero.to(torch.uint8)]
-        head = {"module": name, "kind": _kind(weight), "bits": weight.bits, "group": weight.group, "shape": list(weight.shape), "zeros": bool(zeros)}
-        add(head, weight.codes(), *zeros)
+        values = kind if kind in ("zero", ADAPTER) else _kind(weight)
+        head = {"module": name, "kind": values, "bits": weight.bits, "group": weight.group, "shape": list(weight.shape)}
+        tensors = [weight.codes()]
+        if values in ("zero", ADAPTER):
+            head["values"] = _dtype(weight.learned)
+            tensors.append(weight.learned)
+        if values == ADAPTER:
+            head["of"] = _kind(weight)
+        if values != "zero":
+            head["zeros"] = weight.zero is not None and (_dtype(weight.zero) if weight.float_zeros else True)
+            tensors += [] if weight.zero is None else [weight.zero]
+        add(head, *tensors)
     for name, tensor in sorted(dense.items()):
-        add({"tensor": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}, tensor)
+        add({"tensor": name, "dtype": _dtype(tensor), "shape": list(tensor.shape)}, tensor)
     return found.hexdigest()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write(path: Path, task: Task, packed: Mapping[str, PackedWeight]) -> None:
     """One file, proven by reading it back for the model `packed` before it gets its name. ModelError for values that are not finite."""
-    tensors = {f"{name}.{task.kind}": value.detach().cpu().contiguous() for name, value in task.values.items()}
+    tensors = {name + _ending(task.kind): value.detach().cpu().contiguous() for name, value in task.values.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={ENTRY: json.dumps(task.header(), sort_keys=True, allow_nan=False)})
         temporary.chmod(0o644)  # safetensors writes for the owner alone; servers run as somebody else
         again = read(temporary, packed, task.base, path.name)
-        if again.header() != task.header() or any(not torch.equal(again.values[name], tensors[f"{name}.{task.kind}"]) for name in task.values):
+        if again.header() != task.header() or any(not torch.equal(again.values[name], tensors[name + _ending(task.kind)]) for name in task.values):
             raise CompressorError(f"{path} was written, but reads back with other values")
         os.replace(temporary, path)
     finally:
@@ -96,25 +126,39 @@ def write(path: Path, task: Task, packed: Mapping[str, PackedWeight]) -> None:
 
 
 def read(path: Path, packed: Mapping[str, PackedWeight], base: str, where: str | None = None) -> Task:
-    """The task of a file for the base that `packed` and `base`, its digest, describe; values in CPU memory, in the dtype of the base's.
+    """The task of a file for the base that `packed` and `base`, its digest for that kind, describe; values in CPU memory, in the dtype of the base's.
 
-    ModelError, in one sentence, for anything but a whole task file of that base; `where` names the file in it.
+    ModelError, in one sentence, for anything but a whole task file of that base; `where` names the file in it. Whether an adapter fits the model
+    only peft can say (integrations/attach.py).
     """
     where = where or str(path)
     task = read_header(path, where)
-    kind = kind_of(packed, "the base")
-    if task.kind != kind:
-        raise ModelError(f"{where} holds {task.kind}s, but the base holds {kind}s: it was made for another base")
+    check_fits(task.kind, packed, where)
     if task.base != base:
         raise ModelError(f"{where} was made for another base: its digest is {task.base[:12]}…, that of this one {base[:12]}…")
-    _check(shards.read_headers(where, [path]), packed, kind, where)
-    values = {}
+    entries = shards.read_headers(where, [path])
+    if task.kind == ADAPTER:
+        _check_alone(entries, task.kind, where)
+    else:
+        _check(entries, packed, task.kind, where)
+    return _with_values(path, task, where)
+
+
+def read_alone(path: Path) -> Task:
+    """The task of a file as it stands, without a base to check it against; ModelError for tensors that no base could hold."""
+    task = read_header(path)
+    _check_alone(shards.read_headers(str(path), [path]), task.kind, str(path))
+    return _with_values(path, task, str(path))
+
+
+def _with_values(path: Path, task: Task, where: str) -> Task:
+    """The task with the tensors of its file, whose headers were judged; ModelError for numbers that are not finite."""
     with safe_open(path, "pt") as file:
-        for name in packed:
-            values[name] = file.get_tensor(f"{name}.{kind}")
-            if not bool(torch.isfinite(values[name]).all()):
-                raise ModelError(f"{where}: the {kind} of {name} holds values that are not finite")
-    return Task(kind, base, values, task.model, task.recipe, task.metrics)
+        values = {key.removesuffix(_ending(task.kind)): file.get_tensor(key) for key in sorted(file.keys())}
+    for name, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{where}: the {task.kind} of {name[:200]} holds values that are not finite")
+    return replace(task, values=values)
 
 
 def read_header(path: Path, where: str | None = None) -> Task:
@@ -146,7 +190,10 @@ def read_header(path: Path, where: str | None = None) -> Task:
     model, recipe, metrics = head.get("model", ""), head.get("recipe", {}), head.get("metrics", {})
     if not isinstance(model, str) or not isinstance(recipe, dict) or not isinstance(metrics, dict):
         raise ModelError(f"{where} is damaged: model, recipe and metrics in its metadata must be a name and two mappings")
-    return Task(kind, base, {}, model, recipe, metrics)
+    config = head.get("config", {})
+    if not isinstance(config, dict) or bool(config) != (kind == ADAPTER):
+        raise ModelError(f"{where} is damaged: an adapter has a configuration in its metadata, and nothing else has one")
+    return Task(kind, base, {}, model, recipe, metrics, config)
 
 
 def finite(section: Any) -> dict[str, Any]:
@@ -159,7 +206,7 @@ def finite(section: Any) -> dict[str, Any]:
 
 def _check(entries: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind: str, where: str) -> None:
     """ModelError unless the tensors, on the meta device, are one per module of the shape and dtype of the base's."""
-    wanted = {f"{name}.{kind}": weight.learned for name, weight in packed.items()}
+    wanted = {name + _ending(kind): _held(weight, kind) for name, weight in packed.items()}
     absent, foreign = sorted(set(wanted) - set(entries)), sorted(set(entries) - set(wanted))
     if absent:
         raise ModelError(f"{where} is incomplete: {absent[0]} is missing")
@@ -171,12 +218,40 @@ def _check(entries: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], ki
             raise ModelError(f"{where}: {key} is {_plain(found)}, and the base wants {_plain(learned)}")
 
 
+def _check_alone(entries: Mapping[str, Tensor], kind: str, where: str) -> None:
+    """ModelError for tensors, on the meta device, that no base could hold."""
+    for key, entry in entries.items():
+        fits = key.endswith(_ending(kind)) and entry.is_floating_point() and (kind == ADAPTER or entry.dim() == DIMS[kind])
+        if not fits:
+            what = "tensor of an adapter" if kind == ADAPTER else f"{kind} of a packed layer"
+            raise ModelError(f"{where}: {key[:200]!r} is {_plain(entry)}, which is no {what}")
+    if kind == ADAPTER and not entries:
+        raise ModelError(f"{where} holds no tensors of an adapter")
+
+
+def _held(weight: PackedWeight, kind: str) -> Tensor:
+    """A tensor of the shape and dtype that a task of this kind holds for a layer."""
+    if kind != "zero":
+        return weight.learned
+    dtype = zeros_as_floats(weight.learned[:0], None if weight.zero is None else weight.zero[:0], weight.bits).dtype
+    return torch.empty(weight.learned.shape, dtype=dtype, device="meta")
+
+
+def _ending(kind: str) -> str:
+    """What follows a module's name in the name of a tensor; an adapter's tensors keep peft's names."""
+    return "" if kind == ADAPTER else f".{kind}"
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _kind(weight: PackedWeight) -> str:
     return "scale" if isinstance(weight.values, Affine) else "table"
 
 
 def _plain(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{_dtype(tensor)} {tuple(tensor.shape)}"
 
 
 def _refuse(constant: str) -> None:

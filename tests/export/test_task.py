@@ -1,5 +1,6 @@
 """Task files: values come back bit for bit, bases are told apart by everything else, and hostile files end in one sentence."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,79 @@ def test_digest_does_not_know_the_layout() -> None:
     assert task.digest({}, {"a": replace(weight, words=layout.pack_tiles(padded, 3))}) == task.digest({}, {"a": weight})
 
 
+def zeros(seed: int = 0) -> dict[str, PackedWeight]:
+    """The scales of `scales()` with zeros in floats."""
+    draw = torch.Generator().manual_seed(seed)
+    return {name: replace(weight, values=Affine(weight.learned, 4 + torch.randn(72, 3, generator=draw).half())) for name, weight in scales().items()}
+
+
+def test_zeros_come_back_for_integer_float_and_symmetric_bases(tmp_path: Path) -> None:
+    tuned, path = zeros(1), tmp_path / "z"
+    assert task.kind_of(tuned, "m") == "zero"
+    base = task.digest(DENSE, tuned, "zero")
+    task.write(path, task.Task("zero", base, {name: w.zero for name, w in tuned.items()}), tuned)
+    assert {name: tuple(t.shape) for name, t in load_file(path).items()} == {"layers.0.q.zero": (72, 3), "layers.1.q.zero": (72, 3)}
+    symmetric = {name: replace(weight, values=Affine(weight.learned)) for name, weight in scales().items()}
+    for other in (scales(), symmetric, zeros(2)):
+        assert task.digest(DENSE, other, "zero") == base
+        again = task.read(path, other, base)
+        assert all(torch.equal(again.values[name], weight.zero) for name, weight in tuned.items())
+    assert task.digest(DENSE, scales(1), "zero") != base, "scales are of the base"
+    assert task.digest(DENSE, zeros(1)) != task.digest(DENSE, zeros(2)) != task.digest(DENSE, scales())
+    with pytest.raises(ModelError, match="holds zeros, but the base holds tables"):
+        task.read(path, tables(), base)
+    wide = {name: replace(w, values=Affine(w.learned.float(), None)) for name, w in scales().items()}
+    with pytest.raises(ModelError, match="float16.*and the base wants float32"):
+        task.read(path, wide, base)
+
+
+def test_digests_of_zeros_and_adapters_are_the_documented_ones() -> None:
+    for packed, kind in (
+        (zeros(), "zero"),
+        (zeros(), "adapter"),
+        (scales(), "adapter"),
+        (tables(), "adapter"),
+        (scales(asymmetric=False), "adapter"),
+    ):
+        found = hashlib.sha256()
+        for name, weight in sorted(packed.items()):
+            line = {"bits": 3, "group": weight.group, "kind": kind, "module": name, "shape": list(weight.shape), "values": "float16"}
+            if kind == "adapter":
+                kept = False if weight.zero is None else "float16" if weight.zero.is_floating_point() else True
+                line |= {"of": "table" if weight.learned.dim() == 3 else "scale", "zeros": kept}
+            found.update(json.dumps(line, sort_keys=True).encode() + b"\n" + weight.codes().numpy().tobytes() + weight.learned.numpy().tobytes())
+            if kind == "adapter" and weight.zero is not None:
+                found.update(weight.zero.numpy().tobytes())
+        for name, tensor in sorted(DENSE.items()):
+            line = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "tensor": name}
+            found.update(json.dumps(line).encode() + b"\n" + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        assert task.digest(DENSE, packed, kind) == found.hexdigest()
+
+
+def test_digest_for_an_adapter_knows_everything() -> None:
+    some = [tables(0), tables(1), scales(0), scales(1), scales(asymmetric=False), zeros(0), zeros(1)]
+    assert len({task.digest(DENSE, packed, "adapter") for packed in some}) == len(some)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({}, {"a": torch.ones(2)}, "an adapter has a configuration"),
+        ({"r": 1}, {}, "holds no tensors of an adapter"),
+        ({"r": 1}, {"a": torch.ones(2, dtype=torch.int8)}, "which is no tensor of an adapter"),
+        ({"r": 1}, {"a": torch.tensor([1.0, float("nan")])}, "holds values that are not finite"),
+    ],
+)
+def test_hostile_files_of_adapters(tmp_path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], words: str) -> None:
+    told = task.Task("adapter", "0" * 64, {}, config=config).header()
+    save_file(tensors, tmp_path / "a", metadata={"compressor": json.dumps(told)})
+    for read in (task.read_alone, lambda path: task.read(path, tables(), "0" * 64)):
+        with pytest.raises(ModelError, match=words):
+            read(tmp_path / "a")
+    with pytest.raises(ModelError, match="an adapter has a configuration"):
+        saved(tmp_path / "s", scales(), config={"r": 1})
+
+
 def head(**change: Any):
     """A damage that changes keys of the header."""
     return lambda tensors, metadata: metadata.update(compressor=json.dumps(json.loads(metadata["compressor"]) | change))
@@ -202,6 +276,10 @@ def test_models_that_no_task_can_hold(tmp_path: Path) -> None:
         task.kind_of({}, "m")
     with pytest.raises(ModelError, match="m mixes scales and tables"):
         task.kind_of({"a": tables()["layers.0.q"], "b": scales()["layers.0.q"]}, "m")
+    packed = scales()
+    packed["layers.0.q"] = replace(packed["layers.0.q"], values=Affine(packed["layers.0.q"].learned, torch.zeros(72, 3)))
+    with pytest.raises(ModelError, match="m holds tuned zeros in some layers and others in the rest"):
+        task.kind_of(packed, "m")
     packed = tables()
     packed["layers.0.q"] = packed["layers.0.q"].with_learned(packed["layers.0.q"].learned / 0)
     with pytest.raises(ModelError, match="not finite"):
@@ -212,3 +290,35 @@ def test_models_that_no_task_can_hold(tmp_path: Path) -> None:
 def test_only_what_json_can_hold_is_told() -> None:
     assert task.finite({"a": 1.5, "b": float("nan"), "c": None, "d": "x", "e": [1], 3: 4, "f": True}) == {"a": 1.5, "c": None, "d": "x", "f": True}
     assert task.finite([1]) == task.finite(None) == {}
+
+
+@pytest.mark.parametrize("make", [tables, scales])
+def test_a_file_read_alone(tmp_path: Path, make) -> None:
+    path, packed = tmp_path / "t.safetensors", make(1)
+    base = saved(path, packed, model="m", recipe={"lr": 1.0})
+    found = task.read_alone(path)
+    assert (found.kind, found.base, found.model, found.recipe) == (task.kind_of(packed, "m"), base, "m", {"lr": 1.0})
+    assert all(torch.equal(found.values[name], weight.learned) for name, weight in packed.items())
+    assert found.values.keys() == packed.keys()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda t, m: t.update({"layers.0.q.words": torch.ones(1)}), "which is no table"),
+        (lambda t, m: t.update({"layers.0.q.table": torch.ones(3, 2)}), r"float32 \(3, 2\), which is no table"),
+        (lambda t, m: t.update({"layers.0.q.table": torch.ones(3, 2, 8, dtype=torch.int16)}), "which is no table"),
+        (lambda t, m: t["layers.1.q.table"].view(-1)[5].fill_(float("nan")), "layers.1.q holds values that are not finite"),
+        (head(kind="lora"), "names no kind"),
+    ],
+)
+def test_hostile_files_read_alone(tmp_path: Path, damage, words: str) -> None:
+    path = tmp_path / "t.safetensors"
+    saved(path, tables())
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    damage(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ModelError, match=words):
+        task.read_alone(path)
