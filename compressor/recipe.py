@@ -115,6 +115,13 @@ class Tune:
     checkpoint_every: int = 50  # steps
     eval_every: int = 50  # steps; 0 evaluates only at the end
     gradient_checkpointing: bool = False
+    rank: int = 8  # adapters: of the low-rank path
+    alpha: float = 16.0  # adapters: the product is scaled by alpha / rank
+    dropout: float = 0.0  # adapters: of their inputs
+    targets: str | None = None  # adapters: names of the linears that get one, by comma; None: all packed ones
+    start: str = "zero"  # LoRA: zero, the product is 0 at first | residual | loftq | principal | eva: found while packing (docs/methods.md)
+    adapter: str = "keep"  # keep, beside the packed base | absorb, by packing anew with it
+    absorb_limit: float = 0.02  # absorbing may raise the perplexity of the domain by this share; beyond it the adapter stays
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,7 @@ class Recipe:
     model: str = "tiny"
     seed: int = 42
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    save: str = "folder"  # folder | task: only what the tuning moved, a file that goes with the folder of the same recipe untuned
     finetune: Finetune = field(default_factory=Finetune)
     prune: Prune = field(default_factory=Prune)
     quant: Quant = field(default_factory=Quant)
@@ -277,6 +285,8 @@ def _check(r: Recipe) -> None:
         (d.seqlen is None or d.seqlen > 1, f"seqlen={d.seqlen} must be at least 2"),
         (t.parametrization in ("relative", "absolute"), f"parametrization={t.parametrization!r}: choose relative or absolute"),
         (t.schedule in ("cosine", "linear", "constant"), f"schedule={t.schedule!r}: choose cosine, linear or constant"),
+        (r.save in ("folder", "task"), f"save={r.save!r}: choose folder or task"),
+        (r.save == "folder" or t.method != "none", "save=task keeps what a tuning moved, and nothing is tuned: add --tune, or leave --save out"),
         (0 <= r.seed < 1 << 31, f"seed={r.seed} must be from 0 to 2147483647"),
         (t.lr is None or 0 < t.lr < math.inf, f"lr={t.lr} must be positive"),
         (t.steps is None or t.steps > 0, f"steps={t.steps} must be positive"),

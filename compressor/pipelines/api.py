@@ -8,13 +8,13 @@ from compressor.errors import ModelError, RecipeError
 from compressor.linear import packed_linears
 from compressor.pipelines import compress as blocks
 from compressor.pipelines import data as texts
-from compressor.pipelines import evaluate, export, methods, pruning, write
+from compressor.pipelines import evaluate, export, methods, pruning, tasks, write
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
 from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.tuners import Tuning, resolved
 from compressor.recipe import Recipe
-from compressor.tune import TUNERS, resolved
-from compressor.tune.batches import CausalLM
+from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import TrainLog, train
 
 
@@ -25,8 +25,8 @@ class Model:
         self._loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self._sparse = False  # whether single weights were pruned, which packers keep at zero and folders store as masks
-        self._about = export.about(loaded)  # what a task file says of the values, and which values they are
-        self._values = export.values(loaded)
+        self._about = tasks.about(loaded.folder, loaded.name)  # what a task file says of the values, and which values they are
+        self._values = tasks.value_marks(loaded)
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -79,17 +79,18 @@ class Model:
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
         method = method or ("table" if any(layer.table for layer in layers.values()) else "peqa")
         recipe = _recipe("tune", options | {"method": method})
+        if self._sparse:
+            methods.check_zeros_stay(method)
         windows = texts.windows(
             texts.load("python" if data is None else data).train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen")
         )
-        chosen = resolved(recipe.tune)
-        tuner = TUNERS[method](chosen)
-        parameters = tuner.attach(self.model)
+        chosen, objective = resolved(recipe.tune), CausalLM(windows.ids, windows.labels)
+        tuning = Tuning(self._loaded, chosen, seed, Batches(objective, chosen, seed).steps)
         try:
-            log = train(self.model, parameters, CausalLM(windows.ids, windows.labels), chosen, seed, None, "", None, None)
+            log = train(self.model, tuning.parameters, objective, chosen, seed, None, "", None, None, tuning.pruner)
         finally:
-            tuner.detach(self.model)
-        self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, export.values(self._loaded)
+            tuning.finish()
+        self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, tasks.value_marks(self._loaded)
         return log
 
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
@@ -103,17 +104,26 @@ class Model:
         if not packed_linears(self.model):
             write.round_to_folder(self._loaded, set())
         with export.published(path, 0) as place:
-            return write.write_folder(self._loaded, place, self._sparse)
+            beside = write.write_adapter(self._loaded, place, path.name)
+            return write.write_folder(self._loaded, place, self._sparse) | ({"adapter_bytes": beside} if beside else {})
 
     def save_task(self, path: str | Path) -> dict[str, Any]:
-        """Write the scales or tables alone, as one new safetensors file bound to the rest of the model (docs/format.md); returns its header."""
-        told = self._about if export.values(self._loaded) == self._values else {"model": self._about["model"]}  # moved by other hands
-        return export.save_task(self._loaded, Path(path), told)
+        """Write what a tuning moved alone, as one new safetensors file bound to the rest of the model (docs/format.md); returns its header.
+
+        That is the adapter if one is attached, else zeros if they are floats, else scales or tables.
+        """
+        untouched = tasks.same(self._values, tasks.value_marks(self._loaded))
+        return tasks.save(self._loaded, Path(path), self._about if untouched else {"model": self._about["model"]})
 
     def load_task(self, path: str | Path) -> "Model":
-        """Swap in the scales or tables of a task file; codes stay. ModelError, with nothing changed, for a damaged file or one of another base."""
-        found = export.load_task(self._loaded, Path(path))
-        self._about, self._values = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}, export.values(self._loaded)
+        """Swap in the scales, tables or zeros of a task file, or attach its adapter in place of another; codes stay.
+
+        ModelError, with nothing changed, for a damaged file or another base's. The first call reads the whole base for its digest, the others take
+        milliseconds.
+        """
+        found = tasks.swap(self._loaded, Path(path))
+        self._about = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}
+        self._values = tasks.value_marks(self._loaded)
         return self
 
 

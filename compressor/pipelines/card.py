@@ -27,6 +27,15 @@ model = {auto}.from_pretrained(folder, dtype="auto"{config})
 """
 
 
+ADAPTER = """That is the packed base. What was tuned is the adapter beside it:
+
+```python
+from peft import PeftModel  # pip install peft
+
+model = PeftModel.from_pretrained(model, f"{folder}/adapter")
+```
+
+"""
 TASKS = {  # heads of encoders -> the class that loads them, and what the Hub calls the task
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
@@ -119,9 +128,10 @@ def _about(report: Report, plan: dict[str, Any]) -> str:
         f"; {known}.\n" if known else ".\n"
     )
     if plan["method"] != "none":
-        out += (
-            f"The packed model was then tuned in that form ({_md(plan['method'])}): the codes stayed, and what was trained is what is stored here.\n"
-        )
+        told = "the codes stayed, and what was trained is what is stored here"
+        if report.export.get("adapter_bytes"):
+            told = f"the packed weights stayed, and what was trained is the folder `adapter`, {size(number(report.export, 'adapter_bytes'))}"
+        out += f"The packed model was then tuned in that form ({_md(plan['method'])}): {told}.\n"
     return out + _made(report)
 
 
@@ -152,6 +162,7 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
     if report.export.get("format") in ("compressor table", "compressor sparse"):
         first = "import compressor  # teaches transformers this format; without it the weights would be random\n"
         text = LOAD.format(auto=auto, package="# and compressor itself, from its source", first=first, config_import="", config="")
+        text += ADAPTER if report.export.get("adapter_bytes") else ""
         tables = "Servers that know no tables take an export: `compressor export FOLDER --to bf16`.\n\n" if plan["tables"] else ""
         return text + tables + "Or with compressor itself:\n\n" + own
     if report.export.get("format") == "dense safetensors":
@@ -162,6 +173,8 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
     config_import = ", CompressedTensorsConfig" if asym else ""
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asym else ""
     text = LOAD.format(auto=auto, package='"compressed-tensors>=0.18"', first="", config_import=config_import, config=config)
+    if report.export.get("adapter_bytes"):
+        text += ADAPTER
     if three:
         text += "3-bit weights need compressed-tensors 0.18 or later: older versions pack 3 bits in another way and misread this folder.\n\n"
     if asym:

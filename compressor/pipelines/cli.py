@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
+from compressor.pipelines import cli_tasks
 from compressor.recipe import Prune, Quant, Recipe, parse_prune, parse_quant
 
 ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
@@ -72,7 +73,9 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "gradient_checkpointing": "tune__gradient_checkpointing", "train_on_prompt": "data__train_on_prompt", "window": "eval__window",
     "prune_steps": "prune__steps", "prune_lr": "prune__lr", "unit": "prune__unit", "multiple": "prune__multiple", "per_layer": "prune__uniform",
     "one_shot": "prune__one_shot", "recompute": "prune__recompute", "gradients": "prune__gradients",
-    "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device",
+    "rank": "tune__rank", "alpha": "tune__alpha", "dropout": "tune__dropout", "targets": "tune__targets", "adapter_start": "tune__start",
+    "adapter": "tune__adapter", "absorb_limit": "tune__absorb_limit",
+    "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device", "save": "save",
 }  # fmt: skip
 
 
@@ -129,16 +132,13 @@ def run(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="tiny, a folder of a decoder or encoder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
     quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
-    tune: Annotated[Text, typer.Option(help="tuner: peqa (of scales), table (of sketches), or none")] = None,
+    tune: Annotated[Text, typer.Option(help="tuner: peqa (scales), table (sketches), qalora (zeros), lora, dora, adalora, ia3 …, or none")] = None,
     prune: Annotated[Text, typer.Option(help="what to remove first: loraprune:30%, obert:90%, obert:2:4 …; without --quant that is all")] = None,
     prune_steps: Annotated[Count, typer.Option(help="training steps while pruning; default: two epochs")] = None,
     prune_lr: Annotated[Number, typer.Option(help="learning rate while pruning; default: the method's own")] = None,
     unit: Annotated[Text, typer.Option(help="heads go by group (of a key head), query, or auto")] = None,
     multiple: Annotated[Count, typer.Option(help="FFN channels are kept in multiples of this; default 64, or 128 for wide ones")] = None,
-    per_layer: Annotated[
-        bool | None,
-        typer.Option("--per-layer/--uniform", help="blocks of unlike width (encoders: heads go too); only we load it"),
-    ] = None,
+    per_layer: Annotated[bool | None, typer.Option("--per-layer/--uniform", help="blocks of unlike width, which only we load")] = None,
     one_shot: Annotated[bool | None, typer.Option("--one-shot/--gradual", help="prune all at once")] = None,
     finetune: Annotated[bool | None, typer.Option("--finetune/--no-finetune", help="encoders: train the dense model on the task first")] = None,
     recompute: Annotated[Count, typer.Option(help="oBERT: inverse Fisher estimates a prune")] = None,
@@ -151,9 +151,7 @@ def run(
     gpr: Annotated[Count, typer.Option("--gpr", help="tables (or groups) per row; tables: 1 unless given")] = None,
     start: Annotated[Text, typer.Option(help="sketches: tables start as kmeans, or uniform")] = None,
     exponent: Annotated[Number, typer.Option(help="sketches: how much k-means heeds sensitive columns; 0: not at all")] = None,
-    feedback: Annotated[
-        bool | None, typer.Option("--feedback/--no-feedback", help="sketches: later columns make up for errors of earlier ones")
-    ] = None,
+    feedback: Annotated[bool | None, typer.Option("--feedback/--no-feedback", help="sketches: later columns make up for earlier ones")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="sketches: least-squares tables for the codes chosen")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="symmetric or asymmetric grids")] = None,
     scale_dtype: Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, bfloat16 or float32")] = None,
@@ -167,6 +165,13 @@ def run(
     batch: Annotated[Count, typer.Option("--batch", "--batch-size", "--batch_size", help="windows a micro-batch")] = None,
     accumulate: Annotated[Count, typer.Option(help="micro-batches a step")] = None,
     schedule: Annotated[Text, typer.Option(help="cosine, linear or constant")] = None,
+    rank: Annotated[Count, typer.Option(help="adapters and qalora: rank of the path")] = None,
+    alpha: Annotated[Number, typer.Option(help="adapters and qalora: the path is scaled by alpha / rank")] = None,
+    dropout: Annotated[Number, typer.Option(help="adapters: of their inputs")] = None,
+    targets: Annotated[Text, typer.Option(help="adapters: linears that get one, such as q_proj,v_proj; default: all packed ones")] = None,
+    adapter_start: Annotated[Text, typer.Option(help="LoRA starts at zero, or from the dense weight: residual, loftq, principal, eva")] = None,
+    adapter: Annotated[Text, typer.Option(help="keep it beside the packed base, or absorb it")] = None,
+    absorb_limit: Annotated[Number, typer.Option(help="absorbing may raise perplexity by this share; default 0.02")] = None,
     absolute: Annotated[bool | None, typer.Option("--absolute/--relative", help="learning rate on the scale or entry, or on its change")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
     train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,
@@ -174,6 +179,7 @@ def run(
     max_tokens: Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")] = None,
     seed: Annotated[Count, typer.Option(help="of data order and calibration choice")] = None,
     device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
+    save: Annotated[Text, typer.Option(help="folder, or task: only what the tuning moved, to go with the folder of the same run untuned")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the result of another run in the output folder")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes, memory and time, and stop")] = False,
 ) -> None:
@@ -312,26 +318,7 @@ def export(
     emit(document)
 
 
-@app.command()
-def task(
-    model: Annotated[str, typer.Argument(help="a packed model folder")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="safetensors file to write")],
-) -> None:
-    """Take what a tuning moved, scales or tables, out of a packed folder, as one small file."""
-    quiet()
-    from compressor.pipelines.export import extract
-
-    emit(extract(model, output))
-
-
-@app.command()
-def apply(
-    base: Annotated[str, typer.Argument(help="a packed model folder: the untuned one, or any tuned from it")],
-    file: Annotated[Path, typer.Argument(help="a file that `compressor task` wrote")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; new or empty")],
-) -> None:
-    """Write a packed folder with the scales or tables of a task file in place of its own."""
-    quiet()
-    from compressor.pipelines.export import apply as apply_task
-
-    emit(apply_task(base, file, output))
+app.command()(cli_tasks.task)
+app.command()(cli_tasks.apply)
+app.command()(cli_tasks.merge_tasks)
+app.command()(cli_tasks.diff)

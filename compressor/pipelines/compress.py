@@ -5,13 +5,16 @@ input (q/k/v, gate/up) share one set of statistics; which ones do is seen by run
 the order they run, each on inputs that the already packed ones produced (GPTQ's "true sequential"). A finished block is written to the work
 folder before the next one starts; on resume the finished blocks are read back and replayed, with the same result bit for bit.
 Packers that need no data never run the model at all.
+
+Where a low-rank path beside each packed weight is to start from the dense one (quant/starts.py), it is found here and lies in the block's file, for
+the dense weight is gone afterwards. What comes after a layer is calibrated on what it puts out with its path.
 """
 
 import contextlib
 import inspect
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ from compressor.packing import relative_error
 from compressor.pipelines import journal
 from compressor.pipelines.fisher import squared_gradients
 from compressor.pipelines.packers import PACKERS
+from compressor.quant.starts import STARTS, check
+from compressor.quant.starts import Path as LowRank
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
 
@@ -50,6 +55,22 @@ class Plan:
 
     def packed(self) -> list[Target]:
         return [t for block in self.targets for t in block if not t.reason]
+
+
+@dataclass(frozen=True)
+class How:
+    """How every layer is packed: `start`, zero or one of STARTS, of paths of `rank`; `keep_zeros`, pruned weights stay zero."""
+
+    quant: Quant
+    dtype: torch.dtype  # of scales and tables
+    keep_zeros: bool = False
+    start: str = "zero"
+    rank: int = 8
+    leaves: Collection[str] | None = None  # last parts of the names of linears that have a path; None: all
+
+    def beside(self, name: str) -> bool:
+        """Whether a path found here goes beside the linear of this name."""
+        return self.start != "zero" and (self.leaves is None or name.rpartition(".")[2] in self.leaves)
 
 
 def plan(model: nn.Module, quant: Quant) -> Plan:
@@ -191,42 +212,51 @@ def compress(
     work: Path | None = None,
     on_layer: Callable[[dict[str, Any]], None] | None = None,
     keep_zeros: bool = False,
+    start: str = "zero",
+    rank: int = 8,
+    starts: dict[str, LowRank] | None = None,
+    beside: Collection[str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Pack the model's decoder linears in place.
 
     ids: calibration windows int64 [count, seqlen], needed by packers with statistics. `work`: folder for finished blocks; blocks found there
     are taken as they are (the caller guards it by a fingerprint). `keep_zeros`: weights that are exactly zero were pruned, and their codes stay the
-    zero's; RecipeError if the packer makes tables. Returns report rows of packed layers, rows of linears left dense, and the
-    number of blocks that were taken from `work`.
+    zero's; RecipeError if the packer makes tables. `start`: with any of STARTS a path of `rank` is found beside each packed weight (`beside`:
+    those whose last name is in it); A [rank, k] and B [n, rank], float32 in main memory, gamma not divided out, go into `starts` by the layer's
+    name, and its row has "start_error", the error with the path. Returns report rows of packed layers, rows of linears left dense, and the number
+    of blocks that were taken from `work`.
     """
     if keep_zeros:
         check_keep_zeros(quant)
-    todo = plan(model, quant)
+    todo, how = plan(model, quant), How(quant, scale_dtype, keep_zeros, start, rank, beside)
+    if start != "zero":
+        shapes = {t.name: t.shape for t in todo.packed() if how.beside(t.name)}
+        check(start, rank, PACKERS[quant.packer].needs if ids is not None else (), shapes)
     blocks = model.get_submodule(todo.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
     packer = PACKERS[quant.packer]
-    fisher: dict[str, Tensor] = {}
-    if packer.fisher and ids is not None:
-        open_rows = [row for i, row in enumerate(todo.targets) if work is None or journal.kept_facts(_block_path(work, i)) is None]
-        missing = [t.name for row in open_rows for t in row if not t.reason]
-        fisher = squared_gradients(model, missing, ids) if missing else {}
+    fisher = _fisher(model, todo, ids, work) if packer.fisher and ids is not None else {}
     calibration = Calibration(model, blocks, ids) if packer.needs and ids is not None else None
     rows: list[dict[str, Any]] = []
     resumed = 0
     for index, block in enumerate(blocks):
         targets = [t for t in todo.targets[index] if not t.reason]
+        prefix, paths = f"{todo.blocks_name}.{index}.", {}
         stored = None if work is None else journal.kept(_block_path(work, index))
         if stored is not None:
-            _apply_block(block, f"{todo.blocks_name}.{index}.", *stored)
-            block_rows = stored[1]
+            _apply_block(block, prefix, *stored)
+            block_rows, paths = stored[1], _paths_of(stored[0])
             resumed += 1
         else:
-            prefix = f"{todo.blocks_name}.{index}."
-            block_rows = _pack_block(block, index, targets, quant, scale_dtype, calibration, prefix, fisher, keep_zeros)
+            block_rows, paths = _pack_block(block, index, targets, how, calibration, prefix, fisher)
             if work is not None:
-                journal.keep(_block_path(work, index), _packed_tensors(block), block_rows)
+                named = {f"{leaf}.{key}": t for leaf, path in paths.items() for key, t in zip("ab", path, strict=True)}
+                journal.keep(_block_path(work, index), _packed_tensors(block) | named, block_rows)
+        if starts is not None:
+            starts |= {prefix + leaf: path for leaf, path in paths.items()}
         if calibration is not None and index + 1 < len(blocks):
-            calibration.run(block, index, keep=True)
+            with _beside(block, paths):
+                calibration.run(block, index, keep=True)
         for row in block_rows:
             rows.append(row)
             if on_layer is not None:
@@ -235,33 +265,63 @@ def compress(
     return rows, unpacked + _outside_blocks(model, todo.blocks_name), resumed
 
 
+def _fisher(model: nn.Module, todo: Plan, ids: Tensor, work: Path | None) -> dict[str, Tensor]:
+    """Squared gradients of all linears whose block is not in `work` yet."""
+    open_rows = [row for i, row in enumerate(todo.targets) if work is None or journal.kept_facts(_block_path(work, i)) is None]
+    missing = [t.name for row in open_rows for t in row if not t.reason]
+    return squared_gradients(model, missing, ids) if missing else {}
+
+
 def _outside_blocks(model: nn.Module, blocks_name: str) -> list[dict[str, Any]]:
     names = [(n, m) for n, m in linear.linears(model).items() if not n.startswith(blocks_name + ".")]
     return [{"name": n, "shape": list(m.weight.shape), "reason": "outside the decoder blocks"} for n, m in names]
 
 
 def _pack_block(
-    block: nn.Module, index: int, targets: list[Target], quant: Quant, scale_dtype: torch.dtype, calibration: Calibration | None, prefix: str,
-    fisher: dict[str, Tensor], keep_zeros: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
+    block: nn.Module, index: int, targets: list[Target], how: How, calibration: Calibration | None, prefix: str, fisher: dict[str, Tensor]
+) -> tuple[list[dict[str, Any]], dict[str, LowRank]]:
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
     groups = [[leaf] for leaf in by_leaf]
     if calibration is not None:
         groups = shared_inputs(block, list(by_leaf), lambda: calibration.run(block, index, keep=False, batches=1))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    paths: dict[str, LowRank] = {}
     for leaves in groups:
         start = time.perf_counter()
-        stats = None if calibration is None else _collect(block, index, leaves, quant, calibration, by_leaf)
+        with _beside(block, paths):
+            stats = None if calibration is None else collect(block, index, leaves, how.quant, calibration, by_leaf)
         spent = (time.perf_counter() - start) / len(leaves)
         for leaf in leaves:
             if stats is not None:
                 stats.fisher = fisher.pop(by_leaf[leaf].name, None)
-                stats.keep = block.get_parameter(f"{leaf}.weight").detach() != 0 if keep_zeros else None
-            rows.append(_pack_layer(block, leaf, by_leaf[leaf], quant, scale_dtype, stats, spent))
-    return rows
+                stats.keep = block.get_parameter(f"{leaf}.weight").detach() != 0 if how.keep_zeros else None
+            row, path = _pack_layer(block, leaf, by_leaf[leaf], how, stats, spent)
+            rows.append(row)
+            if path is not None:
+                paths[leaf] = (path[0].cpu(), path[1].cpu())
+    return rows, paths
 
 
-def _collect(block: nn.Module, index: int, leaves: list[str], quant: Quant, calibration: Calibration, by_leaf: dict[str, Target]) -> LayerStats:
+@contextlib.contextmanager
+def _beside(block: nn.Module, paths: dict[str, LowRank]) -> Iterator[None]:
+    """While it lasts the block's packed linears put out x WT + (x AT) BT, as they will with the path that starts there."""
+
+    def hook(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        return lambda _m, args, out: out + (args[0].float() @ a.T @ b.T).to(out.dtype)
+
+    handles = []
+    try:
+        for leaf, (a, b) in paths.items():
+            layer = block.get_submodule(leaf)
+            device = next(layer.buffers()).device
+            handles.append(layer.register_forward_hook(hook(a.to(device), b.to(device))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(block: nn.Module, index: int, leaves: list[str], quant: Quant, calibration: Calibration, by_leaf: dict[str, Target]) -> LayerStats:
     """Statistics of the input that `leaves` share, over all calibration windows; a layer is taken to run once in a pass through its block."""
     layer = block.get_submodule(leaves[0])
     stats = LayerStats(by_leaf[leaves[0]].shape[1], PACKERS[quant.packer].needs)
@@ -280,24 +340,34 @@ def _collect(block: nn.Module, index: int, leaves: list[str], quant: Quant, cali
 
 
 def _pack_layer(
-    block: nn.Module, leaf: str, target: Target, quant: Quant, scale_dtype: torch.dtype, stats: LayerStats | None, spent: float
-) -> dict[str, Any]:
-    start = time.perf_counter()
+    block: nn.Module, leaf: str, target: Target, how: How, stats: LayerStats | None, spent: float
+) -> tuple[dict[str, Any], LowRank | None]:
+    start, quant, path = time.perf_counter(), how.quant, None
     layer = block.get_submodule(leaf)
     assert isinstance(layer, nn.Linear)
     weight, packer = layer.weight.detach().float(), PACKERS[quant.packer]  # [n, k]
+
+    def pack(rest: Tensor) -> tuple[PackedWeight, dict[str, Any]]:
+        """Of a weight from which a path was taken; pruned weights stay out of it."""
+        return packer(rest.masked_fill(weight == 0, 0) if how.keep_zeros else rest, stats, quant, target.group, how.dtype)
+
     try:
-        packed, facts = packer(weight, stats, quant, target.group, scale_dtype)
+        if not how.beside(target.name):
+            packed, facts = packer(weight, stats, quant, target.group, how.dtype)
+        else:
+            packed, facts, path = STARTS[how.start](weight, pack, stats, how.rank)
     except NumericError as error:
         raise NumericError(f"{target.name}: {error}") from None
     linear.swap(block, leaf, linear.to_packed(layer, packed))
     notes = "; ".join(n for n in (target.note, facts.get("note", "")) if n)
-    return {
+    row = {
         "name": target.name, "shape": list(target.shape), "bits": quant.bits, "group": target.group,
         "symmetric": None if packer.table else packed.zero is None,
         "packer": facts.get("packer", quant.packer), "error": relative_error(weight, packed, stats), "damp": facts.get("damp"),
-        "seconds": round(spent + time.perf_counter() - start, 4), "note": notes,
     }  # fmt: skip
+    if how.beside(target.name):
+        row["start_error"] = relative_error(weight, packed, stats, path)
+    return row | {"seconds": round(spent + time.perf_counter() - start, 4), "note": notes}, path
 
 
 def _block_path(work: Path, index: int) -> Path:
@@ -306,6 +376,10 @@ def _block_path(work: Path, index: int) -> Path:
 
 def _packed_tensors(block: nn.Module) -> dict[str, Tensor]:
     return {f"{leaf}.{key}": t for leaf, layer in linear.packed_linears(block).items() for key, t in layer.packed().tensors().items()}
+
+
+def _paths_of(tensors: dict[str, Tensor]) -> dict[str, LowRank]:
+    return {key.removesuffix(".a"): (t, tensors[key.removesuffix("a") + "b"]) for key, t in tensors.items() if key.endswith(".a")}
 
 
 def _apply_block(block: nn.Module, prefix: str, tensors: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:

@@ -19,14 +19,14 @@ from compressor.linear import block_weights, linears
 from compressor.pipelines import compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
-from compressor.pipelines.methods import check_methods
+from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
+from compressor.pipelines.tuners import Tuning, resolved
 from compressor.prune import slicing
 from compressor.prune.masks import sparsity
 from compressor.recipe import Eval, Recipe
-from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches
 from compressor.tune.encoder import EncoderTask, Examples, Teacher
 from compressor.tune.loop import train
@@ -55,6 +55,7 @@ class EncoderRun(Job):
         self.sparse = self.prunes and (recipe.prune.pattern or "unstructured") != "structured"
         if self.sparse and self.packs:
             compress.check_keep_zeros(recipe.quant)
+            check_zeros_stay(recipe.tune.method)
         self._keys(load.fingerprint(self.source))
 
     def _keys(self, model: str) -> None:
@@ -63,7 +64,7 @@ class EncoderRun(Job):
         learnt, measured = (self.task.sha256("train"), self.length, recipe.seed), (self.task.sha256("test"), self.length)
         self.key_finetune = digest(base, learnt, asdict(recipe.finetune) if self.finetunes else None)
         self.key_prune = digest(self.key_finetune, recipe.digest("prune") if self.prunes else None)
-        self.key_compress = digest(self.key_prune, recipe.digest("compress") if self.packs else None)
+        self.key_compress = digest(self.key_prune, recipe.digest("compress") if self.packs else None, *self.started())
         teacher = (recipe.prune.distill, recipe.prune.temperature)  # of the tuner too, where nothing is pruned
         self.key_tune = digest(self.key_compress, recipe.digest("tune"), teacher)
         self.key_measured = {
@@ -154,15 +155,14 @@ class EncoderRun(Job):
         self._measure("packed", journal)
 
     def _tune(self, journal: Journal) -> None:
-        options, seed, model = self.recipe.tune, self.recipe.seed, self.encoder.model
-        tuner = TUNERS[options.method](options)
-        parameters, objective = tuner.attach(model), EncoderTask(self.train_rows, self.teacher)
-        with self.training("tune", self.key_tune, Batches(objective, options, seed).steps, journal) as (folder, on_step):
-            log = train(model, parameters, objective, options, seed, folder, self.key_tune, None, on_step)
+        options, seed, objective = self.recipe.tune, self.recipe.seed, EncoderTask(self.train_rows, self.teacher)
+        steps = Batches(objective, options, seed).steps
+        tuning = Tuning(self.encoder.loaded, options, seed, steps, self.starts)
+        with self.training("tune", self.key_tune, steps, journal) as (folder, on_step):
+            log = train(self.encoder.model, tuning.parameters, objective, options, seed, folder, self.key_tune, None, on_step, tuning.pruner)
         journal.resumed |= log.resumed_from > 0
-        tuner.detach(model)
         self.report.training = {
-            "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(self.train_rows),
+            "method": options.method, "lr": options.lr, "trainable": tuning.finish(), "windows": len(self.train_rows),
             "curve": log.curve, "notes": log.notes,
         }  # fmt: skip
         self._measure("tuned", journal)

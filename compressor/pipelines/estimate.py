@@ -15,11 +15,12 @@ from torch import nn
 
 from compressor import linear
 from compressor.errors import ModelError
+from compressor.integrations.peft import KINDS
 from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
 from compressor.pipelines.packers import PACKERS
 from compressor.prune import slicing
-from compressor.recipe import Prune, Quant, Recipe
+from compressor.recipe import Prune, Quant, Recipe, Tune
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
 
@@ -30,7 +31,7 @@ DECODE = {True: 1e-10, False: 15e-9}  # seconds a weight and token of a sample t
 GRID = 1.6e-7  # seconds a weight of the clipping search on one core
 KMEANS, SORT = 5e-9, 4e-7  # seconds of k-means on one core: per pair of buckets and entry of a table; per weight
 SKETCHING = 60  # bytes a weight of a panel while it is sketched
-TUNING = 32  # bytes a scale or table entry while it is tuned
+TUNING, PATHS = 32, 28  # bytes a scale or table entry, and a number of an adapter, while they are tuned
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -117,6 +118,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     values = sum(_values(t, recipe.quant) for t in packed)
     value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
     zero_bits = 0 if recipe.quant.symmetric or PACKERS[recipe.quant.packer].table else values * recipe.quant.bits
+    zero_bits = values * 16 if recipe.tune.method == "qalora" else zero_bits
     packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + values * value_bytes
     parameters = _parameters(model)
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
@@ -126,7 +128,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
         "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": load.model_bytes(source) / folder_bytes,
-        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, values),
+        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, _trained(recipe.tune, packed, values)),
         "seconds": _seconds(recipe, packed, device, counts, parameters),
         "notes": [t.note for t in packed if t.note],
     }  # fmt: skip
@@ -138,8 +140,16 @@ def _values(target: compress.Target, quant: Quant) -> int:
     return n * -(-k // target.group) * (1 << quant.bits if PACKERS[quant.packer].table else 1)
 
 
+def _trained(options: Tune, packed: list[compress.Target], values: int) -> int:
+    """Bytes of what is trained, its gradients, moments and good copy: scales or table entries, or the numbers of low-rank paths."""
+    if options.method == "qalora":
+        return PATHS * sum(options.rank * (t.shape[0] + t.shape[1] // t.group) for t in packed)
+    paths = sum(options.rank * sum(t.shape) for t in packed)
+    return PATHS * paths if options.method in KINDS else TUNING * values
+
+
 def _memory(
-    recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, weights: int, packed_bytes: int, values: int
+    recipe: Recipe, model: nn.Module, device: torch.device, counts: Counts, parameters: int, weights: int, packed_bytes: int, trained: int
 ) -> dict[str, int]:
     """Peak bytes by stage; evaluation happens within tuning too."""
     config: Any = model.config
@@ -164,7 +174,7 @@ def _memory(
     if recipe.tune.method != "none":
         kept = hidden if recipe.tune.gradient_checkpointing else alive
         steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
-        out["tune"] = small + TUNING * values + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
+        out["tune"] = small + trained + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out
 
 

@@ -1,16 +1,15 @@
-"""Folders for servers that know no tables, and task files: a tuned model in other clothes, with its loss measured and stated.
+"""Folders for servers that know no tables, and folders of a base with tasks: a tuned model in other clothes, with its loss measured and stated.
 
 Dense folders are rounded, affine folders are written again exactly, and tables are *projected*: a table holds any 2**bits values and an even grid
-does not, so every layer is packed anew by round-to-nearest on its dequantised weight, and perplexity is measured before and after. Price: a projected
-model has lost part of what its tables had won. Limit: blind to the inputs; no calibration text is used.
+does not, so every layer is packed anew by round-to-nearest on its dequantised weight, and perplexity is measured before and after. Tuned zeros are
+projected too, as compressed-tensors holds integers: codes stay and zeros are rounded (export/integers.py), unless other grids are asked for. Price: a
+projected model has lost part of what its tables or zeros had won. Limit: blind to the inputs; no calibration text is used.
 """
 
 import contextlib
-import hashlib
 import math
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,15 +22,17 @@ from torch import Tensor
 
 from compressor import __version__, linear
 from compressor.errors import ModelError, OutputError, RecipeError, UserError
-from compressor.export import compressed_tensors, dense, shards, sparse, table, task
+from compressor.export import compressed_tensors, dense, integers, merge, shards, sparse, table, task
+from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
-from compressor.pipelines import data, evaluate, load, write
+from compressor.pipelines import adapters, data, evaluate, load, tasks, write
 from compressor.pipelines.job import source_name
 from compressor.pipelines.journal import open_work
-from compressor.pipelines.output import check_output, check_room, disk_full, publish, read_report
+from compressor.pipelines.output import check_output, check_room, disk_full, publish
 from compressor.pipelines.report import plain
 from compressor.pipelines.show import Show
+from compressor.pipelines.tasks import load_source, outside
 from compressor.quant import resolve_group, rtn
 from compressor.recipe import Quant, Recipe
 
@@ -81,6 +82,10 @@ class Target:
             flag = "sym or --asym" if given[0] == "symmetric" else given[0].replace("_", "-")
             raise RecipeError(f"--{flag} is for the projection of tables, and {why}: leave it out")
 
+    def keeps(self, layer: linear.PackedLinear) -> bool:
+        """Whether a projection leaves the codes of a layer: those on a grid, where no other grid is asked for."""
+        return not layer.table and self.bits is None and self.group is None and self.symmetric is None
+
     def quant(self, bits: int) -> Quant:
         """Options of round-to-nearest for a layer of `bits` bits."""
         chosen = Quant(packer="rtn", bits=bits if self.bits is None else self.bits)
@@ -96,13 +101,15 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     """
     target.check()
     show, place = show or Show(), new_place(output)
-    loaded = load_source(source, target.device)
+    loaded = load_source(source, target.device, adapters=target.to != PACKED)
     outside(place, loaded)
-    tables = target.to == PACKED and task.kind_of(load.packed_weights(loaded.model), source) == "table"
+    folded = [] if loaded.adapter is None else [(f"{name}.weight", weight) for name, weight in adapters.fold(loaded).items()]
+    held = load.packed_weights(loaded.model)
+    projects = target.to == PACKED and (any(weight.float_zeros for weight in held.values()) or task.kind_of(held, source) == "table")
     record = opening(source, loaded, target.to)
-    if target.to == PACKED and not tables:
+    if target.to == PACKED and not projects:
         target.refuse(f"{source} holds scales, which are written as they are")
-    if tables:
+    if projects:
         record |= {"exact": False} | measured_projection(loaded, target, show)
     packed = load.packed_weights(loaded.model)
     need = load.model_bytes(loaded.folder) + sum(2 * w.shape[0] * w.shape[1] for w in packed.values() if target.to != PACKED)
@@ -111,22 +118,17 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
             kept = {"exact": True, "layers": [_scheme(name, weight) | {"error": 0.0} for name, weight in packed.items()]}
             record = kept | record | write_packed(loaded, packed, folder)
         else:
-            record |= write_dense(loaded, packed, folder, dense.DTYPES[target.to], show)
+            record |= write_dense(loaded, packed, folded, folder, dense.DTYPES[target.to], show)
         record = finish(record, loaded, folder, output)
     return {k: v for k, v in record.items() if k not in ("layers", "others")}, losses(record)
-
-
-def load_source(name: str, device: str) -> load.Loaded:
-    """A packed folder as a model; ModelError for a dense one, before anything is loaded."""
-    if not load.read_config(load.resolve(name)).get("quantization_config"):
-        raise ModelError(f"{name} is dense; give a packed folder, such as `compressor run` writes")
-    return load.load(name, device)
 
 
 def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict[str, Any]:
     """Projects the model in place, measured before and after: rows per layer and perplexity, for the record. UserError if the loss is too large."""
     corpus, window = data.load_text("python" if target.data is None else target.data), load.context(loaded.config, target.window)
-    chosen = {name: _group(name, layer, target) for name, layer in linear.packed_linears(loaded.model).items()}  # before anything slow
+    layers = linear.packed_linears(loaded.model)
+    chosen = {name: _group(name, layer, target) for name, layer in layers.items()}  # before anything slow
+    old, new = ("tables", "even grids") if any(layer.table for layer in layers.values()) else ("tuned zeros", "integer zeros")
 
     def measure(label: str) -> dict[str, Any]:
         with show.task(label, 1) as advance:
@@ -134,16 +136,16 @@ def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict
             advance(1, "")
         return found
 
-    before = measure("evaluate tables")
+    before = measure(f"evaluate {old}")
     with show.task("project", len(chosen)) as advance:
         rows = []
         for name, (group, note) in chosen.items():
             rows.append(project(loaded, name, target, group) | {"note": note})
             advance(1, f"{name} error {rows[-1]['error']:.4f}")
-    after = measure("evaluate grids")
+    after = measure(f"evaluate {new}")
     first, last = before["text"]["perplexity"], after["text"]["perplexity"]
     growth = last / first - 1
-    show.say(f"perplexity {first:.3f} with tables, {last:.3f} on even grids: {growth:+.2%}")
+    show.say(f"perplexity {first:.3f} with {old}, {last:.3f} with {new}: {growth:+.2%}")
     if target.max_loss is not None and growth > target.max_loss:
         grown = f"perplexity would grow from {first:.3f} to {last:.3f}, by {growth:.2%}, and --max-loss allows {target.max_loss:.2%}"
         raise UserError(f"{grown}; nothing was written: try more --bits, a smaller --group or --asym")
@@ -151,18 +153,21 @@ def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict
 
 
 def _group(name: str, layer: linear.PackedLinear, target: Target) -> tuple[int, str]:
-    return resolve_group(layer.in_features, target.quant(layer.bits), name)
+    return (layer.group, "") if target.keeps(layer) else resolve_group(layer.in_features, target.quant(layer.bits), name)
 
 
 def project(loaded: load.Loaded, name: str, target: Target, group: int) -> dict[str, Any]:
     """Replaces one packed layer by its projection onto even grids; returns its row, whose error is the norm of the change over that of the weight."""
     layer = loaded.model.get_submodule(name)
     assert isinstance(layer, linear.PackedLinear)
-    sketch = layer.packed()
-    exact = dense.dequantize(sketch)
-    weight, _ = rtn.pack(exact, None, target.quant(sketch.bits), group, load.scale_dtype("auto", loaded.dtype))
+    held = layer.packed()
+    exact = dense.dequantize(held)
+    if target.keeps(layer):
+        weight = integers.with_integers(held)
+    else:
+        weight, _ = rtn.pack(exact, None, target.quant(held.bits), group, load.scale_dtype("auto", loaded.dtype))
     linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
-    was = {"table_bits": sketch.bits, "segment": sketch.group}
+    was = {"table_bits": held.bits, "segment": held.group} if layer.table else {}
     return _scheme(name, weight) | was | {"error": relative_error(exact, weight, None)}
 
 
@@ -183,12 +188,15 @@ def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: P
     return {"format": native.NAME, "bits_per_weight": write.bits_per_weight(packed), "verified": True}
 
 
-def write_dense(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path, dtype: torch.dtype, show: Show) -> dict[str, Any]:
-    """Everything in `dtype`, layer by layer, proven; returns facts and the losses of rounding for the record."""
+def write_dense(
+    loaded: load.Loaded, packed: dict[str, PackedWeight], folded: list[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, show: Show
+) -> dict[str, Any]:
+    """Everything in `dtype`, layer by layer, proven; facts and the losses of rounding for the record. folded: weights that took up an adapter."""
     with show.task("dequantise", 2 * len(packed)) as advance:
 
         def stream() -> Iterator[tuple[str, Tensor | PackedWeight]]:
             yield from stored_dense(loaded)
+            yield from folded
             for name, weight in packed.items():
                 yield name, weight
                 advance(1, name)
@@ -240,12 +248,6 @@ def new_place(output: Path) -> Path:
     return place
 
 
-def outside(place: Path, loaded: load.Loaded) -> None:
-    """OutputError for an output inside the model's own folder, which would then hold what is not of it."""
-    if loaded.folder.resolve() in place.resolve().parents:
-        raise OutputError(f"{place} lies inside the model's own folder {loaded.folder}; choose another place with -o")
-
-
 @contextlib.contextmanager
 def published(place: Path, need: int) -> Iterator[Path]:
     """An empty folder that gets the name `place` when the block ends well, and disappears when it does not; `need` bytes must be free."""
@@ -265,83 +267,36 @@ def published(place: Path, need: int) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def about(loaded: load.Loaded) -> dict[str, Any]:
-    """What a task file says beside its values: the model's name, and from the folder's report the tune section and the tuned perplexities."""
-    report = read_report(loaded.folder)
-    section = lambda key: value if isinstance(value := report.get(key), dict) else {}
-    out: dict[str, Any] = {"model": str(section("model").get("name") or source_name(loaded.name))}
-    recipe = task.finite(section("recipe").get("tune"))
-    if not section("tuned") or recipe.get("method") == "none":
-        return out
-    found = {key: value.get("perplexity") for key, value in section("tuned").items() if key in ("domain", "outside") and isinstance(value, dict)}
-    return out | {"recipe": recipe, "metrics": task.finite(found)}
+def apply(base: str, paths: Sequence[Path], output: Path) -> dict[str, Any]:
+    """`compressor apply`: the packed folder `base` with the values of a task file, its adapter, or the sum of several, as a new folder.
 
-
-def values(loaded: load.Loaded) -> str:
-    """The digest of a model's scales or tables; of a dense model that of nothing."""
-    found = hashlib.sha256()
-    for name, layer in linear.packed_linears(loaded.model).items():
-        found.update(name.encode() + layer.learned.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def base_digest(loaded: load.Loaded) -> str:
-    """The digest of the model's base, alike for a model in memory and the folder it is saved as: dense tensors count in the folder's dtype."""
-    kept = write.dense_tensors(loaded)
-    for name, tensor in kept.items():
-        kept[name] = tensor.to(loaded.dtype) if tensor.is_floating_point() else tensor
-    return task.digest(kept, load.packed_weights(loaded.model))
-
-
-def save_task(loaded: load.Loaded, path: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """Write the learned values of a packed model as a task file, which must not exist; returns its header, size and place. `told`: see `about`."""
-    packed = load.packed_weights(loaded.model)
-    kind = task.kind_of(packed, loaded.name)
-    if os.path.lexists(path) or not path.name:
-        raise OutputError(f"{path} already exists; choose another file with -o")
-    outside(path, loaded)
-    found = task.Task(kind, base_digest(loaded), {name: weight.learned for name, weight in packed.items()}, **told)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        task.write(path, found, packed)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path} cannot be written: {load.first_line(error)}") from None
-    return {"output": str(path)} | found.header() | {"layers": len(packed), "bytes": path.stat().st_size}
-
-
-def load_task(loaded: load.Loaded, path: Path) -> task.Task:
-    """Swap the values of a task file into a packed model, in place; all of them or, with an error, none."""
-    layers = linear.packed_linears(loaded.model)
-    if any(layer.tuned is not None for layer in layers.values()):
-        raise ModelError(f"{loaded.name} is being tuned; detach the tuner before a task is loaded")
-    task.read_header(path)  # what is no task file is known before the base is read
-    found = task.read(path, load.packed_weights(loaded.model), base_digest(loaded))
-    moved = {name: value.to(layers[name].learned.device) for name, value in found.values.items()}
-    for name, value in moved.items():
-        layers[name].learned = value
-    return found
-
-
-def extract(source: str, path: Path) -> dict[str, Any]:
-    """`compressor task`: the learned values of a packed folder as a task file."""
-    if os.path.lexists(path):
-        raise OutputError(f"{path} already exists; choose another file with -o")
-    loaded = load_source(source, "cpu")
-    return {"source": source_name(source)} | save_task(loaded, path, about(loaded))
-
-
-def apply(base: str, path: Path, output: Path) -> dict[str, Any]:
-    """`compressor apply`: the packed folder `base` with the values of a task file, as a new folder."""
+    Several add up with weight 1 each: base + the sum of (task - base), which is task arithmetic's addition and, of one task, the task itself. There
+    the values of `base` count, so it must be the untuned folder; other weights and methods are for `merge-tasks`.
+    """
     place = new_place(output)
-    task.read_header(path)
-    loaded = load_source(base, "cpu")
+    heads = [task.read_header(path) for path in paths]
+    beside = any(head.kind == task.ADAPTER for head in heads)
+    if beside and len(heads) > 1:
+        raise ModelError("an adapter adds up with no other task: apply one file, or join adapters with peft's add_weighted_adapter")
+    loaded = load_source(base, "cpu", adapters=beside)
     outside(place, loaded)
-    header = load_task(loaded, path).header()
+    found = tasks.read(loaded, paths)
+    if beside:
+        attach.exchange(loaded, found[0].config, found[0].values, str(paths[0]))
+        attach.strip(loaded.model)
+        loaded.adapter = None
+    elif len(found) > 1:
+        start = tasks.held(load.packed_weights(loaded.model), found[0].kind)
+        tasks.put(loaded, merge.merge(start, [each.values for each in found], found[0].kind, merge.Options())[0], found[0].kind)
+    else:
+        tasks.put(loaded, found[0].values, found[0].kind)
     packed = load.packed_weights(loaded.model)
-    record = opening(base, loaded, "apply") | {"task": header, "file": path.name}
-    record |= {"layers": [_scheme(name, weight) for name, weight in packed.items()]}
-    with published(place, load.model_bytes(loaded.folder)) as folder:
+    told = [{"file": tasks.short(path)} | replace(each, config={}).header() for path, each in zip(paths, found, strict=True)]
+    record = opening(base, loaded, "apply") | {"tasks": told, "layers": [_scheme(name, weight) for name, weight in packed.items()]}
+    with published(place, load.model_bytes(loaded.folder) + sum(path.stat().st_size for path in paths)) as folder:
         record |= write_packed(loaded, packed, folder)
+        if beside:
+            record["adapter_bytes"] = attach.write(folder / peft.FOLDER, found[0].config, found[0].values)
         record = finish(record, loaded, folder, output)
     return record | {"layers": len(packed)}
 

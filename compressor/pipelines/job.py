@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from compressor.errors import OutputError
+from compressor.integrations.peft import named
 from compressor.pipelines import card, compress, load, render, write
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.output import check_output, disk_full, finished
@@ -38,6 +39,7 @@ class Job:
             raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
         self.work = self.place.with_name(self.place.name + ".partial")
         self.device = load.pick_device(recipe.device)
+        self.starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of adapters, found while packing
         self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer != "none", recipe.tune.method != "none"
         self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
 
@@ -84,8 +86,9 @@ class Job:
         with self.stage("compress"), self.show.task("compress", len(targets)) as advance:
             dtype = load.scale_dtype(quant.scale_dtype, loaded.dtype)
             loaded.rows, loaded.unpacked, taken = compress.compress(
-                loaded.model, quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse
-            )
+                loaded.model, quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse,
+                self.recipe.tune.start, self.recipe.tune.rank, self.starts, named(self.recipe.tune.targets),
+            )  # fmt: skip
         journal.resumed |= taken > 0
         self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
 
@@ -102,16 +105,23 @@ class Job:
             entry["ratio"] = self.report.model["dense_bytes"] / entry["folder_bytes"]
         setattr(self.report, name, entry)
 
+    def started(self) -> tuple[Any, ...]:
+        """What the packed weights depend on where paths start beside them; part of a key, empty for paths that start at zero."""
+        tune = self.recipe.tune
+        return () if tune.start == "zero" else (tune.start, tune.rank, tune.targets)
+
     def write_out(self, loaded: load.Loaded, key: str, journal: Journal) -> None:
         """The output folder, still in the work folder: weights, report, page, card and recipe."""
         folder = self.work / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         with self.stage("export"):
-            self.report.export = write.write_folder(loaded, folder, self.sparse)
+            beside = write.write_adapter(loaded, folder, self.place.name)
+            self.report.export = write.write_folder(loaded, folder, self.sparse) | ({"adapter_bytes": beside} if beside else {})
         size = load.model_bytes(folder)
         for name in ("packed", "tuned") if self.packs else ("pruned",):
             if getattr(self.report, name):
-                self.record(name, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size)
+                more = beside if name == "tuned" else 0
+                self.record(name, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size + more)
         self.report.resumed, self.report.keys = journal.resumed, key
         self.report.save(folder / "report.json")
         render.write_html(self.report, folder / "report.html")
@@ -134,7 +144,7 @@ def default_output(recipe: Recipe) -> Path:
     table = quant.packer in PACKERS and PACKERS[quant.packer].table
     group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
     tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
-    return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}")
+    return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}" + ("-task" if recipe.save == "task" else ""))
 
 
 def source_name(model: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.errors import ModelError, RecipeError, UserError
 from compressor.export import compressed_tensors, shards, sparse, table
+from compressor.integrations import peft
 from compressor.packed import PackedWeight
 from compressor.prune import slicing
 
@@ -52,9 +53,7 @@ COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
-SHAPES = (
-    "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-)  # keys of config.json that pruning changes  # fmt: skip
+SHAPES = ("num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
 
 
@@ -85,6 +84,7 @@ class Loaded:
     dtype: torch.dtype  # of everything that is not packed, once written
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per packed layer
     unpacked: list[dict[str, Any]] = field(default_factory=list)  # linears left dense, each with its reason
+    adapter: Any = None  # peft's model around this one, whose adapters are part of it meanwhile
 
     @property
     def device(self) -> torch.device:
@@ -306,7 +306,10 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     _fill(model, tensors, folder)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
     compute = torch.float32 if device.type == "cpu" else dtype
-    return Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
+    loaded = Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
+    if (folder / peft.FOLDER).is_dir():
+        loaded.adapter = peft.load(loaded.model, folder / peft.FOLDER)
+    return loaded
 
 
 def read_packed(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
@@ -394,5 +397,4 @@ def context(config: dict[str, Any], asked: int | None = None, name: str = "windo
 
 
 def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

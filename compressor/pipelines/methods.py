@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 from compressor.errors import RecipeError
 from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.tuners import TUNERS
 from compressor.recipe import Prune, Quant, Recipe
-from compressor.tune import TUNERS
 
 
 def check_names(recipe: Recipe) -> None:
@@ -35,6 +35,12 @@ def check_heeded(options: Prune, heeded: set[str]) -> None:
         raise RecipeError(f"prune.{idle[0]}={getattr(options, idle[0])} means nothing to {options.method} here: leave it out")
 
 
+def check_zeros_stay(method: str) -> None:
+    """RecipeError for a tuner that cannot keep a pruned weight at exactly zero."""
+    if method == "qalora":
+        raise RecipeError(f"tuner {method} moves the zeros of whole groups, and would bring pruned weights back: use --tune peqa")
+
+
 def check_methods(recipe: Recipe) -> None:
     """RecipeError for a packer or tuner that does not exist, and for a tuner of values that the packer does not make."""
     check_names(recipe)
@@ -45,9 +51,9 @@ def check_methods(recipe: Recipe) -> None:
         raise RecipeError(f"tuner {tuner} trains what a packer makes, and nothing is packed: add --quant, for example 3bit")
     if packer == "none":
         return
-    if tuner == "none" or TUNERS[tuner].table == PACKERS[packer].table:
+    if tuner == "none" or TUNERS[tuner].table in (None, PACKERS[packer].table):
         return
     made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")
-    tuners = " or ".join(name for name, kind in TUNERS.items() if kind.table == PACKERS[packer].table)
+    tuners = " or ".join(name for name, kind in TUNERS.items() if kind.table in (None, PACKERS[packer].table))
     packers = " or ".join(name for name, kind in PACKERS.items() if kind.table == TUNERS[tuner].table)
     raise RecipeError(f"tuner {tuner} trains {tuned}, but packer {packer} makes {made}: use --tune {tuners}, or the packer {packers}")

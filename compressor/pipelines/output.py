@@ -11,16 +11,26 @@ from typing import Any
 from safetensors import SafetensorError
 
 from compressor.errors import ModelError, OutputError
+from compressor.export import task
+from compressor.integrations import peft
 from compressor.pipelines.load import COMPANIONS, INDEX, weight_files
 
-OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html")  # about the model, not of it: not counted in its size
+TASK_FILE = "task.safetensors"
+OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html", TASK_FILE)  # about the model, not of it: not counted in its size
 WRITTEN = (*OWN_FILES, *COMPANIONS, INDEX, "config.json", "model*.safetensors")
 
 
 def contract(report: dict[str, Any], output: Path) -> dict[str, Any]:
     """The stable document for scripts, from a report."""
     keys = ("dense", "pruned", "packed", "tuned", "seconds", "peak_bytes", "resumed")
-    return {"output": str(output)} | {key: report[key] for key in keys if report.get(key) is not None}
+    place = {"output": str(output)} | ({"task": str(output / TASK_FILE)} if task_only(report) else {})
+    return place | {key: report[key] for key in keys if report.get(key) is not None}
+
+
+def task_only(report: dict[str, Any]) -> bool:
+    """Whether the run left a task file and no model."""
+    recipe = report.get("recipe")
+    return isinstance(recipe, dict) and recipe.get("save") == "task"
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -33,12 +43,15 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def finished(output: Path, key: str) -> dict[str, Any] | None:
-    """The contract document of a whole output folder that the same recipe, model and data have written, or None."""
+    """The contract document of a whole output folder, of a model or of a task file, that the same recipe, model and data have written, or None."""
     report = read_report(output)
     if report.get("keys") != key:
         return None
     try:
-        weight_files(output)
+        if task_only(report):
+            task.read_header(output / TASK_FILE)
+        else:
+            weight_files(output)
     except ModelError:
         return None
     return contract(report, output) | {"resumed": True}
@@ -52,13 +65,20 @@ def check_output(output: Path, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{output} is a file; choose another folder with -o")
-    foreign = [p.name for p in sorted(output.iterdir()) if p.is_dir() or not any(fnmatch(p.name, pattern) for pattern in WRITTEN)]
+    foreign = [p.name for p in sorted(output.iterdir()) if not _ours(p)]
     if foreign or not read_report(output):
         raise OutputError(
             f"{output} already holds files that are not of a run ({foreign[0] if foreign else 'no report'}); choose another folder with -o"
         )
     if not overwrite:
         raise OutputError(f"{output} already holds the result of another run; add --overwrite or choose another folder with -o")
+
+
+def _ours(path: Path) -> bool:
+    """Whether a run may have written this file, or folder of an adapter."""
+    if path.is_dir():
+        return path.name == peft.FOLDER and all(inner.name in (peft.CONFIG, peft.WEIGHTS) for inner in path.iterdir())
+    return any(fnmatch(path.name, pattern) for pattern in WRITTEN)
 
 
 def check_room(output: Path, need: int) -> None:

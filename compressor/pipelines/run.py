@@ -13,15 +13,15 @@ import torch
 
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
-from compressor.pipelines import compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, write
+from compressor.pipelines import adapters, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
-from compressor.pipelines.methods import check_methods
+from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
+from compressor.pipelines.tuners import Tuning, resolved
 from compressor.recipe import Finetune, Recipe
-from compressor.tune import TUNERS, resolved
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
 
@@ -31,6 +31,7 @@ class Run(Job):
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         check_methods(recipe)
+        tasks.check(recipe)
         if recipe.finetune != Finetune():
             raise RecipeError(f"fine-tuning on a task first is for encoders, and {recipe.model} is none: leave --finetune out")
         recipe = recipe.with_(tune=resolved(recipe.tune))
@@ -38,6 +39,7 @@ class Run(Job):
         self.sparse = self.prunes and pruning.sparse(recipe.prune)
         if self.sparse and self.packs:
             compress.check_keep_zeros(recipe.quant)
+            check_zeros_stay(recipe.tune.method)
         self.source = load.resolve(recipe.model)
         self.config = load.read_config(self.source)
         if self.config.get("quantization_config") and not self.prunes:
@@ -58,10 +60,11 @@ class Run(Job):
         self.key_dense = digest(base, measured)
         self.key_prune = digest(base, pruning)
         self.key_pruned = digest(self.key_prune, measured)
-        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration)
+        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started())
         self.key_packed = digest(self.key_compress, measured)
         self.key_tune = digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
         self.key_tuned = digest(self.key_tune, measured)
+        self.key_written = self.key_tuned if recipe.save == "folder" else digest(self.key_tuned, recipe.save)
 
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
@@ -75,8 +78,12 @@ class Run(Job):
                 self.pack(loaded, calibration, self.key_compress, journal)
                 self._measured("packed", self.key_packed, loaded, journal)
             if self.tunes and windows is not None:
-                self._tune(loaded, windows, journal)
-            self.write_out(loaded, self.key_tuned, journal)
+                self._tune(loaded, calibration, windows, journal)
+            if self.recipe.save == "task":
+                self.report.notes.append("only the task file was kept; the sizes are those of the folder that it makes with its base")
+            self.write_out(loaded, self.key_written, journal)
+            if self.recipe.save == "task":
+                tasks.leave_only(loaded, self.work / "folder", __version__)
             publish(self.work / "folder", self.place, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
@@ -143,20 +150,30 @@ class Run(Job):
         self._measured("pruned", self.key_pruned, loaded, journal)
         self.record("pruned", bits_per_weight=bits, folder_bytes=round(write.tensor_bytes(loaded) - saved))
 
-    def _tune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
+    def _tune(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, journal: Journal) -> None:
         options, seed, objective = self.recipe.tune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
-        tuner = TUNERS[options.method](options)
-        parameters = tuner.attach(loaded.model)
-        evaluate = self._domain_perplexity(loaded)
-        with self.training("tune", self.key_tune, Batches(objective, options, seed).steps, journal) as (folder, on_step):
-            log = train(loaded.model, parameters, objective, options, seed, folder, self.key_tune, evaluate, on_step)
+        steps, evaluate = Batches(objective, options, seed).steps, self._domain_perplexity(loaded)
+        tuning = Tuning(loaded, options, seed, steps, self.starts)
+        with self.training("tune", self.key_tune, steps, journal) as (folder, on_step):
+            log = train(loaded.model, tuning.parameters, objective, options, seed, folder, self.key_tune, evaluate, on_step, tuning.pruner)
         journal.resumed |= log.resumed_from > 0
-        tuner.detach(loaded.model)
         self.report.training = {
-            "method": options.method, "lr": options.lr, "trainable": sum(p.numel() for p in parameters.values()), "windows": len(windows.ids),
+            "method": options.method, "lr": options.lr, "trainable": tuning.finish(), "windows": len(windows.ids),
             "curve": log.curve, "evals": [{"step": e["step"], "perplexity": e["value"]} for e in log.evals], "notes": log.notes,
         }  # fmt: skip
+        if options.adapter == "absorb":
+            self._absorb(loaded, ids, windows, evaluate)
         self._measured("tuned", self.key_tuned, loaded, journal)
+
+    def _absorb(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, perplexity: Callable[[], float]) -> None:
+        layers, limit = len(load.packed_weights(loaded.model)), self.recipe.tune.absorb_limit
+        with self.stage("absorb"), self.show.task("absorb", layers) as advance:
+            facts = adapters.take_up(
+                loaded, self.recipe.quant, ids, windows.ids, perplexity, limit, self.sparse, lambda row: advance(1, f"{row['name']} {row['way']}")
+            )
+        self.report.training["absorb"] = facts
+        self.report.notes.append(adapters.sentence(facts))
+        self.show.say(adapters.sentence(facts))
 
     def _measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> None:
         found = journal.get(name, key)
@@ -205,9 +222,11 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
     if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
+        if recipe.save != "folder":
+            raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
         return encoder_run.run(recipe, output, overwrite, show, command)
     job = Run(recipe, output or default_output(recipe), show, command)
-    done = job.done(job.key_tuned, overwrite)
+    done = job.done(job.key_written, overwrite)
     if done is not None:
         return done
     check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + load.model_bytes(job.source) // 2)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from compressor.errors import RecipeError
 from compressor.export import sparse
+from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
 from compressor.pipelines import data, encoder_load, encoder_run, evaluate, load, write
@@ -40,7 +41,8 @@ def evaluate_folder(model: str, source: str | None, window: int | None, max_toke
 
 def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
     """bits_per_weight, folder_bytes, and ratio to the dense folder (from report.json; for foreign folders to 16 bits a parameter)."""
-    size = load.model_bytes(loaded.folder)
+    beside = loaded.folder / peft.FOLDER
+    size = load.model_bytes(loaded.folder) + sum(path.stat().st_size for path in beside.glob("*") if beside.is_dir())
     packed = load.packed_weights(loaded.model)
     if (loaded.config.get("quantization_config") or {}).get("quant_method") == sparse.METHOD:
         stored = write.bits_per_weight(write.block_weights(loaded), sparse=True)

@@ -13,6 +13,7 @@ from compressor import linear
 from compressor.errors import CompressorError
 from compressor.export import dense as dense_format
 from compressor.export import sparse as sparse_format
+from compressor.integrations import peft
 from compressor.packed import PackedWeight
 from compressor.pipelines.load import COMPANIONS, FORMATS, Format, Loaded, model_bytes, read_packed, weight_files
 
@@ -43,10 +44,15 @@ def dense_tensors(loaded: Loaded) -> dict[str, Tensor]:
 
 
 def write_folder(loaded: Loaded, folder: Path, sparse: bool = False) -> dict[str, Any]:
-    """Write the model as a folder of the format that holds it and prove it by reading it back; returns facts for the report.
+    """Write the model, without its adapter if it has one, as a folder of the format that holds it, proven by reading it back; facts for the report.
 
     `sparse`: as masks and what they keep, which a model without packed layers may be written as too.
     """
+    with peft.without(loaded):
+        return _write_base(loaded, folder, sparse)
+
+
+def _write_base(loaded: Loaded, folder: Path, sparse: bool) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     packed = {name: layer.packed() for name, layer in linear.packed_linears(loaded.model).items()}
     dense = dense_tensors(loaded)
@@ -63,8 +69,24 @@ def write_folder(loaded: Loaded, folder: Path, sparse: bool = False) -> dict[str
     native.write(folder, config, stream(), sorted(linear.linears(loaded.model)))
     copy_companions(loaded.folder, folder)
     prove(folder, dense, packed)
+    sparse = native is sparse_format
     counted = bits_per_weight(block_weights(loaded) if sparse else packed, sparse)
     return {"format": native.NAME, "verified": True, "layers": len(packed), "bits_per_weight": counted}
+
+
+def write_adapter(loaded: Loaded, folder: Path, base: str) -> int:
+    """Write the adapter beside the model, if there is one, as folder/adapter; returns its bytes.
+
+    base: what its configuration calls the packed model. The adapter is proven by reading it back.
+    """
+    if loaded.adapter is None:
+        return 0
+    kept, place = peft.state(loaded.adapter), folder / peft.FOLDER
+    size = peft.save(loaded.adapter, place, base)
+    again = peft.read(place)[1]
+    if again.keys() != kept.keys() or any(not torch.equal(again[key], tensor) for key, tensor in kept.items()):
+        raise CompressorError(f"{place} was written, but reads back with other values")
+    return size
 
 
 def _write_dense(loaded: Loaded, tensors: dict[str, Tensor], folder: Path) -> dict[str, Any]:
@@ -83,8 +105,8 @@ def tensor_bytes(loaded: Loaded) -> int:
 
 
 def pick_format(packed: dict[str, PackedWeight], sparse: bool = False) -> Format:
-    """The format that can hold these weights, the sparse one only if asked for; CompressorError with every format's reason if none can."""
-    reasons = []
+    """The format that can hold these weights, the sparse one only if asked for or zeros are floats; CompressorError with every reason if none can."""
+    reasons, sparse = [], sparse or any(weight.float_zeros for weight in packed.values())
     for choice in FORMATS.values():
         if (choice is sparse_format) != sparse:
             continue

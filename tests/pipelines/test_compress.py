@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, NumericError, RecipeError
-from compressor.linear import find_blocks, packed_linears
+from compressor.linear import find_blocks, linears, packed_linears
 from compressor.packing import Packer
 from compressor.pipelines import compress, load
 from compressor.pipelines.packers import PACKERS
@@ -107,7 +107,7 @@ def test_statistics_stop_the_block_once_they_are_taken() -> None:
     for leaf in ran:
         count(leaf)
     target = compress.Target("o_proj", (128, 128))
-    stats = compress._collect(block, 1, ["self_attn.o_proj"], Quant(packer="gptq"), calibration, {"self_attn.o_proj": target})
+    stats = compress.collect(block, 1, ["self_attn.o_proj"], Quant(packer="gptq"), calibration, {"self_attn.o_proj": target})
     assert stats.tokens == IDS.numel()
     assert ran == {"self_attn.q_proj": len(calibration.batches), "self_attn.o_proj": 0, "mlp.down_proj": 0}
 
@@ -189,6 +189,94 @@ def test_work_folder_gives_back_the_same_weights(packer: str, tmp_path: Path) ->
     assert resumed == 1
     assert [r["error"] for r in rows_again] == [r["error"] for r in rows]
     assert all(torch.equal(again[n], whole[n]) for n in whole)
+
+
+def packed_with(packer: str, start: str, work: Path | None = None, rank: int = 4, **options: Any) -> tuple[nn.Module, list[dict], dict, int]:
+    model, starts = fresh(), {}
+    ids = None if packer == "rtn" else IDS
+    rows, _, resumed = compress.compress(
+        model, Quant(packer=packer, bits=2), torch.float16, ids, work, start=start, rank=rank, starts=starts, **options
+    )
+    return model, rows, starts, resumed
+
+
+@pytest.mark.parametrize(("packer", "start"), [("gptq", "residual"), ("rtn", "loftq"), ("gptq", "principal"), ("gptq", "eva")])
+def test_paths_start_beside_every_layer_and_lie_in_the_work_folder(packer: str, start: str, tmp_path: Path) -> None:
+    model, rows, starts, _ = packed_with(packer, start, tmp_path)
+    layers = packed_linears(model)
+    assert set(starts) == set(layers)
+    for row in rows:
+        a, b = starts[row["name"]]
+        assert a.shape == (4, row["shape"][1]) and b.shape == (row["shape"][0], 4) and a.dtype == b.dtype == torch.float32
+        assert row["start_error"] == row["error"] if start == "eva" else row["start_error"] < row["error"]
+    (tmp_path / "block-00002.safetensors").unlink()
+    again, rows_again, starts_again, resumed = packed_with(packer, start, tmp_path)
+    assert resumed == 3 and [r["start_error"] for r in rows_again] == [r["start_error"] for r in rows]
+    for name, layer in packed_linears(again).items():
+        assert torch.equal(layer.packed().dequantize(), layers[name].packed().dequantize())
+        assert all(torch.equal(x, y) for x, y in zip(starts_again[name], starts[name], strict=True))
+
+
+def test_without_a_start_nothing_changes() -> None:
+    plain = fresh()
+    rows, _, _ = compress.compress(plain, Quant(bits=2), torch.float16, IDS)
+    model, _, starts, _ = packed_with("gptq", "eva")  # packs the dense weights as they are
+    other, zero_rows, none, _ = packed_with("gptq", "zero", rank=4096)
+    assert not none and starts and all("start_error" not in row for row in rows + zero_rows)
+    for name, layer in packed_linears(plain).items():
+        for same in (model, other):
+            assert all(torch.equal(t, packed_linears(same)[name].packed().tensors()[k]) for k, t in layer.packed().tensors().items())
+
+
+def test_layers_are_packed_on_what_predecessors_put_out_with_their_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Tensor] = []
+    gptq = PACKERS["gptq"]
+
+    def recording(w: Tensor, stats: LayerStats, *rest: Any) -> Any:
+        assert stats.hessian is not None
+        used.append(stats.hessian.clone())
+        return gptq.pack(w, stats, *rest)
+
+    monkeypatch.setitem(PACKERS, "gptq", Packer(recording, gptq.resolve, gptq.needs))
+    model, rows, starts, _ = packed_with("gptq", "principal")
+    names = [row["name"] for row in rows]
+    without = second_moments(model, names)
+    for name, (a, b) in starts.items():
+        model.get_submodule(name).register_forward_hook(lambda _m, args, out, a=a, b=b: out + args[0] @ a.T @ b.T)
+    beside = second_moments(model, names)
+    far = [float((used[i] - beside[n]).norm() / beside[n].norm()) for i, n in enumerate(names)]
+    assert max(far) < 1e-3
+    assert float((without[names[-1]] - beside[names[-1]]).norm() / beside[names[-1]].norm()) > 0.1
+
+
+def test_paths_beside_some_layers_only() -> None:
+    model, rows, starts, _ = packed_with("gptq", "principal", beside=("q_proj", "down_proj"))
+    assert {name.rpartition(".")[2] for name in starts} == {"q_proj", "down_proj"} and len(starts) == 8
+    assert all(("start_error" in row) == (row["name"] in starts) for row in rows)
+    assert all(row["error"] < 0.6 for row in rows if row["name"] not in starts)
+    assert len(packed_linears(model)) == 28
+
+
+def test_starts_that_cannot_be_are_refused_before_any_work() -> None:
+    with pytest.raises(RecipeError, match="choose zero"):
+        packed_with("gptq", "pissa")
+    with pytest.raises(RecipeError, match="needs statistics of the inputs"):
+        packed_with("rtn", "eva")
+    with pytest.raises(RecipeError, match=r"tune\.rank=4096 does not fit"):
+        packed_with("rtn", "residual", rank=4096)
+
+
+@pytest.mark.parametrize("start", ["loftq", "principal"])
+@pytest.mark.parametrize("packer", ["rtn", "gptq"])
+def test_pruned_weights_stay_zero_beside_a_path(start: str, packer: str) -> None:
+    model = fresh()
+    masks = {}
+    for name, layer in linears(model.model.layers).items():
+        layer.weight.data[:, ::2] = 0
+        masks[f"model.layers.{name}"] = layer.weight == 0
+    ids = None if packer == "rtn" else IDS
+    compress.compress(model, Quant(packer=packer), torch.float16, ids, keep_zeros=True, start=start, rank=4, starts={})
+    assert all(not layer.packed().dequantize()[masks[name]].any() for name, layer in packed_linears(model).items())
 
 
 def test_gptq_beats_rtn_on_the_outputs_of_every_block_it_calibrates() -> None:

@@ -13,28 +13,15 @@ from safetensors.torch import load_file, save_file
 import compressor
 from compressor.errors import ModelError, OutputError, RecipeError
 from compressor.kernels import layout
-from compressor.linear import linears, packed_linears, swap, to_packed
-from compressor.packed import Affine, PackedWeight, Table
-from compressor.pipelines import compress, data, evaluate, export, load, output, write
+from compressor.linear import packed_linears
+from compressor.packed import Affine
+from compressor.pipelines import data, evaluate, export, load, output, tasks, write
 from compressor.quant import rtn
 from compressor.recipe import Quant
-from tests.pipelines.test_cli import call
+from tests.pipelines.commands import call
+from tests.pipelines.packed import logits, moved, scale_folder, table_folder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and a list holds the names of every object in it. " * 30
-
-
-def table_folder(folder: Path, noise: float) -> Path:
-    """`tiny` at 3 bits with one table a row: the values of a symmetric grid of the whole row, moved at random by `noise` of a step."""
-    loaded = load.load("tiny", "cpu")
-    write.round_to_folder(loaded, set(linears(loaded.model)) - {"lm_head"})
-    torch.manual_seed(0)
-    for name, layer in linears(loaded.model.model).items():
-        grid, _ = rtn.pack(layer.weight.detach().float(), None, Quant(), layer.in_features, torch.float16)
-        steps = torch.arange(8.0) - 4 + noise * torch.randn(layer.out_features, 1, 8)
-        values = Table((grid.learned.float().unsqueeze(-1) * steps).half())
-        swap(loaded.model.model, name, to_packed(layer, PackedWeight.pack(grid.codes(), values, 3, layer.in_features)))
-    write.write_folder(loaded, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +31,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scales(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    loaded = load.load("tiny", "cpu")
-    write.round_to_folder(loaded, set(linears(loaded.model)) - {"lm_head"})
-    compress.compress(loaded.model, Quant(packer="rtn", bits=3, symmetric=False), torch.float16, None)
-    folder = tmp_path_factory.mktemp("scales") / "w3"
-    write.write_folder(loaded, folder)
-    return folder
+    return scale_folder(tmp_path_factory.mktemp("scales") / "w3")
 
 
 @pytest.fixture
@@ -71,19 +53,6 @@ def projection(**options: Any) -> export.Target:
 
 def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "export.json").read_text())
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(66).view(2, 33)).logits
-
-
-def moved(model: Any, seed: int = 1) -> Any:
-    """Changes every learned value, as a tuning does."""
-    torch.manual_seed(seed)
-    for layer in packed_linears(model).values():
-        layer.learned = (layer.learned.float() * (1 + 0.05 * torch.randn(layer.learned.shape))).to(layer.learned.dtype)
-    return model
 
 
 @pytest.mark.parametrize(("to", "dtype"), [("bf16", torch.bfloat16), ("float16", torch.float16)])
@@ -217,7 +186,7 @@ def test_bad_inputs(
     for name in ("theirs", "taken.exporting"):
         (at / name).mkdir()
         (at / name / "thesis.tex").write_text("mine")
-    export.extract(str(scales), at / "s.safetensors")
+    tasks.extract(str(scales), at / "s.safetensors")
     before = sorted(at.rglob("*"))
     code, out, err = call(monkeypatch, capsys, *(a.replace("TABLES", str(tables)).replace("SCALES", str(scales)) for a in args))
     assert (code, out) == (2, ""), err
@@ -253,14 +222,14 @@ def test_task_and_apply_give_the_tuned_folder_back(
     assert document["output"] == "new/t.safetensors"
     assert document["bytes"] == (at / "new" / "t.safetensors").stat().st_size
     assert (document["model"], document["recipe"], document["metrics"]) == ("tiny", report["recipe"]["tune"], {"domain": 29.5, "outside": 46.25})
-    assert document["base"] == export.extract(str(base), at / "untuned.safetensors")["base"]
+    assert document["base"] == tasks.extract(str(base), at / "untuned.safetensors")["base"]
     code, out, err = call(monkeypatch, capsys, "apply", str(base), "new/t.safetensors", "-o", "out")
     assert code == 0, err
     document = json.loads(out.strip().splitlines()[-1])
     assert (document["output"], document["layers"], document["verified"]) == ("out", 28, True)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (at / "out" / name).read_bytes() == (at / "tuned" / name).read_bytes()
-    assert record(at / "out")["task"]["metrics"] == {"domain": 29.5, "outside": 46.25}
+    assert record(at / "out")["tasks"][0]["metrics"] == {"domain": 29.5, "outside": 46.25}
 
 
 @pytest.mark.parametrize("kind", ["tables", "scales"])
@@ -311,7 +280,7 @@ def test_the_digest_is_the_documented_one(at: Path, request: pytest.FixtureReque
     for name in sorted(name for name in tensors if name.rpartition(".")[0] not in modules):
         head = {"dtype": "float16", "shape": list(tensors[name].shape), "tensor": name}
         found.update(json.dumps(head).encode() + b"\n" + tensors[name].numpy().tobytes())
-    assert export.extract(str(folder), at / "t.safetensors")["base"] == found.hexdigest()
+    assert tasks.extract(str(folder), at / "t.safetensors")["base"] == found.hexdigest()
 
 
 def test_dense_tensors_of_any_dtype_are_kept(at: Path, scales: Path) -> None:

@@ -1,0 +1,68 @@
+"""All tuners by name: those that move the values of packed weights, and adapters beside them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+
+from torch import Tensor
+
+from compressor import tune
+from compressor.errors import ModelError, RecipeError
+from compressor.integrations.peft import KINDS, Adapters
+from compressor.pipelines.load import Loaded
+from compressor.quant.starts import STARTS
+from compressor.recipe import Tune
+from compressor.tune import Offered, Tuner
+
+TUNERS: dict[str, Offered] = {**tune.TUNERS, **KINDS}
+OWN = ("rank", "alpha", "dropout", "targets", "start", "adapter", "absorb_limit")  # keys of recipe.Tune that only some tuners heed
+Starts = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def resolved(options: Tune) -> Tune:
+    """The options with a learning rate: the given one, else the tuner's own; RecipeError for options that mean nothing to it."""
+    if options.method not in KINDS:
+        _check(options, getattr(tune.TUNERS.get(options.method), "heeds", ()))
+        return tune.resolved(options)
+    if options.parametrization != "relative":
+        raise RecipeError(f"--absolute says how scales are trained, and {options.method} trains none: leave it out")
+    _check(options, KINDS[options.method].heeds)
+    if options.rank < 1 or not options.alpha > 0 or not 0 <= options.dropout < 1:
+        given = f"{options.rank}, {options.alpha:g}, {options.dropout:g}"
+        raise RecipeError(f"an adapter needs rank and alpha above 0 and a dropout from 0 to below 1, not {given}")
+    if options.start not in ("zero", *STARTS) or options.adapter not in ("keep", "absorb"):
+        raise RecipeError(f"start={options.start}, adapter={options.adapter}: choose zero, {', '.join(STARTS)}, and keep or absorb")
+    return replace(options, lr=KINDS[options.method].rate if options.lr is None else options.lr)
+
+
+def _check(options: Tune, heeds: tuple[str, ...]) -> None:
+    usual = asdict(Tune())
+    idle = [key for key in OWN if key not in heeds and getattr(options, key) != usual[key]]
+    if idle:
+        raise RecipeError(f"tune.{idle[0]}={getattr(options, idle[0])} means nothing to {options.method}: leave it out")
+
+
+class Tuning:
+    """A tuner at work on a loaded model: `parameters` and `pruner` go to the training loop, `finish` ends it.
+
+    starts: of adapters, found while packing; steps: how many the loop will take.
+    """
+
+    def __init__(self, loaded: Loaded, options: Tune, seed: int, steps: int, starts: Starts | None = None):
+        self.loaded, self.pruner = loaded, None
+        if loaded.adapter is not None:
+            raise ModelError(f"{loaded.name} has an adapter already: absorb it, or tune the base without it")
+        if options.method in KINDS:
+            self.adapters: Adapters | None = Adapters(KINDS[options.method], options, seed)
+            self.tuner: Tuner = self.adapters
+            self.parameters = self.adapters.attach(loaded.model, starts, steps)
+            self.pruner = self.adapters.pruner
+        else:
+            self.adapters, self.tuner = None, TUNERS[options.method](options)
+            self.parameters = self.tuner.attach(loaded.model)
+
+    def finish(self) -> int:
+        """Write the trained values back; adapters stay beside the model. Returns how many numbers were trained."""
+        self.tuner.detach(self.loaded.model)
+        if self.adapters is not None:
+            self.loaded.adapter = self.adapters.model
+        return sum(p.numel() for p in self.parameters.values())
