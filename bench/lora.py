@@ -1,11 +1,12 @@
 """Adapters on packed bases beside what else trains there: PEQA, tables, QA-LoRA; LoRA on the dense model; and QLoRA of bitsandbytes (NF4).
 
-Every arm of a model sees the same windows for the same number of steps, at the learning rate of its kind (the tuner's own default; of LoRA on a dense
-or NF4 base that of LoRA on a packed one). Each runs in a process of its own, so that its memory is its own: `growth` is the peak resident size while
-it trained less what the process took before it loaded a model. Rows of the same model and bits are replaced; an arm that is there is not run again.
+Every arm of a model sees the same windows for the same number of steps, once, at a quarter of, at, and at four times the default learning rate of its
+kind (of LoRA on a dense or NF4 base: that of LoRA on a packed one). The row is that of the rate with the least loss over the last quarter of the
+steps, whose windows were not yet trained on: no held-out text chooses anything. Each run has a process of its own, so that its memory is its own:
+`growth` is the peak resident size while it trained less what the process took before it loaded a model. An arm that is there is not run again.
 
-    python bench/lora.py --model tiny --bits 3 4
-    python bench/lora.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32 --bits 3 4
+    python bench/lora.py --model tiny
+    python bench/lora.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32
     python bench/lora.py --bits 4 --only nf4            arms whose names begin so
 """
 
@@ -35,9 +36,10 @@ from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
 
 FIELDS = [
-    "model", "arm", "bits", "base", "tune", "start", "rank", "lr", "steps", "trainable", "untuned_ppl", "domain_ppl", "outside_ppl",
-    "bits_per_weight", "adapter_bytes", "growth_mb", "steps_per_second", "seconds", "domain_sha256", "outside_sha256", "window", "seed", "threads",
-    "torch", "compressor",
+    "model", "arm", "bits", "base", "tune", "start", "rank", "lr", "lr_tried", "steps", "trainable", "train_loss", "untuned_ppl", "domain_ppl",
+    "outside_ppl",
+    "bits_per_weight", "adapter_bytes", "growth_mb", "steps_per_second", "seconds", "domain_sha256", "outside_sha256", "window", "seed",
+    "threads", "torch", "compressor",
 ]  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "untuned": {"method": "none"}, "peqa": {"method": "peqa"}, "table": {"method": "table", "base": "sketch"}, "qalora r8": {"method": "qalora"},
@@ -59,13 +61,16 @@ class Bench:
         self.a = a
         self.domain, self.outside = data.load(a.data), data.load_text(a.outside)
 
-    def row(self, arm: str, bits: int) -> dict[str, Any]:
+    def row(self, arm: str, bits: int, factor: float) -> dict[str, Any]:
+        """The row of one arm, at this multiple of its default learning rate."""
         keys = dict((DENSE if bits == 16 else ARMS)[arm])
         base = keys.pop("base", "gptq")
         packer = base if base in PACKERS else "none"
         recipe = Recipe(model=self.a.model, seed=self.a.seed).with_(quant__bits=min(bits, 4), quant__group=self.a.group if packer == "gptq" else 128)
         recipe = recipe.with_(quant__packer=packer, tune__epochs=self.a.epochs, **{f"tune__{key}": value for key, value in keys.items()})
         recipe = recipe.with_(tune=resolved(recipe.tune))
+        if recipe.tune.lr is not None:
+            recipe = recipe.with_(tune__lr=factor * recipe.tune.lr)
         gc.collect()
         reset_peak()
         before, start = peak_bytes()[""], time.perf_counter()
@@ -112,14 +117,16 @@ class Bench:
         gc.collect()
         reset_peak()
         start = time.perf_counter()
-        train(loaded.model, parameters, objective, options, recipe.seed, None, "", None, None, pruner)
+        log = train(loaded.model, parameters, objective, options, recipe.seed, None, "", None, None, pruner)
         seconds, grown = time.perf_counter() - start, peak_bytes()[""] - before
         if adapters is None:
             tuning.finish()
         made = loaded.adapter if adapters is None else adapters.model
         size = sum(t.nbytes for t in state(made).values()) if made is not None else ""
+        last = [step["loss"] for step in log.curve[-(-3 * steps // 4) :]]
         return {
-            "steps": steps, "trainable": sum(p.numel() for p in parameters.values()), "growth_mb": round(grown / 1e6, 1),
+            "train_loss": round(sum(last) / len(last), 4), "steps": steps, "trainable": sum(p.numel() for p in parameters.values()),
+            "growth_mb": round(grown / 1e6, 1),
             "steps_per_second": round(steps / seconds, 2), "adapter_bytes": size,
         }  # fmt: skip
 
@@ -145,13 +152,33 @@ def nf4(model: nn.Module, names: list[str]) -> float:
     return round(stored / weights, 4)
 
 
-def work(a: argparse.Namespace, arm: str, bits: int, pipe: Any) -> None:
-    """One arm, in a process of its own."""
+def work(a: argparse.Namespace, arm: str, bits: int, factor: float, pipe: Any) -> None:
+    """One arm at one rate, in a process of its own."""
     try:
-        pipe.send(Bench(a).row(arm, bits))
+        pipe.send(Bench(a).row(arm, bits, factor))
     except Absent as why:
         print(f"{arm}: left out, {why}", flush=True)
         pipe.send(None)
+
+
+def best(a: argparse.Namespace, arm: str, bits: int) -> dict[str, Any] | None:
+    """The row of the rate that learnt best; None where the arm cannot run here."""
+    context, rows = multiprocessing.get_context("spawn"), []
+    untrained = (DENSE if bits == 16 else ARMS)[arm]["method"] == "none"
+    for factor in (1.0,) if untrained else a.rates:
+        here, there = context.Pipe()
+        process = context.Process(target=work, args=(a, arm, bits, factor, there))
+        process.start()
+        there.close()  # so that a run that dies ends the wait
+        row = here.recv()
+        process.join()
+        if row is None:
+            return None
+        rows.append(row)
+    if untrained:
+        return rows[0]
+    chosen = min(rows, key=lambda row: row["train_loss"])
+    return chosen | {"lr_tried": " ".join(f"{row['lr']:g}" for row in rows)}
 
 
 def main() -> None:
@@ -159,11 +186,12 @@ def main() -> None:
     ap.add_argument("--model", default="tiny")
     ap.add_argument("--data", default="python")
     ap.add_argument("--outside", default="python-source")
-    ap.add_argument("--bits", type=int, nargs="+", default=[3])
+    ap.add_argument("--bits", type=int, nargs="+", default=[16, 3, 4], help="of packed bases; 16: the dense arms")
     ap.add_argument("--group", type=int, default=128)
     ap.add_argument("--epochs", type=float, default=Recipe().tune.epochs)
     ap.add_argument("--seed", type=int, default=42)
     ap.add_argument("--max-tokens", type=int, default=65536)
+    ap.add_argument("--rates", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="multiples of each kind's default learning rate")
     ap.add_argument("--only", nargs="+", help="arms whose names begin so")
     ap.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lora.csv")
     a = ap.parse_args()
@@ -171,22 +199,17 @@ def main() -> None:
     if a.out.exists():
         with a.out.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    todo = [(arm, 16) for arm in DENSE] + [(arm, bits) for bits in a.bits for arm in ARMS if bits == 4 or ARMS[arm].get("base") != "nf4"]
+    todo = [(arm, bits) for bits in a.bits for arm in (DENSE if bits == 16 else ARMS) if bits == 4 or ARMS.get(arm, {}).get("base") != "nf4"]
     done = {(row["model"], row["arm"], row["bits"], row["seed"]) for row in rows}
-    context = multiprocessing.get_context("spawn")
     for arm, bits in todo:
         key = (Path(a.model).name, arm, str(bits), str(a.seed))
         if key in done or (a.only and not any(arm.startswith(name) for name in a.only)):
             continue
-        here, there = context.Pipe()
-        process = context.Process(target=work, args=(a, arm, bits, there))
-        process.start()
-        row = here.recv()
-        process.join()
+        row = best(a, arm, bits)
         if row is not None:
             rows.append(row)
             write_rows(a.out, FIELDS, rows)
-            print({k: row[k] for k in ("arm", "bits", "untuned_ppl", "domain_ppl", "outside_ppl", "steps", "trainable", "seconds")}, flush=True)
+            print({k: row[k] for k in ("arm", "bits", "lr", "untuned_ppl", "domain_ppl", "outside_ppl", "steps", "trainable", "seconds")}, flush=True)
 
 
 if __name__ == "__main__":
