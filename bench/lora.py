@@ -7,7 +7,7 @@ steps, whose windows were not yet trained on: no held-out text chooses anything.
 
     python bench/lora.py --model tiny
     python bench/lora.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32
-    python bench/lora.py --bits 4 --only nf4            arms whose names begin so
+    python bench/lora.py --bits 4 --only "nf4, lora r8" "lora r8"
 """
 
 import argparse
@@ -192,7 +192,7 @@ def main() -> None:
     ap.add_argument("--seed", type=int, default=42)
     ap.add_argument("--max-tokens", type=int, default=65536)
     ap.add_argument("--rates", type=float, nargs="+", default=[0.25, 1.0, 4.0], help="multiples of each kind's default learning rate")
-    ap.add_argument("--only", nargs="+", help="arms whose names begin so")
+    ap.add_argument("--only", nargs="+", help="these arms")
     ap.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lora.csv")
     a = ap.parse_args()
     rows: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ def main() -> None:
     done = {(row["model"], row["arm"], row["bits"], row["seed"]) for row in rows}
     for arm, bits in todo:
         key = (Path(a.model).name, arm, str(bits), str(a.seed))
-        if key in done or (a.only and not any(arm.startswith(name) for name in a.only)):
+        if key in done or (a.only and arm not in a.only):
             continue
         row = best(a, arm, bits)
         if row is not None:

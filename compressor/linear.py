@@ -58,7 +58,8 @@ class PackedLinear(nn.Linear):
         if name != "weight":
             return super().__getattr__(name)
         dtype = torch.float32 if self.words.device.type == "cpu" else self.learned.dtype
-        return WeightView(lambda: self.packed().dequantize(dtype), (self.out_features, self.in_features), dtype, self.words.device)
+        like = torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        return WeightView(lambda: self.packed().dequantize(dtype), like, self.words.device)
 
     def packed(self) -> PackedWeight:
         """The weight as it would be stored now, with the tuner's values or zeros if one is attached."""

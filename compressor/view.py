@@ -2,10 +2,10 @@
 
 Libraries around nn.Linear look at `layer.weight`: mostly at its shape, dtype and device, which costs nothing here, sometimes at its numbers (DoRA's
 norms), and some write into it. What would be written into a decoded copy is lost in silence: peft's merge would drop an adapter, and its PiSSA would
-train beside a weight that it believes it has reduced. So a write raises.
+train beside a weight that it believes it has reduced. So a write raises, into a slice or another shape of the weight too.
 
-Price: each operation decodes the whole weight anew, 4 n k bytes while it runs. Limits: no gradient reaches the values through it, and what an
-operation returns, a slice among them, is an ordinary tensor of its own.
+Price: each operation decodes the whole weight anew, 4 n k bytes while it runs. Limits: no gradient reaches the values through it, and an operation
+that returns several views (split, unbind) returns ordinary tensors of their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from compressor.errors import ModelError
 
-DETACH = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 REFUSED = (
     "a packed weight cannot be changed in place, and what was to be written would be lost: adapters stay beside it, or are absorbed by packing anew"
 )
 
 
 class WeightView(Tensor):
-    """A tensor [n, k] of a dtype on a device whose numbers are `decode()`."""
+    """A tensor like `like`, a tensor of the meta device, on a device, whose numbers are `decode()`."""
 
     decode: Callable[[], Tensor]
+    like: Tensor
 
     @staticmethod
-    def __new__(cls, decode: Callable[[], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "WeightView":
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def __new__(cls, decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> "WeightView":
+        made = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
         assert isinstance(made, WeightView)
-        made.decode = decode
+        made.decode, made.like = decode, like
         return made
 
     @classmethod
@@ -44,14 +44,15 @@ class WeightView(Tensor):
 
 
 def _dispatch(cls: type, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-    """What an operator gives on the decoded weight, or on a view where it only passes the tensor on."""
-    if func in DETACH:
-        view = args[0]
-        return WeightView(view.decode, tuple(view.shape), view.dtype, view.device)
+    """What an operator gives on the decoded weight; a view again from one that only looks at the tensor otherwise."""
     named = kwargs or {}
     given = [*zip(func._schema.arguments, args, strict=False), *((a, named[a.name]) for a in func._schema.arguments if a.name in named)]
-    if any(isinstance(value, WeightView) and argument.alias_info is not None and argument.alias_info.is_write for argument, value in given):
+    written = [value for argument, value in given if argument.alias_info is not None and argument.alias_info.is_write]
+    if any(isinstance(value, WeightView) for value in tree_leaves(written)):
         raise ModelError(REFUSED)
+    (first, *_), returns = [*args, None], func._schema.returns
+    if isinstance(first, WeightView) and len(returns) == 1 and returns[0].alias_info is not None and str(returns[0].type) == "Tensor":
+        return WeightView(lambda: func(first.decode(), *args[1:], **named), func(first.like, *args[1:], **named), first.device)
     plain = lambda value: value.decode() if isinstance(value, WeightView) else value
     return func(*tree_map(plain, args), **tree_map(plain, named))
 

@@ -34,6 +34,13 @@ def test_numbers_are_those_of_the_packed_weight_now(layer: PackedLinear) -> None
     assert torch.equal(view + 0, 2 * dense)
 
 
+def test_views_of_it_are_views(layer: PackedLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = layer.packed().dequantize()
+    parts = (layer.weight.T, layer.weight[2:5, 3], layer.weight.view(-1)[7:], layer.weight.unsqueeze(1).transpose(0, 2))
+    for part, same in zip(parts, (dense.T, dense[2:5, 3], dense.view(-1)[7:], dense.unsqueeze(1).transpose(0, 2)), strict=True):
+        assert isinstance(part, WeightView) and part.stride() == same.stride() and torch.equal(part + 0, same)
+
+
 def test_gradients_pass_beside_it(layer: PackedLinear) -> None:
     x = torch.randn(3, 64, requires_grad=True)
     nn.functional.linear(x, layer.weight).sum().backward()
@@ -49,6 +56,12 @@ WRITES: dict[str, Callable[[PackedLinear], object]] = {
     "item": lambda m: m.weight.__setitem__(0, 1.0),
     "out": lambda m: torch.add(torch.zeros(24, 64), 1, out=m.weight),
     "init": lambda m: m.reset_parameters(),
+    "another shape": lambda m: m.weight.view(-1).zero_(),
+    "transposed": lambda m: m.weight.T.zero_(),
+    "a row": lambda m: m.weight.data[0].fill_(0),
+    "a slice": lambda m: m.weight[:3, 4:].mul_(2),
+    "scattered": lambda m: m.weight.data.reshape(-1).scatter_add_(0, torch.tensor([1]), torch.ones(1)),
+    "foreach": lambda m: torch._foreach_add_([torch.zeros(24, 64), m.weight], 1),
     "normal": lambda m: nn.init.normal_(m.weight),
 }
 

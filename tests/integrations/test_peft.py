@@ -3,17 +3,20 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import peft as adapters
 from compressor.linear import packed_linears
+from compressor.packed import PackedWeight
 from compressor.recipe import Tune
 from compressor.tune.batches import CausalLM
 from compressor.tune.loop import train
@@ -46,13 +49,46 @@ METHODS: dict[str, Any] = {
     "RandLoRA": peft.RandLoraConfig(r=8, **SAME | {"target_modules": ["q_proj"]}),
     "C3A": peft.C3AConfig(block_size=16, **SAME | {"target_modules": ["q_proj"]}),
     "VB-LoRA": peft.VBLoRAConfig(r=4, num_vectors=32, vector_length=16, topk=2, **SAME),
+    "aLoRA": peft.LoraConfig(r=4, alora_invocation_tokens=[int(IDS[0, 0])], **SAME),
+    "LoRA with biases": peft.LoraConfig(r=4, lora_bias=True, **SAME),
+    "BEFT": peft.BeftConfig(**SAME),
+    "DEFT": peft.DeftConfig(r=4, **SAME),
+    "DeLoRA": peft.DeloraConfig(r=4, **SAME),
+    "FRoD": peft.FrodConfig(progressbar=False, **SAME | {"target_modules": ["q_proj"]}),
+    "GraLoRA": peft.GraloraConfig(r=4, alpha=8, **SAME),
+    "HiRA": peft.HiraConfig(r=4, **SAME),
+    "Lily": peft.LilyConfig(r=4, **SAME),
+    "PEANuT": peft.PeanutConfig(r=4, **SAME),
+    "Poly": peft.PolyConfig(r=4, n_tasks=1, **SAME),
+    "PSOFT": peft.PsoftConfig(r=4, psoft_alpha=4, **SAME),
+    "PVeRA": peft.PveraConfig(r=8, **SAME | {"target_modules": ["q_proj"]}),
+    "Supertuning": peft.SupertuningConfig(**SAME),
+    "TinyLoRA": peft.TinyLoraConfig(r=2, u=16, **SAME),
+    "UniLoRA": peft.UniLoraConfig(r=4, theta_d_length=64, **SAME),
+    "trainable tokens": peft.TrainableTokensConfig(token_indices=[1, 2, 3], target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
     "LayerNorm tuning": peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
     "prompt tuning": peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "prefix tuning": peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
     "P-tuning": peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+    "multitask prompt tuning": peft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=2, task_type="CAUSAL_LM"),
+    "CPT": peft.CPTConfig(
+        num_virtual_tokens=4, cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4], task_type="CAUSAL_LM"
+    ),
+    "Cartridge": peft.CartridgeConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
 }
-FAR_START = ("FourierFT", "C3A", "VB-LoRA", "prompt tuning", "prefix tuning", "P-tuning")  # peft starts them away from the base, of dense ones too
-NO_MERGE = ("prompt tuning", "prefix tuning", "P-tuning", "LayerNorm tuning")  # nothing to merge into a packed weight
+DECODE = ("DoRA", "HRA", "HiRA", "PEANuT", "SHiRA", "Supertuning")  # whose forward pass reads the weight
+PROMPTS = ("prompt tuning", "prefix tuning", "P-tuning", "multitask prompt tuning", "CPT", "Cartridge")
+FAR_START = ("FourierFT", "C3A", "VB-LoRA", "UniLoRA", *PROMPTS)  # peft starts them away from the base, of dense ones too
+NO_MERGE = (
+    "LayerNorm tuning",
+    "trainable tokens",
+    "BEFT",
+    "Lily",
+    "aLoRA",
+    "Poly",
+    *PROMPTS,
+)  # nothing to merge, or never merged
+TASK_IDS = ("Poly", "multitask prompt tuning")
 REFUSED = {
     "PiSSA": peft.LoraConfig(r=4, init_lora_weights="pissa", **SAME),
     "PiSSA, fast": peft.LoraConfig(r=4, init_lora_weights="pissa_niter_2", **SAME),
@@ -60,10 +96,10 @@ REFUSED = {
 }
 
 
-def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+def logits(model: Any, ids: Tensor = IDS, **more: Tensor) -> Tensor:
     model.eval()
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        return model(input_ids=ids, **more).logits
 
 
 def codes(model: nn.Module) -> list[Tensor]:
@@ -72,21 +108,27 @@ def codes(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_starts_at_the_base_trains_saves_and_reloads(packed_llama, sketched_llama, tmp_path: Path, name: str, tables: bool) -> None:
+def test_a_method_starts_at_the_base_trains_saves_and_reloads(
+    packed_llama, sketched_llama, tmp_path: Path, monkeypatch, name: str, tables: bool
+) -> None:
     if tables and name not in ("LoRA", "DoRA", "IA3", "prompt tuning"):
         return  # one of each way to work is enough
     base = (sketched_llama if tables else packed_llama)()
-    before, start = [t.clone() for t in codes(base)], logits(base)
+    before, start, read = [t.clone() for t in codes(base)], logits(base), []
+    decode = PackedWeight.dequantize
+    monkeypatch.setattr(PackedWeight, "dequantize", lambda *a: read.append(1) or decode(*a))
+    more = {"task_ids": torch.zeros(len(IDS), dtype=torch.long)} if name in TASK_IDS else {}
     torch.manual_seed(0)
     model = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(METHODS[name]))
     if name == "LoRA, EVA start":
         peft.initialize_lora_eva_weights(model, [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}] * 2, show_progress_bar=False)
+    read.clear()
     if name not in FAR_START:
-        assert error(logits(model), start) < 1e-4
+        assert error(logits(model, **more), start) < 1e-4
     optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3), []
     model.train()
     for step in range(6):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=IDS, labels=IDS, **more).loss
         loss.backward()
         optimizer.step()
         if name == "AdaLoRA":
@@ -94,11 +136,12 @@ def test_a_method_starts_at_the_base_trains_saves_and_reloads(packed_llama, sket
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0], losses
-    after = logits(model)
+    assert bool(read) == (name in DECODE), "which methods decode weights in each pass is said in docs/methods.md"
+    after = logits(model, **more)
     assert all(torch.equal(a, b) for a, b in zip(before, codes(model), strict=True)), "codes and values are not what is trained"
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert torch.equal(logits(again), after)
+    assert torch.equal(logits(again, **more), after)
     if name not in NO_MERGE:
         with pytest.raises(ModelError, match="cannot be changed in place"):
             model.merge_and_unload()
@@ -108,6 +151,15 @@ def test_a_method_starts_at_the_base_trains_saves_and_reloads(packed_llama, sket
 def test_starts_that_would_write_into_the_weight_are_refused(packed_llama, name: str) -> None:
     with pytest.raises(ModelError, match="cannot be changed in place"):
         peft.get_peft_model(packed_llama(), REFUSED[name])
+
+
+def test_corda_which_would_write_into_the_weight_is_refused(packed_llama) -> None:
+    model = packed_llama()
+    for layer in packed_linears(model).values():
+        u, sigma, v = torch.linalg.svd(layer.packed().dequantize(), full_matrices=False)
+        layer.eigens = SimpleNamespace(S_WC=sigma[:4], U_WC=u[:, :4], V_WC=v[:4].T)  # what peft's preprocess_corda leaves there
+    with pytest.raises(ModelError, match="cannot be changed in place"):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights="corda", corda_config=CordaConfig(), **SAME))
 
 
 def test_lora_of_a_packed_weight_is_that_of_the_decoded_one(packed_llama) -> None:
