@@ -1,14 +1,12 @@
-"""Adapters of peft as data: a configuration and tensors that somebody gave, judged, put beside a model, exchanged, and set aside for a while.
+"""Adapters of peft as data: a configuration and tensors that somebody gave, judged, put beside a model, and exchanged.
 
-Wrappers are taken off and put back as the modules they are, so the base under them, its tensors and their addresses stay what they were, and an
-exchange that fails leaves the first adapter bit for bit. Configurations come from strangers: only kinds that wrap linears are let in, no key that
+An exchange that fails leaves the first adapter bit for bit. Configurations come from strangers: only kinds that wrap linears are let in, no key that
 makes peft import a module by its name, copy or repeat layers, or match names by patterns, and no rank beyond the layers.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.integrations import peft as adapters
-from compressor.linear import packed_linears, swap
+from compressor.linear import packed_linears
 
 TYPES = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "MISS")  # what peft calls the kinds of `adapters.KINDS`
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "bat", "mini")  # of paths; others write into the weight or need data
@@ -90,43 +88,6 @@ def _check_size(model: nn.Module, config: Config, tensors: Mapping[str, Tensor],
         raise ModelError(f"{where}: the adapter's configuration wants rank {max(ranks)}, and no tensor of it is that large")
 
 
-def strip(model: nn.Module) -> dict[str, nn.Module]:
-    """Take every wrapper of peft off the model's layers, in place; returns them by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    found: dict[str, nn.Module] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not name.startswith(tuple(f"{outer}." for outer in found)):
-            found[name] = module
-    for name, module in found.items():
-        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.get_submodule("original_module")
-        swap(model, name, inner)
-    if "peft_config" in vars(model):  # which the next adapter would write its own into
-        del model.peft_config
-    return found
-
-
-def put_back(model: nn.Module, wrappers: Mapping[str, nn.Module], made: Any) -> None:
-    """The inverse of `strip`; made: peft's model around this one, or None if there was none."""
-    for name, module in wrappers.items():
-        swap(model, name, module)
-    if made is not None:
-        vars(model)["peft_config"] = made.peft_config
-
-
-@contextmanager
-def set_aside(loaded: Any) -> Iterator[None]:
-    """The base alone inside, for a loaded model with an `adapter` or without; afterwards the same modules are back."""
-    wrappers, made = ({} if loaded.adapter is None else strip(loaded.model)), loaded.adapter
-    loaded.adapter = None
-    try:
-        yield
-    finally:
-        put_back(loaded.model, wrappers, made)
-        loaded.adapter = made
-
-
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything that wrappers of peft hold beside the base."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -148,14 +109,14 @@ def exchange(loaded: Any, config: Config, tensors: Mapping[str, Tensor], where: 
         loaded.adapter.peft_config[adapters.NAME].base_model_name_or_path = config.get(BASE)
         return
     made = loaded.adapter
-    wrappers = {} if made is None else strip(loaded.model)
+    wrappers = {} if made is None else adapters.strip(loaded.model)
     loaded.adapter = None
     try:
         _check_size(loaded.model, config, tensors, where)
-        loaded.adapter = attach(loaded.model, config, tensors, where)
+        loaded.adapter = adapters.beside(loaded.model, lambda library: library.PeftConfig.from_peft_type(**config), tensors, where)
     except ModelError:
-        strip(loaded.model)  # what was attached of it
-        put_back(loaded.model, wrappers, made)
+        adapters.strip(loaded.model)  # what was attached of it
+        adapters.put_back(loaded.model, wrappers, made)
         loaded.adapter = made
         raise
 
@@ -171,22 +132,6 @@ def _copied(made: Any, tensors: Mapping[str, Tensor]) -> bool:
         return False
     peft.set_peft_model_state_dict(made, dict(tensors))
     return True
-
-
-def attach(model: nn.Module, config: Config, tensors: Mapping[str, Tensor], where: str) -> Any:
-    """peft's model around this one with the adapter, frozen; the random numbers of the caller go on undisturbed. ModelError if it does not fit."""
-    import peft
-
-    try:
-        with torch.random.fork_rng():
-            made, said = adapters.attached(model, peft.PeftConfig.from_peft_type(**config), tensors)
-    except Exception as error:  # configurations of strangers raise what they like
-        raise ModelError(f"{where}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None
-    held = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
-    strange = [*getattr(said, "unexpected_keys", ()), *sorted(held.keys() ^ tensors.keys())]
-    if strange:
-        raise ModelError(f"{where} does not fit this model: {strange[0][:200]} belongs to one of them alone")
-    return made
 
 
 def write(folder: Path, config: Config, tensors: Mapping[str, Tensor]) -> int:

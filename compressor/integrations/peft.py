@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
-from compressor.linear import packed_linears
+from compressor.linear import packed_linears, swap
 from compressor.recipe import Tune
 
 NAME = "default"  # peft's name of an adapter that got none
@@ -139,7 +139,8 @@ class Adapters:
 
     def remove(self) -> nn.Module:
         """The base without adapters, the same object that `attach` was given."""
-        base: nn.Module = self.model.unload()
+        base: nn.Module = self.model.base_model.model
+        strip(base)
         return base
 
 
@@ -246,44 +247,70 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def load(model: nn.Module, folder: Path) -> Any:
     """Attach the adapter of a folder to a model, in place; returns peft's model around it. ModelError if it is damaged or of another model."""
-    import peft
-
     config, tensors = read(folder)
     if config.get("megatron_config"):
         raise ModelError(f"{folder}: the adapter's configuration sets megatron_config, which names code to import, and code of others is not run")
-    try:
-        made, loaded = attached(model, peft.PeftConfig.from_pretrained(str(folder)), tensors)
-    except Exception as error:  # configurations of strangers raise what they like
-        raise ModelError(f"{folder}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None
-    lacking = [key for key in getattr(loaded, "missing_keys", ()) if "lora_" in key or "ia3_" in key]
-    if getattr(loaded, "unexpected_keys", ()) or lacking:
-        strange = [*loaded.unexpected_keys, *lacking][0]
-        raise ModelError(f"{folder} does not fit this model: {strange} belongs to one of them alone")
-    return made
+    return beside(model, lambda library: library.PeftConfig.from_pretrained(str(folder)), tensors, str(folder))
 
 
-def attached(model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """(peft's model around this one with an adapter of these tensors, frozen; what peft says of keys that are missing or too many)."""
+def beside(model: nn.Module, config: Callable[[Any], Any], tensors: Mapping[str, Tensor], where: str) -> Any:
+    """peft's model around this one with an adapter of these tensors, frozen; the random numbers of the caller go on undisturbed.
+
+    config: makes the configuration, of the library. ModelError, naming `where` it comes from, unless it fits, tensor by tensor.
+    """
     import peft
 
-    made: Any = peft.PeftModel(model, config)
-    found = peft.set_peft_model_state_dict(made, dict(tensors))
-    return made.eval().requires_grad_(False), found
+    try:
+        with torch.random.fork_rng():
+            made: Any = peft.PeftModel(model, config(peft))
+            said = peft.set_peft_model_state_dict(made, dict(tensors))
+        held = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
+    except Exception as error:  # configurations of strangers raise what they like
+        raise ModelError(f"{where}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None
+    strange = [*getattr(said, "unexpected_keys", ()), *sorted(held.keys() ^ tensors.keys())]
+    if strange:
+        raise ModelError(f"{where} does not fit this model: {strange[0][:200]} belongs to one of them alone")
+    return made.eval().requires_grad_(False)
+
+
+def strip(model: nn.Module) -> dict[str, nn.Module]:
+    """Take every wrapper of peft off the model's layers, in place; returns them by name.
+
+    They are the modules they were, and so are the layers under them, a head that trained with the adapter before it did: nothing is copied.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not name.startswith(tuple(f"{outer}." for outer in found)):
+            found[name] = module
+    for name, module in found.items():
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.get_submodule("original_module")
+        swap(model, name, inner)
+    if "peft_config" in vars(model):  # which the next adapter would write its own into
+        del model.peft_config
+    return found
+
+
+def put_back(model: nn.Module, wrappers: Mapping[str, nn.Module], made: Any) -> None:
+    """The inverse of `strip`; made: peft's model around this one, or None if there was none."""
+    for name, module in wrappers.items():
+        swap(model, name, module)
+    if made is not None:
+        vars(model)["peft_config"] = made.peft_config
 
 
 @contextmanager
-def without(loaded: Any) -> Iterator[None]:
-    """The base alone inside, for a loaded model with an `adapter` or without; afterwards the adapter is as it was."""
-    if loaded.adapter is None:
-        yield
-        return
-    config, tensors = loaded.adapter.peft_config[NAME], state(loaded.adapter)
-    loaded.adapter.unload()
+def set_aside(loaded: Any) -> Iterator[None]:
+    """The base alone inside, for a loaded model with an `adapter` or without; afterwards the same modules are back."""
+    wrappers, made = ({} if loaded.adapter is None else strip(loaded.model)), loaded.adapter
     loaded.adapter = None
     try:
         yield
     finally:
-        loaded.adapter = attached(loaded.model, config, tensors)[0]
+        put_back(loaded.model, wrappers, made)
+        loaded.adapter = made
 
 
 def deltas(model: Any) -> dict[str, Callable[[], Tensor]]:

@@ -28,17 +28,17 @@ def take_up(
 
     ids: calibration windows for packers that need them; windows int64 [count, t]: text whose logits are compared.
     """
-    made = loaded.adapter
-    changes, config, tensors = peft.deltas(made), made.peft_config[peft.NAME], peft.state(made)
+    made, changes = loaded.adapter, peft.deltas(loaded.adapter)
     before, logits = perplexity(), _logits(loaded, windows)
-    made.unload()
-    loaded.adapter, kept = None, snapshot(loaded.model)
+    wrappers, kept = peft.strip(loaded.model), snapshot(loaded.model)
+    loaded.adapter = None
     found = absorb(loaded.model, changes, quant, ids, keep_zeros=keep_zeros, on_layer=on_layer)
     after, change = perplexity(), float((_logits(loaded, windows) - logits).abs().max())
     rise = after / before - 1
     if not rise <= limit:  # also what is no number
         restore(loaded.model, kept)
-        loaded.adapter = peft.attached(loaded.model, config, tensors)[0]
+        peft.put_back(loaded.model, wrappers, made)
+        loaded.adapter = made
     return {
         "absorbed": loaded.adapter is None, "before": before, "after": after, "rise": rise, "limit": limit, "max_logit_change": change,
         "ways": found["ways"], "seconds": found["seconds"],

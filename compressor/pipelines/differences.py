@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from compressor.export import merge, task
-from compressor.integrations import attach, peft
+from compressor.integrations import peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import load, tasks, write
 
@@ -51,7 +51,7 @@ def side(source: str) -> Side:
     loaded = tasks.load_source(source, "cpu", adapters=True)
     tensors = {} if loaded.adapter is None else peft.state(loaded.adapter)
     if loaded.adapter is not None:
-        attach.strip(loaded.model)
+        peft.strip(loaded.model)
         loaded.adapter = None
     packed = load.packed_weights(loaded.model)
     kind = task.ADAPTER if tensors else "zero" if any(weight.float_zeros for weight in packed.values()) else task.kind_of(packed, source)

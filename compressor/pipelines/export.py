@@ -283,7 +283,7 @@ def apply(base: str, paths: Sequence[Path], output: Path) -> dict[str, Any]:
     found = tasks.read(loaded, paths)
     if beside:
         attach.exchange(loaded, found[0].config, found[0].values, str(paths[0]))
-        attach.strip(loaded.model)
+        peft.strip(loaded.model)
         loaded.adapter = None
     elif len(found) > 1:
         start = tasks.held(load.packed_weights(loaded.model), found[0].kind)

@@ -106,7 +106,7 @@ def base_digest(loaded: load.Loaded, kind: str | None = None) -> str:
 
     It is alike for a model in memory and the folder it is saved as: dense tensors count in the folder's dtype.
     """
-    with attach.set_aside(loaded):
+    with peft.set_aside(loaded):
         packed = load.packed_weights(loaded.model)
         kind = kind or task.kind_of(packed, loaded.name)
         digests = _digests.setdefault(loaded.model, {})
@@ -181,7 +181,7 @@ def save(
     """
     if kind is None and loaded.adapter is not None:
         kind, values, config = task.ADAPTER, peft.state(loaded.adapter), attach.plain(loaded.adapter)
-    with attach.set_aside(loaded):
+    with peft.set_aside(loaded):
         packed = load.packed_weights(loaded.model)
     kind = kind or task.kind_of(packed, loaded.name)
     new_file(path, loaded)
@@ -208,7 +208,7 @@ def read(loaded: load.Loaded, paths: Sequence[Path]) -> list[task.Task]:
     if other := next((i for i, head in enumerate(heads) if head.kind != kind), None):
         raise ModelError(f"{paths[0]} holds {kind}s and {paths[other]} {heads[other].kind}s, and tasks of two kinds do not add up")
     _check_free(loaded, kind)
-    with attach.set_aside(loaded):
+    with peft.set_aside(loaded):
         packed = load.packed_weights(loaded.model)
     task.check_fits(kind, packed, str(paths[0]))
     found = [task.read(path, packed, base_digest(loaded, kind)) for path in paths]

@@ -48,7 +48,7 @@ def write_folder(loaded: Loaded, folder: Path, sparse: bool = False) -> dict[str
 
     `sparse`: as masks and what they keep, which a model without packed layers may be written as too.
     """
-    with peft.without(loaded):
+    with peft.set_aside(loaded):
         return _write_base(loaded, folder, sparse)
 
 

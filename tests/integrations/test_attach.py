@@ -85,7 +85,7 @@ def test_an_adapter_is_set_aside_and_comes_back(packed_llama: Any, given: Any) -
     names = set(packed_linears(held.model))
     attach.exchange(held, *given, "t")
     after, made = logits(held.model), held.adapter
-    with attach.set_aside(held):
+    with peft.set_aside(held):
         assert held.adapter is None and set(packed_linears(held.model)) == names
         assert torch.equal(logits(held.model), before)
     assert held.adapter is made and torch.equal(logits(held.model), after)

@@ -48,7 +48,7 @@ def test_what_loads_the_folder_has_the_adapter(kept: tuple[Path, dict[str, Any]]
 
     ours, base = load.load(str(kept[0]), "cpu"), load.load(str(kept[0]), "cpu")
     assert ours.adapter is not None
-    base.adapter.unload()
+    adapters.strip(base.model)
     stock = AutoModelForCausalLM.from_pretrained(kept[0], dtype=torch.float32)
     assert error(logits(stock, IDS), logits(base.model, IDS)) < RELATIVE[torch.float32]
     assert error(logits(ours.model, IDS), logits(base.model, IDS)) > 1e-3
@@ -64,7 +64,7 @@ def test_eval_measures_with_the_adapter(
     model = compressor.load(str(kept[0]), "cpu")
     assert code == 0 and found["perplexity"] == model.evaluate(window=32, max_tokens=128)["perplexity"]
     assert found["folder_bytes"] == kept[1]["tuned"]["folder_bytes"]
-    model._loaded.adapter.unload()
+    adapters.strip(model.model)
     assert found["perplexity"] != model.evaluate(window=32, max_tokens=128)["perplexity"]
 
 
