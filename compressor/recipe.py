@@ -124,6 +124,9 @@ class Tune:
     absorb_limit: float = 0.02  # absorbing may raise the perplexity of the domain by this share; beyond it the adapter stays
 
 
+AFTER = ("adapter", "absorb_limit")  # keys of Tune for what is done once it is trained
+
+
 @dataclass(frozen=True)
 class Eval:
     """Perplexity protocol: windows that do not overlap, every token of a window but its first is predicted."""
@@ -174,7 +177,7 @@ class Recipe:
         if STAGES.index(upto) >= STAGES.index("compress"):
             keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
         if STAGES.index(upto) >= STAGES.index("tune"):
-            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every")}
+            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", *AFTER)}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 

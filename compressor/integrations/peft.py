@@ -75,8 +75,9 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("rslora", 2e-3, _lora(use_rslora=True), ("rank", "alpha", "dropout", "start")),  # Kalajdzievski, 2023, arXiv 2312.03732
     Kind("dora", 2e-3, _lora(use_dora=True)),  # Liu et al., 2024, arXiv 2402.09353; decodes each weight once a step for its norms
     Kind("adalora", 2e-3, _adalora),  # Zhang et al., 2023, arXiv 2303.10512; starts with half as many ranks more
-    Kind("loha", 2e-3, lambda peft, o, same: peft.LoHaConfig(r=o.rank, alpha=o.alpha, module_dropout=o.dropout, **same)),  # arXiv 2108.06098
-    Kind("lokr", 2e-3, lambda peft, o, same: peft.LoKrConfig(r=o.rank, alpha=o.alpha, module_dropout=o.dropout, **same)),  # arXiv 2309.14859
+    # these two make their change of a weight, dense, and keep it from forward to backward; their dropout in peft is of whole layers, and not offered
+    Kind("loha", 2e-3, lambda peft, o, same: peft.LoHaConfig(r=o.rank, alpha=o.alpha, **same), ("rank", "alpha")),  # arXiv 2108.06098
+    Kind("lokr", 2e-3, lambda peft, o, same: peft.LoKrConfig(r=o.rank, alpha=o.alpha, **same), ("rank", "alpha")),  # arXiv 2309.14859
     Kind("ia3", 1e-2, lambda peft, o, same: peft.IA3Config(**same, feedforward_modules=[]), ()),  # Liu et al., 2022, arXiv 2205.05638
     Kind("miss", 2e-3, lambda peft, o, same: peft.MissConfig(r=o.rank, miss_dropout=o.dropout, **same), ("rank", "dropout")),  # arXiv 2409.15371
 )}  # fmt: skip
@@ -263,13 +264,15 @@ def beside(model: nn.Module, config: Callable[[Any], Any], tensors: Mapping[str,
     try:
         with torch.random.fork_rng():
             made: Any = peft.PeftModel(model, config(peft))
-            said = peft.set_peft_model_state_dict(made, dict(tensors))
         held = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"{where}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None
-    strange = [*getattr(said, "unexpected_keys", ()), *sorted(held.keys() ^ tensors.keys())]
-    if strange:
+    if strange := sorted(held.keys() ^ tensors.keys()):  # told before peft loads, which would write any name of the model's own
         raise ModelError(f"{where} does not fit this model: {strange[0][:200]} belongs to one of them alone")
+    try:
+        peft.set_peft_model_state_dict(made, dict(tensors))
+    except Exception as error:
+        raise ModelError(f"{where}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None
     return made.eval().requires_grad_(False)
 
 

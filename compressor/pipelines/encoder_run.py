@@ -23,7 +23,7 @@ from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
-from compressor.pipelines.tuners import Tuning, resolved
+from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.prune import slicing
 from compressor.prune.masks import sparsity
 from compressor.recipe import Eval, Recipe
@@ -99,6 +99,8 @@ class EncoderRun(Job):
             loaded, model = self.encoder.loaded, self.encoder.model
             compress.check_finite(model)
             targets = compress.plan(model, self.recipe.quant).packed() if self.packs else []
+            if self.tunes:
+                check_layers(self.recipe.tune, {t.name: t.shape for t in targets}, PACKERS[self.recipe.quant.packer].needs)
             if self.prunes:
                 encoder_prune.check(model, self.recipe.prune)
             encode = encoder_tokens.encode
@@ -191,6 +193,8 @@ def check(recipe: Recipe) -> None:
     check_methods(recipe)
     if recipe.prune.method != "none":
         encoder_prune.resolved(recipe.prune, 12)
+    if recipe.tune.adapter == "absorb":
+        raise RecipeError("absorbing is judged by perplexity, which an encoder has none of: leave --adapter absorb out")
     for key in ("outside", "calib"):
         if getattr(recipe.data, key) is not None:
             raise RecipeError(f"--{key} means nothing to an encoder, which is trained, calibrated and measured on --data: leave it out")

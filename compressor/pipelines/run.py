@@ -13,6 +13,7 @@ import torch
 
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.pipelines import adapters, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
@@ -20,8 +21,8 @@ from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
-from compressor.pipelines.tuners import Tuning, resolved
-from compressor.recipe import Finetune, Recipe
+from compressor.pipelines.tuners import Tuning, check_layers, resolved
+from compressor.recipe import AFTER, Finetune, Recipe
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
 
@@ -44,6 +45,8 @@ class Run(Job):
         self.config = load.read_config(self.source)
         if self.config.get("quantization_config") and not self.prunes:
             raise ModelError(f"{self.source} is already quantised; `run` starts from a dense model, or prunes a packed one with --prune")
+        if (self.source / ADAPTER).is_dir() and self.config.get("quantization_config"):
+            raise ModelError(f"{self.source} has an adapter beside its packed weights: export it with --to bf16, and run on that")
         self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
         self.window = load.context(self.config, recipe.eval.window or self.seqlen)
         self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
@@ -63,7 +66,8 @@ class Run(Job):
         self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started())
         self.key_packed = digest(self.key_compress, measured)
         self.key_tune = digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
-        self.key_tuned = digest(self.key_tune, measured)
+        after = [getattr(recipe.tune, key) for key in AFTER]
+        self.key_tuned = digest(self.key_tune, measured, after)
         self.key_written = self.key_tuned if recipe.save == "folder" else digest(self.key_tuned, recipe.save)
 
     def go(self) -> dict[str, Any]:
@@ -108,11 +112,14 @@ class Run(Job):
         return loaded
 
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
-        """The linears that will be packed, found before any work; those of the model as it will be by then."""
+        """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""
         prune, quant = self.recipe.prune, self.recipe.quant
         if self.packs and self.prunes and not prune.uniform:  # any multiple may come out
             PACKERS[quant.packer].resolve(pruning.multiple(model, prune), quant, "an FFN of uneven width")
-        return compress.plan(model, quant).packed() if self.packs else []
+        found = compress.plan(model, quant).packed() if self.packs else []
+        if self.tunes:
+            check_layers(self.recipe.tune, {t.name: t.shape for t in found}, PACKERS[quant.packer].needs)
+        return found
 
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
@@ -255,6 +262,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
         calibration=0 if ids is None else ids.numel(), tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
         step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, count) for count in read), pruning=tokens, prune_steps=heals,
     )  # fmt: skip
+    job.targets(model)
     folder = load.folder_dtype(load.stored_dtype(job.source), job.config)
     found = estimate.estimate(recipe, model, folder, counts, job.source, before if job.prunes else None)
     if job.prunes:

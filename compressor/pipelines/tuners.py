@@ -1,5 +1,6 @@
 """All tuners by name: those that move the values of packed weights, and adapters beside them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
@@ -7,9 +8,9 @@ from torch import Tensor
 
 from compressor import tune
 from compressor.errors import ModelError, RecipeError
-from compressor.integrations.peft import KINDS, Adapters
+from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.pipelines.load import Loaded
-from compressor.quant.starts import STARTS
+from compressor.quant.starts import STARTS, check
 from compressor.recipe import Tune
 from compressor.tune import Offered, Tuner
 
@@ -29,6 +30,10 @@ def resolved(options: Tune) -> Tune:
     if options.rank < 1 or not options.alpha > 0 or not 0 <= options.dropout < 1:
         given = f"{options.rank}, {options.alpha:g}, {options.dropout:g}"
         raise RecipeError(f"an adapter needs rank and alpha above 0 and a dropout from 0 to below 1, not {given}")
+    if not math.isfinite(options.alpha) or not 0 <= options.absorb_limit < math.inf:
+        raise RecipeError(f"alpha={options.alpha} and absorb_limit={options.absorb_limit} must be finite, and the limit 0 or more, for example 0.05")
+    if options.adapter != "absorb" and options.absorb_limit != Tune().absorb_limit:
+        raise RecipeError(f"absorb_limit={options.absorb_limit} says what absorbing may cost, and the adapter is kept: add --adapter absorb")
     if options.start not in ("zero", *STARTS) or options.adapter not in ("keep", "absorb"):
         raise RecipeError(f"start={options.start}, adapter={options.adapter}: choose zero, {', '.join(STARTS)}, and keep or absorb")
     return replace(options, lr=KINDS[options.method].rate if options.lr is None else options.lr)
@@ -41,6 +46,24 @@ def _check(options: Tune, heeds: tuple[str, ...]) -> None:
         raise RecipeError(f"tune.{idle[0]}={getattr(options, idle[0])} means nothing to {options.method}: leave it out")
 
 
+def check_layers(options: Tune, shapes: Mapping[str, tuple[int, int]], sums: tuple[str, ...]) -> None:
+    """RecipeError, before any work, for targets that are no packed linears, and for ranks and starts that these cannot have.
+
+    shapes: [n, k] of what will be packed, by name; sums: the statistics that the packer collects.
+    """
+    leaves = {name.rpartition(".")[2] for name in shapes}
+    wanted = named(options.targets) or leaves
+    if strange := sorted(wanted - leaves):
+        raise RecipeError(f"no packed linear is named {strange[0]}: choose targets among {', '.join(sorted(leaves))}")
+    chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in wanted}
+    if options.start != "zero":
+        check(options.start, options.rank, sums, chosen)
+    if options.method in KINDS and options.method != "lokr" and "rank" in KINDS[options.method].keys:
+        least = min((min(shape) for shape in chosen.values()), default=options.rank)
+        if options.rank > least:
+            raise RecipeError(f"rank={options.rank} is above the smaller side of a linear, {least}: use a rank up to that")
+
+
 class Tuning:
     """A tuner at work on a loaded model: `parameters` and `pruner` go to the training loop, `finish` ends it.
 
@@ -51,6 +74,8 @@ class Tuning:
         self.loaded, self.pruner = loaded, None
         if loaded.adapter is not None:
             raise ModelError(f"{loaded.name} has an adapter already: absorb it, or tune the base without it")
+        if options.start != "zero" and not starts:
+            raise RecipeError(f"start={options.start} is found while a model is packed, by `compressor run`: leave it out here")
         if options.method in KINDS:
             self.adapters: Adapters | None = Adapters(KINDS[options.method], options, seed)
             self.tuner: Tuner = self.adapters
