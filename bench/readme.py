@@ -207,6 +207,77 @@ def pruning() -> str:
     return "\n".join([*decoders(), "", about, "", *memory, "", *encoders()])
 
 
+def trained() -> list[str]:
+    """What trains on a packed base, by model and bits, beside the dense model and NF4."""
+    rows, lines = read("lora.csv"), []
+    heads = "base untuned | tuned | learning rate | trained numbers | bits per weight of the base | memory above start, MB | steps a second, one core"
+    for model in dict.fromkeys(r["model"] for r in rows):
+        own = [r for r in rows if r["model"] == model]
+        steps, window = next((r["steps"], r["window"]) for r in own if r["steps"] != "0")
+        lines += [f"**{model}**, {steps} steps of 8 windows of {window} tokens for every arm; perplexity in domain / outside", ""]
+        lines += [f"| | {heads} |", "|---|---|---|---|---|---|---|---|"]
+        for bits in sorted({r["bits"] for r in own}, key=lambda b: (b != "16", b)):
+            bare = {r["base"]: r for r in own if r["bits"] == bits and r["tune"] == "none"}
+            for r in own:
+                if r["bits"] != bits or r["tune"] == "none":
+                    continue
+                same = r["base"] in bare and bare[r["base"]]["domain_ppl"] == r["untuned_ppl"]
+                before = both(bare[r["base"]]) if same else f"{float(r['untuned_ppl']):.2f}"
+                cells = [r["arm"] if bits == "16" else f"{bits} bits, {r['arm']}", before, both(r), f"{float(r['lr']):g}", f"{int(r['trainable']):,}"]
+                cells += [f"{float(r['bits_per_weight']):.2f}", f"{float(r['growth_mb']):.0f}", r["steps_per_second"]]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def both(row: dict[str, str]) -> str:
+    return f"{float(row['domain_ppl']):.2f} / {float(row['outside_ppl']):.1f}"
+
+
+def absorbed() -> list[str]:
+    lines = [
+        "| | packed | with what was trained | absorbed | change | largest change of a logit, of the largest logit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in read("absorb.csv"):
+        name = f"{r['model']}, {r['bits']} bits, {'LoRA' if r['tune'] == 'lora' else 'QA-LoRA'} of rank {r['rank']}"
+        before, after = (f"{float(r[k]):.2f} / {float(r['outside_' + k]):.1f}" for k in ("before", "after"))
+        change = f"{100 * float(r['rise']):+.1f} %" if float(r["rise"]) else "none, bit for bit"
+        lines.append(f"| {name} | {float(r['untuned']):.2f} | {before} | {after} | {change} | {r['logit_change']}, {100 * float(r['share']):.1f} % |")
+    exact = [r for r in read("absorb.csv") if r["path_error"]]
+    worst, rounding = (max(float(r[key]) for r in exact) for key in ("path_error", "rounding"))
+    return [
+        *lines,
+        "",
+        f"QA-LoRA against the paper's two passes in float64, largest difference over the largest output of a linear: {worst:.1e} with the zeros",
+        f"that are stored, {rounding:.1e} with `A` and `B` before their zeros are rounded to float16.",
+    ]
+
+
+def adapters() -> str:
+    """The section between the marks of docs/adapters.md."""
+    return "\n".join([*trained(), *absorbed()])
+
+
+def merges() -> str:
+    """The section between the marks of docs/tasks.md."""
+    rows, lines = read("tasks.csv"), []
+    for tune in dict.fromkeys(r["tune"] for r in rows):
+        own = [r for r in rows if r["tune"] == tune]
+        first, swapped = own[0], [r for r in own if r["exact"]]
+        same = "equal, bit for bit," if all(r["exact"] == "True" for r in swapped) else "DIFFER from"
+        lines += [
+            f"**{tune}** on `{first['model']}` at {first['bits']} bits, {first['steps']} steps on each text. Later swaps take",
+            f"{max(float(r['swap_ms']) for r in swapped):.1f} ms; logits then {same} those of the folders that were tuned.", "",
+            f"| values | {first['text_a']} | {first['text_b']} | geometric mean | against the better single task |", "|---|---|---|---|---|",
+        ]  # fmt: skip
+        for r in own:
+            change = 100 * (1 / (1 + float(r["gain"])) - 1)
+            lines.append(f"| {r['values']} | {float(r['ppl_a']):.2f} | {float(r['ppl_b']):.1f} | {float(r['mean']):.2f} | {change:+.1f} % |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def text() -> str:
     """The section between the marks of README.md."""
     rows = read("quality.csv")
@@ -242,7 +313,9 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--check", action="store_true")
     check = ap.parse_args().check
-    for path, section in ((ROOT / "README.md", text()), (ROOT / "docs" / "sketches.md", sketches()), (ROOT / "docs" / "pruning.md", pruning())):
+    sections = {"README.md": text, "docs/sketches.md": sketches, "docs/pruning.md": pruning, "docs/adapters.md": adapters, "docs/tasks.md": merges}
+    for name, make in sections.items():
+        path, section = ROOT / name, make()
         old = path.read_text("utf-8")
         new = old[: old.index(BEGIN)] + f"{BEGIN}\n{section}\n" + old[old.index(END) :]
         if check and new != old:

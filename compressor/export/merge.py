@@ -12,7 +12,7 @@ value, and the merged values are
                  small ones                                       Davari and Belilovsky 2023, arXiv 2312.06795
     soup         c_t = 1 / tasks                                  uniform soup, Wortsman et al. 2022, arXiv 2203.05482
     greedy       the same over the tasks that earn their place: best first, each stays if the average with it is no worse     (same paper)
-    lines        `sum`, then layer-increasing scaling: all c_t of block l of L times alpha + beta (l - 1) / (L - 1)
+    lines        `sum`, then layer-increasing scaling: all c_t of block l of L times alpha + beta (l - 1) / (L - 1), beta >= 0
                                                                   LiNeS, Wang et al. 2024, arXiv 2410.17146
 
 `scale` multiplies all coefficients, and alpha and beta may follow any method. The second form of the formula is the one computed, in float64, and
@@ -24,11 +24,12 @@ measure them (tune/peqa.py, tune/table.py): scales of one model differ more than
 the largest rows. Zeros are in steps of the grid already. Ties trims the whole task vector at once, breadcrumbs layer by layer, as published; equal
 changes rank in the order of the values. A value whose total is exactly zero elects no sign and stays as it is in the base; the authors' script gives
 it the commonest sign. Without alpha, LiNeS takes the paper's 1 / tasks * |sum of weighted task vectors| / |merged vector| (norms of absolute
-values); the paper searches beta, here it is 1 - alpha unless given, which leaves the last block as it was merged.
+values); the paper searches beta, here it is 1 - alpha unless given, or 0 where alpha is above 1, which leaves the last block as it was merged.
+Weights of ties are a share of the vote and of the mean: only their ratios count.
 
-Limits of what comes out: a scale falls below a tenth of the base's, the floor of tuning, only where a task is that low, and no number leaves the
-finite range of its dtype. Whether the base was itself tuned nobody can see: a digest knows codes, not values, and task vectors count from whatever
-the base holds.
+Limits of what comes out: a scale's size falls below a tenth of the base's, the floor of tuning, only where a task that counts is that low, its sign
+stays, and no number leaves the finite range of its dtype. Whether the base was itself tuned nobody can see: a digest knows codes, not values, and
+task vectors count from whatever the base holds.
 
 Price: values, their sum and one coefficient a task in float64, layer by layer; ties also ranks every task vector as a whole, some 20 bytes a value.
 Nothing here knows a model: what a merge is worth shows only in a measurement.
@@ -79,12 +80,16 @@ class Options:
             raise RecipeError(f"--weights has {len(self.weights)} numbers for {tasks} tasks: give one for each, in their order")
         if not all(math.isfinite(x) for x in (*(self.weights or ()), self.scale, *(self.lines or ())) if x is not None):
             raise RecipeError("--weights, --scale and --lines must be finite numbers")
+        if self.lines is not None and (self.lines[1] or 0) < 0:
+            raise RecipeError(f"--lines: beta={self.lines[1]} is what the factor grows by up to the last block, 0 or more")
         if self.density is not None and self.method not in DENSITY:
             raise RecipeError(f"--density means nothing to {self.method}, which drops no change: leave it out, or take {' or '.join(DENSITY)}")
         if self.outliers is not None and self.method != "breadcrumbs":
             raise RecipeError(f"--outliers means nothing to {self.method}: leave it out, or take --method breadcrumbs")
         if not (0 < self.kept() <= 1 and 0 <= self.dropped() < 1):
             raise RecipeError(f"density={self.kept()} is a share above 0 and at most 1, and outliers={self.dropped()} one from 0 to below 1")
+        if self.method == "breadcrumbs" and self.kept() + self.dropped() > 1:
+            raise RecipeError(f"density={self.kept()} and outliers={self.dropped()} are shares of the same changes, and add up to at most 1")
         if self.method == "lines" and tasks == 1 and (self.lines is None or self.lines[0] is None):
             raise RecipeError("lines leaves a single task as it is unless it is told how much the first block keeps: add --lines, for example 0.3")
 
@@ -144,8 +149,12 @@ def combined(base: Tensor, tasks: Sequence[Tensor], coefficients: Sequence[Coeff
     for task, c in zip(tasks, coefficients, strict=True):
         merged += c * task.double()
     if kind == "scale":  # below the smallest normal number a tenth may round to zero: there the floor is the base's scale itself
-        floor = torch.maximum(FLOOR * wide, wide.clamp(max=limits.tiny))
-        merged = torch.maximum(merged, torch.stack([floor, *(task.double() for task in tasks)]).amin(0))
+        sign, size = torch.where(wide < 0, -1.0, 1.0).double(), wide.abs()
+        floor = torch.maximum(FLOOR * size, size.clamp(max=limits.tiny))
+        for task, c in zip(tasks, coefficients, strict=True):
+            counts = torch.as_tensor(c, device=wide.device) != 0
+            floor = torch.where(counts, torch.minimum(floor, sign * task.double()), floor)
+        merged = sign * torch.maximum(sign * merged, floor)
     return merged.clamp_(-limits.max, limits.max).to(base.dtype)
 
 
@@ -191,14 +200,15 @@ def greedy(base: Values, tasks: Sequence[Values], kind: str, quality: Quality | 
     """The tasks of a greedy soup, in the order in which they joined. RecipeError without a way to measure."""
     if quality is None:
         raise RecipeError("greedy measures every candidate: give a text for each task with --data")
-    single = [quality(dict(task)) for task in tasks]
+    ask = lambda values: math.inf if math.isnan(found := quality(values)) else found
+    single = [ask(dict(task)) for task in tasks]
     first, *rest = sorted(range(len(tasks)), key=single.__getitem__)
     chosen, best = [first], single[first]
     for t in rest:
         members = [*chosen, t]
         share: list[Coefficient] = [1 / len(members)] * len(members)
-        found = quality({name: combined(start, [tasks[m][name] for m in members], share, kind) for name, start in base.items()})
-        if found <= best:
+        found = ask({name: combined(start, [tasks[m][name] for m in members], share, kind) for name, start in base.items()})
+        if found <= best and found < math.inf:
             chosen, best = members, found
     return chosen
 
@@ -215,7 +225,7 @@ def slope(
             total += float(torch.stack([w * m for w, m in zip(weights, moved, strict=True)]).sum(0).abs().sum())
             merged += float(torch.stack([c * m for c, m in zip(coefficients(name), moved, strict=True)]).sum(0).abs().sum())
         alpha = (total / merged if merged else 1.0) / len(tasks)
-    return alpha, 1 - alpha if beta is None else beta
+    return alpha, max(0.0, 1 - alpha) if beta is None else beta
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Task files: what a tuning moved, alone. One safetensors file of scales, tables, zeros or an adapter, bound to the base that it was tuned on.
 
 Codes never move in tuning, so that is all that tells two tuned models of one base apart, and one base with several small files serves several tasks.
-The file carries a digest of everything it does not hold (codes, bits, groups, shapes, names, dense tensors; zeros beside scales, scales beside
-zeros, both beside an adapter): applied to any other base it would make noise, and is refused. Files come from strangers: a header is judged before a
-tensor is read, and nothing is applied before every tensor is judged. The bytes are documented in docs/format.md. Price: the digest reads the whole
-base, about a second a gigabyte of codes.
+The file carries a digest of everything it does not hold (codes, bits, groups, shapes, names, dense tensors, configuration; zeros beside scales,
+scales beside zeros, both beside an adapter): applied to any other base it would make noise, and is refused. Files come from strangers: one is read
+once, into memory, and what was judged there is what is used. The bytes are documented in docs/format.md. Price: the digest reads the whole base,
+about a second a gigabyte of codes.
 Limit: dense tensors, such as norms and embeddings, are part of the base; a tuning that moves them has no task file.
 """
 
@@ -20,17 +20,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as parse
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.errors import CompressorError, ModelError
-from compressor.export import shards
 from compressor.packed import Affine, PackedWeight, zeros_as_floats
 
 ENTRY, FORMAT, VERSION = "compressor", "task", 1
 DIMS = {"scale": 2, "table": 3, "zero": 2}  # [n, G], [n, S, 2**bits], [n, G]
 ADAPTER = "adapter"  # tensors of peft under its names for them
 KINDS = (*DIMS, ADAPTER)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LONGEST, DEEPEST, LARGEST = 1 << 22, 64, 1 << 63  # characters, levels and whole numbers of the metadata
+# keys of config.json that decide nothing of what the tensors compute
+IDLE = (
+    "quantization_config", "dtype", "torch_dtype", "_name_or_path", "transformers_version", "use_cache", "bos_token_id", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,17 @@ def check_fits(kind: str, packed: Mapping[str, PackedWeight], file: str) -> None
         raise ModelError(f"{file} holds {kind}s, but the base holds {held}s{' that were tuned' * (held == 'zero')}: it was made for another base")
 
 
-def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind: str | None = None) -> str:
+def computing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a model's config.json that decide what its tensors compute; absent and null are one."""
+    return {key: value for key, value in config.items() if key not in IDLE and value is not None}
+
+
+def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind: str | None = None, config: Mapping[str, Any] | None = None) -> str:
     """sha256, in hex, of all that a task of this kind (None: of values) does not hold; the same for a base and what is tuned from it.
 
-    `dense` are the other tensors in the dtype they are stored in. Codes are hashed one byte each in the order of the weight [n, k], whatever their
-    layout in memory or on disk. For zeros the scales count and no zeros do; for an adapter all of them count.
+    `dense` are the other tensors, `config` is what `computing` leaves. Floats count as float32, which holds every number of 16 bits: a model
+    in memory and its folder are one base. Codes are hashed one byte each in the order of the weight [n, k], whatever their layout in memory or on
+    disk. For zeros the scales count and no zeros do; for an adapter all of them count.
     """
     found = hashlib.sha256()
 
@@ -87,6 +100,7 @@ def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind
         for tensor in tensors:
             found.update(raw(tensor))
 
+    add({"config": dict(config or {})})
     for name, weight in sorted(packed.items()):
         values = kind if kind in ("zero", ADAPTER) else _kind(weight)
         head = {"module": name, "kind": values, "bits": weight.bits, "group": weight.group, "shape": list(weight.shape)}
@@ -101,6 +115,7 @@ def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind
             tensors += [] if weight.zero is None else [weight.zero]
         add(head, *tensors)
     for name, tensor in sorted(dense.items()):
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
         add({"tensor": name, "dtype": _dtype(tensor), "shape": list(tensor.shape)}, tensor)
     return found.hexdigest()
 
@@ -132,53 +147,78 @@ def read(path: Path, packed: Mapping[str, PackedWeight], base: str, where: str |
     only peft can say (integrations/attach.py).
     """
     where = where or str(path)
-    task = read_header(path, where)
+    task, tensors = _load(path, where)
     check_fits(task.kind, packed, where)
     if task.base != base:
         raise ModelError(f"{where} was made for another base: its digest is {task.base[:12]}…, that of this one {base[:12]}…")
-    entries = shards.read_headers(where, [path])
     if task.kind == ADAPTER:
-        _check_alone(entries, task.kind, where)
+        _check_alone(tensors, task.kind, where)
     else:
-        _check(entries, packed, task.kind, where)
-    return _with_values(path, task, where)
+        _check(tensors, packed, task.kind, where)
+    found = _with_values(task, tensors, where)
+    if task.kind == "scale":
+        _check_signs(found.values, packed, where)
+    return found
 
 
 def read_alone(path: Path) -> Task:
     """The task of a file as it stands, without a base to check it against; ModelError for tensors that no base could hold."""
-    task = read_header(path)
-    _check_alone(shards.read_headers(str(path), [path]), task.kind, str(path))
-    return _with_values(path, task, str(path))
+    task, tensors = _load(path, str(path))
+    _check_alone(tensors, task.kind, str(path))
+    return _with_values(task, tensors, str(path))
 
 
-def _with_values(path: Path, task: Task, where: str) -> Task:
-    """The task with the tensors of its file, whose headers were judged; ModelError for numbers that are not finite."""
-    with safe_open(path, "pt") as file:
-        values = {key.removesuffix(_ending(task.kind)): file.get_tensor(key) for key in sorted(file.keys())}
+def _load(path: Path, where: str) -> tuple[Task, dict[str, Tensor]]:
+    """What a file says and its tensors, from one read of it, not judged yet."""
+    _check_regular(path, where)
+    try:
+        content = path.read_bytes()
+        tensors = parse(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise ModelError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    return _judged((header.get("__metadata__") or {}).get(ENTRY), where), tensors
+
+
+def _with_values(task: Task, tensors: Mapping[str, Tensor], where: str) -> Task:
+    """The task with its tensors, whose shapes were judged; ModelError for numbers that are not finite."""
+    values = {key.removesuffix(_ending(task.kind)): tensor for key, tensor in sorted(tensors.items())}
     for name, value in values.items():
         if not bool(torch.isfinite(value).all()):
             raise ModelError(f"{where}: the {task.kind} of {name[:200]} holds values that are not finite")
     return replace(task, values=values)
 
 
+def _check_regular(path: Path, where: str) -> None:
+    """ModelError for what is no file, such as a pipe, which would be waited for."""
+    if path.is_dir():
+        raise ModelError(f"{where} is a folder, not a task file")
+    if not path.is_file():
+        raise ModelError(f"{where} is no regular file" if path.exists() else f"there is no task file {where}")
+
+
 def read_header(path: Path, where: str | None = None) -> Task:
     """The task of a file without its values; ModelError for a file that is none, is damaged, or is of a later version."""
     where = where or str(path)
-    if path.is_dir():
-        raise ModelError(f"{where} is a folder, not a task file")
+    _check_regular(path, where)
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(ENTRY)
-    except FileNotFoundError:
-        raise ModelError(f"there is no task file {where}") from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{where} cannot be read: {' '.join(str(error).split())[:300]}") from None
+    return _judged(text, where)
+
+
+def _judged(text: str | None, where: str) -> Task:
+    """The task that the metadata of a file describes, without values."""
     if text is None:
         raise ModelError(f"{where} is no task file: its metadata has no entry {ENTRY!r}")
     try:
-        head = json.loads(text, parse_constant=_refuse)
+        head = json.loads(text if len(text) <= LONGEST else "", parse_constant=_refuse)
     except (ValueError, RecursionError):
-        raise ModelError(f"{where} is damaged: its metadata is no JSON") from None
+        raise ModelError(f"{where} is damaged: its metadata is no JSON, or longer than {LONGEST} characters") from None
+    if not _bounded(head):
+        raise ModelError(f"{where} is damaged: its metadata nests deeper than {DEEPEST} levels, or holds numbers without bounds")
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ModelError(f"{where} is no task file: its metadata is of another format")
     version, kind, base = head.get("version"), head.get("kind"), head.get("base")
@@ -204,8 +244,26 @@ def finite(section: Any) -> dict[str, Any]:
     return {key: value for key, value in section.items() if isinstance(key, str) and plain(value)}
 
 
+def _bounded(value: Any) -> bool:
+    """Whether a value of JSON is shallow and every number in it finite."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for each in level if isinstance(each, dict | list) for child in (each.values() if isinstance(each, dict) else each)]
+        if any(not math.isfinite(each) if isinstance(each, float) else isinstance(each, int) and abs(each) >= LARGEST for each in level):
+            return False
+    return not level
+
+
+def _check_signs(values: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], where: str) -> None:
+    """ModelError for a scale of 0, or of another sign than the base's: tuning makes neither, and either would destroy weights."""
+    for name, value in values.items():
+        held = packed[name].learned.to(value.device)
+        if not bool(((value.sign() == held.sign()) | (held == 0)).all()):
+            raise ModelError(f"{where}: the scale of {name} is 0, or of another sign than the base's, in some groups")
+
+
 def _check(entries: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind: str, where: str) -> None:
-    """ModelError unless the tensors, on the meta device, are one per module of the shape and dtype of the base's."""
+    """ModelError unless the tensors are one per module of the shape and dtype of the base's."""
     wanted = {name + _ending(kind): _held(weight, kind) for name, weight in packed.items()}
     absent, foreign = sorted(set(wanted) - set(entries)), sorted(set(entries) - set(wanted))
     if absent:
@@ -219,9 +277,9 @@ def _check(entries: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], ki
 
 
 def _check_alone(entries: Mapping[str, Tensor], kind: str, where: str) -> None:
-    """ModelError for tensors, on the meta device, that no base could hold."""
+    """ModelError for tensors that no base could hold."""
     for key, entry in entries.items():
-        fits = key.endswith(_ending(kind)) and entry.is_floating_point() and (kind == ADAPTER or entry.dim() == DIMS[kind])
+        fits = key.endswith(_ending(kind)) and entry.dtype in DTYPES and (kind == ADAPTER or entry.dim() == DIMS[kind])
         if not fits:
             what = "tensor of an adapter" if kind == ADAPTER else f"{kind} of a packed layer"
             raise ModelError(f"{where}: {key[:200]!r} is {_plain(entry)}, which is no {what}")

@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safet
 TASKS = {
     "ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
 }  # fmt: skip
-ADDS = ("LORA", "ADALORA", "LOHA", "LOKR")  # peft's kinds whose change of a weight is a sum
 WARM, FINAL = 0.1, 0.3  # AdaLoRA: shares of the steps before ranks go, and after the last went
 
 
@@ -246,14 +244,6 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def load(model: nn.Module, folder: Path) -> Any:
-    """Attach the adapter of a folder to a model, in place; returns peft's model around it. ModelError if it is damaged or of another model."""
-    config, tensors = read(folder)
-    if config.get("megatron_config"):
-        raise ModelError(f"{folder}: the adapter's configuration sets megatron_config, which names code to import, and code of others is not run")
-    return beside(model, lambda library: library.PeftConfig.from_pretrained(str(folder)), tensors, str(folder))
-
-
 def beside(model: nn.Module, config: Callable[[Any], Any], tensors: Mapping[str, Tensor], where: str) -> Any:
     """peft's model around this one with an adapter of these tensors, frozen; the random numbers of the caller go on undisturbed.
 
@@ -314,15 +304,3 @@ def set_aside(loaded: Any) -> Iterator[None]:
     finally:
         put_back(loaded.model, wrappers, made)
         loaded.adapter = made
-
-
-def deltas(model: Any) -> dict[str, Callable[[], Tensor]]:
-    """What an attached adapter adds to the weight of each linear, [n, k] when called, by the linear's name; they outlive the adapter.
-
-    RecipeError for a kind whose change is no sum.
-    """
-    kind = str(getattr(model.peft_config[NAME].peft_type, "value", ""))
-    if kind not in ADDS or getattr(model.peft_config[NAME], "use_dora", False):
-        raise RecipeError(f"an adapter of the kind {kind} adds nothing that a weight could take up: keep it beside the base, with --adapter keep")
-    layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "get_delta_weight") and hasattr(m, "base_layer")}
-    return {name: partial(layer.get_delta_weight, NAME) for name, layer in layers.items()}

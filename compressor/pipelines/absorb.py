@@ -5,7 +5,7 @@ inside it what has not had its turn yet computes with its path. Only one block i
 and the dtype of the values of each weight stay what they are. Of the ways `move` and `pack` (tune/absorb.py) the one with the least output error
 against W' = Q + D on the calibration inputs wins, layer by layer, unless one is named. Price: that of packing, about twice; without `ids`, or with a
 packer that needs no statistics, errors are those of weights and nothing runs. Limits: at 3 bits three tenths of what a LoRA path had gained in
-perplexity is lost, at 4 bits an eighth (docs/log.md), so the caller judges the model and calls `restore` where that is too much; a model with
+perplexity is lost, at 4 bits an eighth (docs/adapters.md), so the caller judges the model and calls `restore` where that is too much; a model with
 pruned weights takes `values` alone, for the others would bring them back.
 """
 

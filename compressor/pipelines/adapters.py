@@ -1,23 +1,90 @@
-"""What becomes of a trained adapter: absorbed by the packed weights if that costs little, or kept beside them.
+"""What becomes of a trained adapter: folded into dense weights, absorbed by the packed ones if that costs little, or kept beside them.
 
-Absorbing packs W' = Q + D, with D what the adapter adds, and so loses some of it (compressor.pipelines.absorb). The loss is measured on the model,
-not on layers: perplexity of the domain with the adapter beside the base and after absorbing it, on the same text. Above the limit the base and its
-adapter come back as they were. Price: an evaluation and a packing. Limit: only adapters whose change of a weight is a sum.
+Folding is peft's own `merge` on W', a dense copy of one layer, so every kind of KINDS folds, also those whose change is no sum. Absorbing packs W'
+and so loses some of it (compressor.pipelines.absorb). The loss is measured on the model, not on layers: perplexity of the domain with the adapter
+beside the base and after absorbing it, on the same text. Above the limit the base and its adapter come back as they were. A bias that the adapter
+changes (IA3) moves with it, rounded as the folder stores it. Price: folding decodes a layer, absorbing is an evaluation and a packing. Limit:
+adapters of packed linears only.
 """
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor import linear
+from compressor.errors import ModelError
 from compressor.integrations import peft
 from compressor.pipelines.absorb import absorb, restore, snapshot
 from compressor.pipelines.load import Loaded
 from compressor.recipe import Quant
 
 PROBE = 4  # windows on which logits are compared
+
+
+def stored_bytes(folder: Path) -> int:
+    """Of the adapter beside a model, 0 if there is none."""
+    return sum(path.stat().st_size for path in (folder / peft.FOLDER).glob("*"))
+
+
+def kind(loaded: Loaded) -> str:
+    """What peft calls the kind of the attached adapter."""
+    found = loaded.adapter.peft_config[peft.NAME]
+    return "DORA" if getattr(found, "use_dora", False) else str(getattr(found.peft_type, "value", found.peft_type))
+
+
+def take_off(loaded: Loaded) -> dict[str, Any]:
+    """Take the adapter off the model, in place; peft's wrappers, with the packed linears inside them, by the linears' names.
+
+    ModelError, with the adapter where it was, if it adapts what is no packed linear, or adds a bias to one that has none.
+    """
+    made, wrappers = loaded.adapter, peft.strip(loaded.model)
+    for name, wrapper in wrappers.items():
+        layer: Any = getattr(wrapper, "base_layer", None)
+        if not isinstance(layer, linear.PackedLinear):
+            why = f"changes {name}, which is no packed linear"
+        elif layer.bias is None and any(getattr(wrapper, "lora_bias", {}).values()):
+            why = f"adds a bias to {name}, which has none"
+        else:
+            continue
+        peft.put_back(loaded.model, wrappers, made)
+        raise ModelError(f"the adapter of {loaded.name} {why}, so no weight can take it up: keep it beside the base, with peft")
+    loaded.adapter = None
+    return wrappers
+
+
+@torch.no_grad()
+def fold(wrapper: Any) -> nn.Linear:
+    """A dense float32 linear that computes what peft's wrapper of a packed one does; the wrapper is as before afterwards."""
+    held = wrapper.base_layer
+    plain = nn.Linear(held.in_features, held.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(held.packed().dequantize(), requires_grad=False)
+    plain.register_parameter("bias", None if held.bias is None else nn.Parameter(held.bias.float().clone(), requires_grad=False))
+    wrapper.base_layer = plain
+    try:
+        wrapper.merge()
+    finally:
+        wrapper.base_layer = held
+        wrapper.merged_adapters.clear()
+    return plain
+
+
+@torch.no_grad()
+def _change(wrapper: Any) -> Tensor:
+    """W' - Q, float32 [n, k]."""
+    return fold(wrapper).weight.sub_(wrapper.base_layer.packed().dequantize()).detach()
+
+
+def _take_biases(loaded: Loaded, wrappers: dict[str, Any]) -> None:
+    """Give each packed linear the bias that its adapter made of its own, as the folder will store it."""
+    for name, wrapper in wrappers.items():
+        layer = wrapper.base_layer
+        if layer.bias is not None:
+            bias = fold(wrapper).bias.to(loaded.dtype).to(layer.bias.dtype)
+            linear.swap(loaded.model, name, linear.PackedLinear(layer.packed(), bias).train(layer.training))
 
 
 def take_up(
@@ -28,10 +95,11 @@ def take_up(
 
     ids: calibration windows for packers that need them; windows int64 [count, t]: text whose logits are compared.
     """
-    made, changes = loaded.adapter, peft.deltas(loaded.adapter)
-    before, logits = perplexity(), _logits(loaded, windows)
-    wrappers, kept = peft.strip(loaded.model), snapshot(loaded.model)
-    loaded.adapter = None
+    made, before, logits = loaded.adapter, perplexity(), _logits(loaded, windows)
+    wrappers = take_off(loaded)
+    kept = snapshot(loaded.model)
+    _take_biases(loaded, wrappers)
+    changes = {name: partial(_change, wrapper) for name, wrapper in wrappers.items()}
     found = absorb(loaded.model, changes, quant, ids, keep_zeros=keep_zeros, on_layer=on_layer)
     after, change = perplexity(), float((_logits(loaded, windows) - logits).abs().max())
     rise = after / before - 1
@@ -43,26 +111,6 @@ def take_up(
         "absorbed": loaded.adapter is None, "before": before, "after": after, "rise": rise, "limit": limit, "max_logit_change": change,
         "ways": found["ways"], "seconds": found["seconds"],
     }  # fmt: skip
-
-
-@torch.no_grad()
-def fold(loaded: Loaded) -> dict[str, Tensor]:
-    """Put dense linears of W + D in place of the packed ones that have an adapter; their weights [n, k] by name.
-
-    RecipeError for an adapter that adds nothing to weights.
-    """
-    made = loaded.adapter
-    changes = peft.deltas(made)
-    made.unload()
-    loaded.adapter = None
-    for name, change in changes.items():
-        layer = loaded.model.get_submodule(name)
-        assert isinstance(layer, linear.PackedLinear)
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(layer.packed().dequantize() + change().float(), requires_grad=False)
-        plain.register_parameter("bias", layer.bias)
-        linear.swap(loaded.model, name, plain)
-    return {name: loaded.model.get_parameter(f"{name}.weight").detach() for name in changes}
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ class Model:
         self._sparse = False  # whether single weights were pruned, which packers keep at zero and folders store as masks
         self._about = tasks.about(loaded.folder, loaded.name)  # what a task file says of the values, and which values they are
         self._values = tasks.value_marks(loaded)
+        self._base = {"model": self._about["model"]}  # what a task file says of the values that `unload_task` brings back
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -40,6 +41,8 @@ class Model:
         Keys of `options` are those of recipe.Prune (pattern, steps, lr, unit, multiple, uniform, …). A packed model comes out dense: pack it anew.
         """
         recipe, loaded = _recipe("prune", options | {"ratio": ratio, "method": method}), self._loaded
+        if loaded.adapter is not None:
+            raise ModelError(f"{loaded.name} has an adapter, which pruning knows nothing of: export it with --to bf16, and prune that")
         corpus = texts.load("python" if data is None else data).train
         windows = texts.windows(corpus, self.tokenizer, loading.context(loaded.config, seqlen, "seqlen"))
         facts, log = pruning.prune(loaded, recipe.prune, CausalLM(windows.ids, windows.labels), seed)
@@ -84,6 +87,8 @@ class Model:
         windows = texts.windows(
             texts.load("python" if data is None else data).train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen")
         )
+        if recipe.tune.adapter != "keep":
+            raise RecipeError("adapter=absorb is of runs: tune, save, and `compressor export --to compressed-tensors` absorbs the adapter")
         chosen, objective = resolved(recipe.tune), CausalLM(windows.ids, windows.labels)
         tuning = Tuning(self._loaded, chosen, seed, Batches(objective, chosen, seed).steps)
         try:
@@ -112,19 +117,32 @@ class Model:
 
         That is the adapter if one is attached, else zeros if they are floats, else scales or tables.
         """
-        untouched = tasks.same(self._values, tasks.value_marks(self._loaded))
-        return tasks.save(self._loaded, Path(path), self._about if untouched else {"model": self._about["model"]})
+        return tasks.save(self._loaded, Path(path), self._told())
 
     def load_task(self, path: str | Path) -> "Model":
-        """Swap in the scales, tables or zeros of a task file, or attach its adapter in place of another; codes stay.
+        """Swap in the scales, tables or zeros of a task file, or attach its adapter, in place of any other task; codes stay.
 
-        ModelError, with nothing changed, for a damaged file or another base's. The first call reads the whole base for its digest, the others take
-        milliseconds.
+        path: also the folder of a run with `--save task`. ModelError, with nothing changed, for a damaged file or another base's. The first call
+        reads the whole base for its digest, the others take milliseconds.
         """
+        if self._loaded.adapter is None and not tasks.swapped(self._loaded):
+            self._base = self._told()
         found = tasks.swap(self._loaded, Path(path))
         self._about = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}
         self._values = tasks.value_marks(self._loaded)
         return self
+
+    def unload_task(self) -> "Model":
+        """Put back, bit for bit, the values that the model had before its first task was loaded, and take its adapter off, if it has one."""
+        if self._loaded.adapter is not None or tasks.swapped(self._loaded):
+            tasks.unload(self._loaded)
+            self._about, self._values = self._base, tasks.value_marks(self._loaded)
+        return self
+
+    def _told(self) -> dict[str, Any]:
+        """What is known of the values, as long as nobody moved them."""
+        untouched = tasks.same(self._values, tasks.value_marks(self._loaded))
+        return self._about if untouched else {"model": self._about["model"]}
 
 
 def load(name: str, device: str = "auto") -> Model:

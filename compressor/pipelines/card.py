@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from compressor.pipelines.render import clean, count, many, recipe_yaml, scheme, short
-from compressor.pipelines.report import DASH, Report, heads, number, remarks, results, size, write_text
+from compressor.pipelines.report import DASH, Report, fixed, heads, number, remarks, results, size, write_text
 
 LOAD = """```sh
 pip install "transformers>=5.0" {package}
@@ -26,16 +26,41 @@ model = {auto}.from_pretrained(folder, dtype="auto"{config})
 ```
 """
 
-
 ADAPTER = """That is the packed base. What was tuned is the adapter beside it:
 
 ```python
 from peft import PeftModel  # pip install peft
 
-model = PeftModel.from_pretrained(model, f"{folder}/adapter")
+model = PeftModel.from_pretrained(model, folder, subfolder="adapter")
 ```
 
 """
+TUNED = """The packed base and the adapter beside it, which is what was tuned, with compressor, from its source:
+
+```python
+{code}
+```
+
+transformers alone reads the packed base, to which peft cannot attach the adapter:
+
+"""
+WHOLE = """import compressor
+
+model = compressor.load("FOLDER").model  # with its adapter"""
+WHOLE_ENCODER = """from pathlib import Path
+
+from compressor.pipelines import load
+
+folder = Path("FOLDER")
+model = load.load_packed(folder, load.any_config(folder), load.pick_device("auto"), "FOLDER").model  # with its adapter"""
+SERVE = """vLLM, in a version that reads compressed-tensors of this width, serves both:
+
+```sh
+vllm serve FOLDER --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER/adapter
+```
+
+"""
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 TASKS = {  # heads of encoders -> the class that loads them, and what the Hub calls the task
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
@@ -131,8 +156,20 @@ def _about(report: Report, plan: dict[str, Any]) -> str:
         told = "the codes stayed, and what was trained is what is stored here"
         if report.export.get("adapter_bytes"):
             told = f"the packed weights stayed, and what was trained is the folder `adapter`, {size(number(report.export, 'adapter_bytes'))}"
+        elif absorbed := _absorbed(report):
+            told = absorbed
         out += f"The packed model was then tuned in that form ({_md(plan['method'])}): {told}.\n"
     return out + _made(report)
+
+
+def _absorbed(report: Report) -> str:
+    """What became of an adapter that was packed in, and what that cost; nothing if none was."""
+    facts = report.training.get("absorb")
+    if not isinstance(facts, dict) or facts.get("absorbed") is not True:
+        return ""
+    before, after, rise = (number(facts, key) for key in ("before", "after", "rise"))
+    cost = f"perplexity {fixed(before)} with the adapter beside, {fixed(after)} absorbed" + ("" if rise is None else f" ({rise:+.1%})")
+    return f"the adapter was then absorbed by packing anew with it: {cost}, logits change by {fixed(number(facts, 'max_logit_change'))} at most"
 
 
 def _made(report: Report) -> str:
@@ -174,12 +211,21 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asym else ""
     text = LOAD.format(auto=auto, package='"compressed-tensors>=0.18"', first="", config_import=config_import, config=config)
     if report.export.get("adapter_bytes"):
-        text += ADAPTER
+        causal = auto == "AutoModelForCausalLM"
+        text = TUNED.format(code=WHOLE if causal else WHOLE_ENCODER) + text + "\n" + (_serve(report, plan["method"]) if causal else "")
     if three:
         text += "3-bit weights need compressed-tensors 0.18 or later: older versions pack 3 bits in another way and misread this folder.\n\n"
     if asym:
         text += "The weights are asymmetric: without `dequantize=True`, compressed-tensors 0.20 fails on the shapes of their zero points.\n\n"
     return text + "Or with compressor itself:\n\n" + own
+
+
+def _serve(report: Report, kind: str) -> str:
+    """How a server loads an adapter of this kind, or that it does not."""
+    if kind not in ("lora", "rslora"):
+        return f"Servers take adapters of the kind LoRA only, and this one is {_md(kind)}.\n\n"
+    rank = next((r for r in RANKS if r >= (number(report.recipe, "tune", "rank") or 1)), None)
+    return "" if rank is None else SERVE.format(rank=rank)
 
 
 def _measured(report: Report) -> str:

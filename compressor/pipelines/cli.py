@@ -296,23 +296,26 @@ def doctor() -> None:
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="a packed model folder")],
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors (tables are projected onto even grids), bf16 or float16 (dense)")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors (tables are projected, adapters absorbed), bf16, float16 or float32 (dense)")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; new or empty")],
     bits: Annotated[Count, typer.Option(help="projection: bits of a weight; default: those of each layer")] = None,
     group: Annotated[Count, typer.Option("--group", "--group-size", help="projection: weights that share a scale; default 128; -1: a row")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="projection: symmetric (default) or asymmetric grids")] = None,
-    data: Annotated[Text, typer.Option("--data", "--dataset", help="projection: text to measure its loss on; default: Python's own manual")] = None,
-    window: Annotated[Count, typer.Option(help="projection: tokens of a window; default: what the model was made for, at most 2048")] = None,
-    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="projection: stop measuring after this many tokens; default: never")] = None,
-    max_loss: Annotated[Number, typer.Option("--max-loss", help="projection: refuse if perplexity grows by more than this share (0.05)")] = None,
+    data: Annotated[
+        Text, typer.Option("--data", "--dataset", help="text to measure a loss on, and to absorb adapters; default: Python's own manual")
+    ] = None,
+    window: Annotated[Count, typer.Option(help="tokens of its windows; default: what the model was made for, at most 2048")] = None,
+    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="stop measuring after this many tokens; default: never")] = None,
+    max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share (0.05)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
-    """Write a packed folder for servers that know no tables, and say what is lost by it."""
+    """Write a packed folder for servers that know no tables or adapters, and say what is lost by it."""
     quiet()
     from compressor.pipelines import export as exporting
+    from compressor.pipelines.projection import Target
     from compressor.pipelines.show import RichShow
 
-    target = exporting.Target(to, bits, group, sym, data, window, max_tokens, max_loss, device)
+    target = Target(to, bits, group, sym, data, window, max_tokens, max_loss, device)
     document, table = exporting.export(model, output, target, RichShow(console))
     console.print(table)
     emit(document)

@@ -7,6 +7,7 @@ import typer
 
 Text = str | None
 Number = float | None
+ANY = "a packed model folder: the untuned one; for one file also one whose scales, tables or zeros, as it holds, or adapter alone were tuned"
 BASE = "the untuned packed folder, whose values changes count from"
 
 
@@ -24,17 +25,18 @@ def task(
 
 
 def apply(
-    base: Annotated[str, typer.Argument(help="a packed model folder: the untuned one, or for one file any tuned from it")],
+    base: Annotated[str, typer.Argument(help=ANY)],
     files: Annotated[list[Path], typer.Argument(help="task files; several add up, with weight 1 each")],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; new or empty")],
 ) -> None:
     """Write a packed folder with what a task file holds in place of its own, or with the sum of several."""
-    from compressor.pipelines.cli import emit, quiet
+    from compressor.pipelines.cli import console, emit, quiet
 
     quiet()
     from compressor.pipelines.export import apply as apply_tasks
+    from compressor.pipelines.show import RichShow
 
-    emit(apply_tasks(base, files, output))
+    emit(apply_tasks(base, files, output, RichShow(console)))
 
 
 def diff(
@@ -57,12 +59,12 @@ def merge_tasks(
     files: Annotated[list[Path], typer.Argument(help="task files of that base")],
     output: Annotated[Path, typer.Option("-o", "--output", help="task file to write")],
     method: Annotated[str, typer.Option(help="sum, ties, breadcrumbs, lines, soup or greedy")] = "sum",
-    weights: Annotated[Text, typer.Option(help="one number a task, with commas; default: 1 each")] = None,
+    weights: Annotated[Text, typer.Option(help="one number a task, with commas; default: 1 each; of ties only their ratios count")] = None,
     density: Annotated[Number, typer.Option(help="share of the changes that stays: ties 0.2, breadcrumbs 0.1")] = None,
     outliers: Annotated[Number, typer.Option(help="breadcrumbs: share of a layer's largest changes that goes; default 0.01")] = None,
     scale: Annotated[float, typer.Option(help="factor of the merged change")] = 1.0,
     lines: Annotated[
-        Text, typer.Option(help="scale by depth: factor of the first block, and what it grows by up to the last: 0.3 or 0.3,0.7")
+        Text, typer.Option(help="scale by depth, after any method: factor of the first block, and its growth up to the last: 0.3, 0.3,0.7 or auto")
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="text to measure on, one a task, in their order (repeat it)")] = None,
     window: Annotated[int | None, typer.Option(help="tokens of a window; default: what the model was made for, at most 2048")] = None,

@@ -7,8 +7,8 @@ of the root mean square of A's table, the unit in which tuners and merges count 
 zeros, or none, count as the floats that tuning starts from. Adapters are compared tensor by tensor, as shares of the root mean square of A's tensor;
 equal changes of a weight may come from unlike tensors. A tensor that one adapter alone has is listed with its side and no numbers.
 
-Price: both models in CPU memory, packed, and the digest of each. Limit: a task file holds no codes, so of two unlike bases of which one is known by
-its task file alone nothing more can be said.
+Price: both models in CPU memory, packed, and the digest of each. Limits: a task file holds no codes, so of two unlike bases of which one is known by
+its task file alone nothing more can be said; nor whether two files of unlike kinds, whose digests leave out unlike things, have one base.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from torch import Tensor
 from compressor.export import merge, task
 from compressor.integrations import peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import load, tasks, write
+from compressor.pipelines import bases, load, tasks
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Side:
 
 def side(source: str) -> Side:
     """Read one side; ModelError for what is neither a packed folder nor a task file. Of a folder base and values are not known yet."""
-    path = Path(source)
+    path = tasks.file_of(Path(source))
     if path.is_file() or (path.suffix == ".safetensors" and not path.exists()):
         found = task.read_alone(path)
         beside = found.kind == task.ADAPTER
@@ -55,7 +55,7 @@ def side(source: str) -> Side:
         loaded.adapter = None
     packed = load.packed_weights(loaded.model)
     kind = task.ADAPTER if tensors else "zero" if any(weight.float_zeros for weight in packed.values()) else task.kind_of(packed, source)
-    return Side(source, kind, adapter=tensors, loaded=loaded, packed=packed, dense=write.dense_tensors(loaded))
+    return Side(source, kind, adapter=tensors, loaded=loaded, packed=packed, dense=bases.dense_tensors(loaded.model))
 
 
 def compared(one: Side, other: Side) -> tuple[str, Side, Side]:
@@ -79,20 +79,21 @@ def compared(one: Side, other: Side) -> tuple[str, Side, Side]:
 def diff(a: str, b: str) -> tuple[dict[str, Any], Table]:
     """The document for scripts, and for people one row a layer, the most moved first."""
     kind, one, other = compared(side(a), side(b))
-    same = one.base == other.base
+    untold = one.loaded is None and other.loaded is None and one.kind != other.kind
+    same = None if untold else one.base == other.base
     document: dict[str, Any] = {"a": a, "b": b, "kinds": [one.kind, other.kind], "bases": [one.base, other.base], "same_base": same}
-    document["differences"] = [] if same else differences(one, other, kind)
+    document["differences"] = [] if same is not False else differences(one, other, kind)
     rows = (layers(one.values, other.values, one.of) if one.of == other.of else []) + layers(one.adapter, other.adapter, task.ADAPTER)
     rows += [{"name": name, "in": "A" if name in one.adapter else "B"} for name in sorted(one.adapter.keys() ^ other.adapter.keys())]
     moved = [row for row in rows if row.get("largest", 1)]
     whole = len(rows) == len(one.values) + len(one.adapter) == len(other.values) + len(other.adapter)
-    document |= {"same_values": same and not moved and whole, "moved": len(moved), "layers": rows}
+    document |= {"same_values": same is True and not moved and whole, "moved": len(moved), "layers": rows}
     return document, _table(document)
 
 
 def differences(one: Side, other: Side, kind: str) -> list[dict[str, str]]:
     """What the bases do not share, by name: {"name", "what"}; nothing if a side is a task file."""
-    if one.packed is None or other.packed is None or one.dense is None or other.dense is None:
+    if one.packed is None or other.packed is None or one.dense is None or other.dense is None or one.loaded is None or other.loaded is None:
         return []
     out = []
     for name in sorted({*one.packed, *other.packed}):
@@ -101,7 +102,8 @@ def differences(one: Side, other: Side, kind: str) -> list[dict[str, str]]:
     for name in sorted({*one.dense, *other.dense}):
         if what := _dense_difference(one.dense.get(name), other.dense.get(name)):
             out.append({"name": name, "what": what})
-    return out or [{"name": "", "what": "the dtype that dense tensors are stored in"}]  # in memory a CPU computes with float32 copies
+    a, b = task.computing(one.loaded.config), task.computing(other.loaded.config)
+    return out + [{"name": "config.json", "what": key} for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 def _packed_difference(a: PackedWeight | None, b: PackedWeight | None, kind: str) -> str:
@@ -158,14 +160,16 @@ def _table(document: dict[str, Any]) -> Table:
     told = (
         "one base"
         if document["same_base"]
-        else f"unlike bases, {len(document['differences'])} tensors differ"
+        else "files of two kinds, which cannot say whether they are of one base"
+        if document["same_base"] is None
+        else f"unlike bases, {len(document['differences'])} differences"
         if document["differences"]
         else "unlike bases"
     )
-    shown = Table("layer", "change", "largest", title=f"{a} and {b}: {told}, {document['moved']} layers moved")
+    shown = Table("layer", "change", "largest", title=tasks.cell(f"{a} and {b}: {told}, {document['moved']} layers moved"))
     for row in document["differences"]:
-        shown.add_row(row["name"], f"base: {row['what']}", "")
+        shown.add_row(tasks.cell(row["name"]), tasks.cell(f"base: {row['what']}"), "")
     for row in document["layers"]:
         numbers = (f"in {row['in']} only", "") if "in" in row else (f"{row['norm']:.3e}", f"{row['largest']:.3e}")
-        shown.add_row(row["name"], *numbers)
+        shown.add_row(tasks.cell(row["name"]), *numbers)
     return shown

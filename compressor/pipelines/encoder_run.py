@@ -15,8 +15,9 @@ from torch import Tensor
 
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations import peft
 from compressor.linear import block_weights, linears
-from compressor.pipelines import compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
+from compressor.pipelines import adapters, compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods, check_zeros_stay
@@ -277,7 +278,8 @@ def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: i
     with show.task("evaluate", 1) as advance:
         found = encoder_eval.measure(encoder.model, rows, task.test, encoder.names)
         advance(1, "")
-    dense = {name: w != 0 for name, w in write.block_weights(encoder.loaded).items() if isinstance(w, Tensor)}
+    with peft.set_aside(encoder.loaded):
+        dense = {name: w != 0 for name, w in write.block_weights(encoder.loaded).items() if isinstance(w, Tensor)}
     document: dict[str, Any] = {"model": model, "data": source, "data_sha256": task.sha256("test"), "split": task.rule}
-    document |= {"folder_bytes": load.model_bytes(encoder.loaded.folder)}
+    document |= {"folder_bytes": load.model_bytes(encoder.loaded.folder) + adapters.stored_bytes(encoder.loaded.folder)}
     return document | found | ({"sparsity": sparsity(dense)} if dense else {})

@@ -2,10 +2,11 @@
 
 Sizes follow from the shapes and the format. Memory is the sum of what each stage holds at its peak. Time counts floating-point operations
 and divides by the matmul speed measured now, times EFFICIENCY (the share of it that whole stages reached on a 2-core CPU; see docs/log.md).
-Evaluations in the course of tuning are not counted.
+Evaluations in the course of tuning are not counted. Adapters are counted by peft itself, beside linears of the same shapes without weights.
 """
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from torch import nn
 
 from compressor import linear
 from compressor.errors import ModelError
-from compressor.integrations.peft import KINDS
+from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
 from compressor.pipelines.packers import PACKERS
 from compressor.prune import slicing
+from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
@@ -32,6 +34,9 @@ GRID = 1.6e-7  # seconds a weight of the clipping search on one core
 KMEANS, SORT = 5e-9, 4e-7  # seconds of k-means on one core: per pair of buckets and entry of a table; per weight
 SKETCHING = 60  # bytes a weight of a panel while it is sketched
 TUNING, PATHS = 32, 28  # bytes a scale or table entry, and a number of an adapter, while they are tuned
+TENSOR = 170  # bytes a stored tensor of an adapter costs beside its numbers: its name and place, and the name of its linear in the configuration
+DENSE = {"dora": 5, "loha": 4, "lokr": 2}  # float32 matrices as large as the weight that an adapter makes while it computes
+KEPT = ("loha", "lokr")  # kinds that keep one of them from forward to backward
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -117,20 +122,22 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
     values = sum(_values(t, recipe.quant) for t in packed)
     value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
-    zero_bits = 0 if recipe.quant.symmetric or PACKERS[recipe.quant.packer].table else values * recipe.quant.bits
-    zero_bits = values * 16 if recipe.tune.method == "qalora" else zero_bits
-    packed_bytes = (weights * recipe.quant.bits + zero_bits) // 8 + values * value_bytes
+    packed_bytes = (weights * recipe.quant.bits + _zero_bits(recipe, packed, value_bytes)) // 8 + values * value_bytes
+    adapter = added(recipe.tune, packed)
     parameters = _parameters(model)
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
     beside = load.model_bytes(source) - sum(path.stat().st_size for path in load.weight_files(source))  # tokenizer, config
-    folder_bytes = packed_bytes + rest + beside
+    folder_bytes = packed_bytes + rest + beside + adapter.bytes
+    notes = [t.note for t in packed if t.note]
+    if recipe.tune.adapter == "absorb" and adapter.bytes:
+        notes.append(f"sizes are those with the adapter beside the base; if it is absorbed, the folder is {adapter.bytes:,} bytes smaller")
+    trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
         "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": load.model_bytes(source) / folder_bytes,
-        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, _trained(recipe.tune, packed, values)),
-        "seconds": _seconds(recipe, packed, device, counts, parameters),
-        "notes": [t.note for t in packed if t.note],
+        "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, todo.targets)),
+        "seconds": _seconds(recipe, packed, device, counts, parameters), "notes": notes,
     }  # fmt: skip
 
 
@@ -140,12 +147,60 @@ def _values(target: compress.Target, quant: Quant) -> int:
     return n * -(-k // target.group) * (1 << quant.bits if PACKERS[quant.packer].table else 1)
 
 
+def _zero_bits(recipe: Recipe, packed: list[compress.Target], value_bytes: int) -> int:
+    """Of all zeros: floats where they are tuned, as wide as scales of float32, else as many bits as a code; none of symmetric weights and tables."""
+    quant, tuned = recipe.quant, set[str]()
+    if recipe.tune.method == "qalora":
+        tuned = {t.name for t in adapted(recipe.tune, packed)}
+    floats, codes = 32 if value_bytes == 4 else 16, 0 if quant.symmetric or PACKERS[quant.packer].table else quant.bits
+    return sum(_values(t, quant) * (floats if t.name in tuned else codes) for t in packed)
+
+
+def adapted(options: Tune, packed: list[compress.Target]) -> list[compress.Target]:
+    """The linears that `targets` names, all if it names none."""
+    leaves = named(options.targets)
+    return [t for t in packed if leaves is None or t.name.rpartition(".")[2] in leaves]
+
+
+@dataclass(frozen=True)
+class Added:
+    """An adapter: the numbers that are trained, and the bytes of its folder."""
+
+    numbers: int = 0
+    bytes: int = 0
+
+
+def added(options: Tune, packed: list[compress.Target]) -> Added:
+    """What an adapter of the recipe's kind adds beside these linears, as peft makes it; nothing for what moves the values themselves."""
+    if options.method not in KINDS:
+        return Added()
+    import peft
+
+    numbers = tensors = 0
+    for (n, k), count in Counter(t.shape for t in adapted(options, packed)).items():
+        one = nn.ModuleDict({"layer": nn.Linear(k, n, bias=False, device="meta")})
+        adapters = Adapters(KINDS[options.method], options)
+        adapters.wrap(one, ["layer"])
+        found = peft.get_peft_model_state_dict(adapters.model, save_embedding_layers=False).values()
+        numbers, tensors = numbers + count * sum(t.numel() for t in found), tensors + count * len(found)
+    return Added(numbers, 4 * numbers + TENSOR * tensors)
+
+
+def _deltas(options: Tune, blocks: list[list[compress.Target]]) -> int:
+    """Bytes of the dense float32 matrices of adapters that work on those: of one layer at a time, and what all keep, or one block."""
+    sizes = [[4 * t.shape[0] * t.shape[1] for t in adapted(options, [t for t in block if not t.reason])] for block in blocks]
+    if options.method not in DENSE or not any(sizes):
+        return 0
+    kept = (max if options.gradient_checkpointing else sum)(sum(block) for block in sizes)
+    return DENSE[options.method] * max(size for block in sizes for size in block) + (kept if options.method in KEPT else 0)
+
+
 def _trained(options: Tune, packed: list[compress.Target], values: int) -> int:
-    """Bytes of what is trained, its gradients, moments and good copy: scales or table entries, or the numbers of low-rank paths."""
-    if options.method == "qalora":
-        return PATHS * sum(options.rank * (t.shape[0] + t.shape[1] // t.group) for t in packed)
-    paths = sum(options.rank * sum(t.shape) for t in packed)
-    return PATHS * paths if options.method in KINDS else TUNING * values
+    """Bytes of scales or table entries, or of what moves zeros, that are trained, with their gradients, moments and good copy."""
+    if options.method != "qalora":
+        return TUNING * values
+    shapes = [(t.shape[0], -(-t.shape[1] // t.group)) for t in adapted(options, packed)]
+    return PATHS * sum(min(options.rank, groups) * (n + groups) for n, groups in shapes)
 
 
 def _memory(
@@ -185,16 +240,42 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     if device.type == "cpu" and evaluate.samples_pay(device, weights):
         times = (1 if recipe.tune.method == "none" else 2) * evaluate.SAMPLES * evaluate.SAMPLE_TOKENS
         out["evaluate"] += times * weights * DECODE[cpu.available()]
-    packer = PACKERS[recipe.quant.packer]
-    out["compress"] = sum(_start_seconds(t, recipe.quant) for t in packed)
-    if packer.needs:
-        hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2
-        solve = sum(3 * t.shape[1] ** 3 + 2 * _products(recipe.quant) * t.shape[0] * t.shape[1] ** 2 for t in packed)
-        backward = 4 * parameters * counts.calibration if packer.fisher else 0
-        out["compress"] += (2 * weights * counts.calibration * PASSES + hessian + solve + backward) / speed
+    out["compress"] = packing = _packing_seconds(recipe.quant, packed, counts, parameters, speed)
+    if recipe.tune.start != "zero":
+        out["compress"] += _path_seconds(recipe, adapted(recipe.tune, packed), speed)
     if recipe.tune.method != "none":
         out["tune"] = (6 * weights + 4 * (parameters - weights)) * counts.tuning / speed
+    if recipe.tune.adapter == "absorb":  # about two packings, and the domain's perplexity before and after
+        out["absorb"] = 2 * packing + 2 * parameters * counts.evaluation / speed
     return {key: round(value, 1) for key, value in out.items()}
+
+
+def _packing_seconds(quant: Quant, packed: list[compress.Target], counts: Counts, parameters: int, speed: float) -> float:
+    packer, weights = PACKERS[quant.packer], sum(t.shape[0] * t.shape[1] for t in packed)
+    seconds = sum(_layer_seconds(t, quant, speed) for t in packed)
+    if packer.needs:
+        hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2
+        backward = 4 * parameters * counts.calibration if packer.fisher else 0
+        seconds += (2 * weights * counts.calibration * PASSES + hessian + backward) / speed
+    return seconds
+
+
+def _layer_seconds(target: compress.Target, quant: Quant, speed: float) -> float:
+    """Of packing a layer whose statistics are known."""
+    n, k = target.shape
+    solve = 3 * k**3 + 2 * _products(quant) * n * k**2 if PACKERS[quant.packer].needs else 0
+    return _start_seconds(target, quant) + solve / speed
+
+
+def _path_seconds(recipe: Recipe, targets: list[compress.Target], speed: float) -> float:
+    """What paths that start beside these layers add to their packing: their eigenvectors (quant/starts.py), with loftq anew after each packing."""
+    rounds = starts.ROUNDS if recipe.tune.start == "loftq" else 1
+    seconds = 0.0
+    for target in targets:
+        n, k = target.shape
+        found = 10 * n**3 if max(n, k) <= starts.EXACT else (starts.PASSES + 1) * (recipe.tune.rank + starts.EXTRA) * (4 * n * k + 2 * k**2)
+        seconds += rounds * found / speed + (rounds - 1) * _layer_seconds(target, recipe.quant, speed)
+    return seconds
 
 
 def _start_seconds(target: compress.Target, quant: Quant) -> float:

@@ -31,6 +31,7 @@ class Job:
     """One run of one recipe into one folder. `sparse`: whether single weights are pruned, whose zeros the packer and the folder keep."""
 
     sparse = False
+    packed_bits, zero_bits = 0.0, 0  # as packed, before tuning: of a weight, and of all zeros
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         self.recipe, self.output, self.show = recipe, output, show
@@ -91,6 +92,9 @@ class Job:
             )  # fmt: skip
         journal.resumed |= taken > 0
         self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
+        packed = load.packed_weights(loaded.model)
+        self.packed_bits = write.bits_per_weight(write.block_weights(loaded) if self.sparse else packed, self.sparse)
+        self.zero_bits = sum(weight.zero_bits() for weight in packed.values())
 
     @contextlib.contextmanager
     def training(self, name: str, key: str, total: int, journal: Journal) -> Iterator[tuple[Path, OnStep]]:
@@ -117,11 +121,13 @@ class Job:
         with self.stage("export"):
             beside = write.write_adapter(loaded, folder, self.place.name)
             self.report.export = write.write_folder(loaded, folder, self.sparse) | ({"adapter_bytes": beside} if beside else {})
-        size = load.model_bytes(folder)
+        size, bits = load.model_bytes(folder), self.report.export["bits_per_weight"]
         for name in ("packed", "tuned") if self.packs else ("pruned",):
             if getattr(self.report, name):
-                more = beside if name == "tuned" else 0
-                self.record(name, bits_per_weight=self.report.export["bits_per_weight"], folder_bytes=size + more)
+                self.record(name, bits_per_weight=bits, folder_bytes=size + (beside if name == "tuned" else 0))
+        more = sum(weight.zero_bits() for weight in load.packed_weights(loaded.model).values()) - self.zero_bits
+        if self.packs and more:  # tuning made the zeros floats, which packing alone would not have stored
+            self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=size - more // 8)
         self.report.resumed, self.report.keys = journal.resumed, key
         self.report.save(folder / "report.json")
         render.write_html(self.report, folder / "report.html")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.errors import ModelError, RecipeError, UserError
 from compressor.export import compressed_tensors, shards, sparse, table
-from compressor.integrations import peft
+from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
 from compressor.prune import slicing
 
@@ -48,7 +48,7 @@ ALIASES = {
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "pythia-410m": "EleutherAI/pythia-410m",
 }
-FILES = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+FILES = ["model*.safetensors", "adapter/*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
@@ -308,7 +308,7 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     compute = torch.float32 if device.type == "cpu" else dtype
     loaded = Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
     if (folder / peft.FOLDER).is_dir():
-        loaded.adapter = peft.load(loaded.model, folder / peft.FOLDER)
+        loaded.adapter = attach.load(loaded.model, folder / peft.FOLDER)
     return loaded
 
 

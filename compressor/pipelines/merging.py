@@ -7,11 +7,12 @@ values. Greedy soups choose by that same mean, so theirs is a number that they w
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from compressor.errors import ModelError, RecipeError
@@ -35,6 +36,8 @@ class Texts:
         """RecipeError for values that cannot work."""
         if self.names and len(self.names) != files:
             raise RecipeError(f"--data names {len(self.names)} texts for {files} tasks: give one for each, in their order, or none")
+        if not self.names and (self.window is not None or self.max_tokens):
+            raise RecipeError("--window and --max-tokens say how texts are measured, and there are none: give one for each task with --data")
         if method == "greedy" and not self.names:
             raise RecipeError("greedy measures every candidate: give a text for each task with --data")
         Recipe().with_(eval__window=self.window, eval__max_tokens=self.max_tokens)
@@ -55,7 +58,7 @@ class Scores:
         key = _sha256(values)
         if key not in self._known:
             tasks.put(self.loaded, values, self.kind)
-            with self.show.task(f"evaluate {label}"[:40], 1) as advance:
+            with self.show.task(escape(tasks.line(f"evaluate {label}")[:40]), 1) as advance:
                 found = evaluate.measure(self.loaded.model, self.loaded.tokenizer, self.corpora, self.window, self.texts.max_tokens)
                 advance(1, "")
             self.protocol = list(found["protocol"].values())
@@ -74,6 +77,7 @@ def merge_tasks(
     options.check(len(paths))
     texts.check(len(paths), options.method)
     tasks.new_file(output)
+    paths = tasks.distinct(paths)
     for path in paths:
         if task.read_header(path).kind == task.ADAPTER:
             raise ModelError(f"{path} holds an adapter: load adapters beside the base and join them with peft's add_weighted_adapter")
@@ -84,7 +88,10 @@ def merge_tasks(
     start = {name: value.detach().cpu().clone() for name, value in tasks.held(load.packed_weights(loaded.model), kind).items()}
     scores = Scores(loaded, texts, show, kind) if texts.names else None
     quality = None if scores is None else lambda values: float(scores.of(values)["mean"])
-    notes = _notes(loaded, options.method, show)
+    notes = [] if options.method in ("soup", "greedy") else tasks.notes(loaded)
+    notes += ["the tasks of the soup were chosen by the mean perplexity reported here"] if options.method == "greedy" else []
+    for note in notes:
+        show.say(tasks.line(note))
     values, done = merge.merge(start, [each.values for each in found], kind, options, quality)
     origin = [{"file": tasks.short(path), "sha256": _file_sha256(path)} | _told(each) for path, each in zip(paths, found, strict=True)]
     told: dict[str, Any] = {"model": found[0].model, "recipe": {"merge": done, "tasks": origin}}
@@ -92,23 +99,20 @@ def merge_tasks(
     if scores is not None:
         stages = [("base", start), *((tasks.short(path), each.values) for path, each in zip(paths, found, strict=True)), ("merged", values)]
         rows = [{"name": name} | scores.of(each, name) for name, each in stages]
-        told["metrics"] = {corpus.name: value for corpus, value in zip(scores.corpora.values(), rows[-1]["perplexity"], strict=True)}
+        told["metrics"] = dict(zip(unique(scores.corpora.values()), rows[-1]["perplexity"], strict=True))
     document = {"base_folder": source_name(base)} | tasks.save(loaded, output, plain(told, "merge", []), values, kind)
     if scores is None:
         return document | {"notes": notes}, None
     return document | {"notes": notes, "scores": rows, "protocol": scores.protocol}, _table(rows, list(scores.corpora.values()))
 
 
-def _notes(loaded: load.Loaded, method: str, show: Show) -> list[str]:
-    """What a reader of the numbers must know, said to people at once."""
-    notes = []
-    if "recipe" in tasks.about(loaded.folder, loaded.name) and method not in ("soup", "greedy"):
-        notes.append(f"{loaded.name} was itself tuned, so changes are counted from its tuned values: name the untuned folder to count from that")
-    if method == "greedy":
-        notes.append("the tasks of the soup were chosen by the mean perplexity reported here")
-    for note in notes:
-        show.say(note)
-    return notes
+def unique(corpora: Iterable[data.Corpus]) -> list[str]:
+    """The names of texts; those of one name get a number."""
+    names: list[str] = []
+    for corpus in corpora:
+        taken = sum(name == corpus.name or name.startswith(f"{corpus.name} #") for name in names)
+        names.append(f"{corpus.name} #{taken + 1}" if taken else corpus.name)
+    return names
 
 
 def _told(each: task.Task) -> dict[str, Any]:
@@ -116,9 +120,11 @@ def _told(each: task.Task) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]], corpora: list[data.Corpus]) -> Table:
-    shown = Table("values", *(corpus.name for corpus in corpora), "mean", title="perplexity of the held-out part of each text; geometric mean")
+    shown = Table(title="perplexity of the held-out part of each text; geometric mean")
+    for name in ("values", *unique(corpora), "mean"):
+        shown.add_column(tasks.cell(name))
     for row in rows:
-        shown.add_row(row["name"], *(f"{value:.3f}" for value in (*row["perplexity"], row["mean"])))
+        shown.add_row(tasks.cell(row["name"]), *(f"{value:.3f}" for value in (*row["perplexity"], row["mean"])))
     return shown
 
 
@@ -146,10 +152,10 @@ def parse_numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
 
 
 def parse_lines(text: str | None) -> tuple[float | None, float | None] | None:
-    """ "0.3" or "0.3,0.7" -> alpha and beta."""
-    numbers = parse_numbers(text, "--lines")
+    """ "0.3" or "0.3,0.7" -> alpha and beta; "auto" -> the defaults of both."""
+    numbers = (None, None) if text == "auto" else parse_numbers(text, "--lines")
     if numbers is None:
         return None
     if len(numbers) > 2:
-        raise RecipeError(f"--lines {text!r} has {len(numbers)} numbers; give alpha, or alpha and beta, for example 0.3,0.7")
+        raise RecipeError(f"--lines {text!r} has {len(numbers)} numbers; give alpha, or alpha and beta, for example 0.3,0.7, or auto")
     return numbers[0], numbers[1] if len(numbers) > 1 else None

@@ -190,23 +190,32 @@ def _protocol(report: Report) -> str:
     return _table(("", *texts), rows + [row for row in rates if set(row[1:]) != {DASH}], "keys")
 
 
-_ZERO = {"True": "symmetric", "False": "asymmetric", "None": "table"}
-
-
 def _layers(report: Report) -> str:
-    rows = dicts(report.layers)
-    kinds = Counter(tuple(str(r.get(key, DASH)) for key in ("bits", "group", "symmetric", "packer")) for r in rows)
+    rows = [row | {"zero": _zero(row, report)} for row in dicts(report.layers)]
+    kinds = Counter(tuple(str(DASH if r.get(key) is None else r[key]) for key in ("bits", "group", "zero", "packer")) for r in rows)
     counts = [
-        [many(n, "linear"), f"{bits} bits", "one scale a row" if group == "-1" else f"group {group}", _ZERO.get(zero, DASH), packer]
+        [many(n, "linear"), f"{bits} bits", "one scale a row" if group == "-1" else f"group {group}", zero, packer]
         for (bits, group, zero, packer), n in kinds.items()
     ]
-    known = ("name", "shape", "bits", "group", "symmetric", "packer", "error", "damp", "seconds", "note")
-    heads = tuple(h for h in known if any(r.get(h) is not None for r in rows))
-    cells = [[_shape(r.get(h)) if h == "shape" else _cell(r.get(h)) for h in heads] for r in rows]
-    every = f"<details><summary>{many(len(rows), 'packed linear')}, one by one</summary>{_table(heads, cells, 'rows')}</details>" if rows else ""
+    known = ("name", "shape", "bits", "group", "zero", "packer", "error", "start_error", "damp", "seconds", "note")
+    keys = tuple(h for h in known if any(r.get(h) is not None for r in rows))
+    names = ["error with its path" if key == "start_error" else key for key in keys]
+    cells = [[_shape(r.get(h)) if h == "shape" else _cell(r.get(h)) for h in keys] for r in rows]
+    every = f"<details><summary>{many(len(rows), 'packed linear')}, one by one</summary>{_table(names, cells, 'rows')}</details>" if rows else ""
     left = [[r.get("name"), _shape(r.get("shape")), r.get("reason")] for r in dicts(report.unpacked)]
     dense = f"<p class=muted>Left dense</p>{_table(('name', 'shape', 'reason'), left, 'rows')}" if left else ""
     return _table(("packed", "bits", "group", "zero", "packer"), counts) + every + dense
+
+
+def _zero(row: dict[str, Any], report: Report) -> str | None:
+    """What stands for zero in a layer: as it was packed, or floats that were tuned since."""
+    tune = report.recipe.get("tune")
+    if report.tuned and isinstance(tune, dict) and tune.get("method") == "qalora":
+        targets = tune.get("targets")
+        if targets is None or str(row.get("name")).rpartition(".")[2] in [part.strip() for part in str(targets).split(",")]:
+            return "float zeros"
+    words = {"True": "symmetric", "False": "asymmetric", "None": "table"}
+    return words.get(str(row["symmetric"])) if "symmetric" in row else None
 
 
 def _cell(value: Any) -> str:

@@ -1,124 +1,70 @@
 """Task files of loaded models: written, swapped in, taken out of a folder, made a folder of again (export/task.py, docs/tasks.md).
 
 A swap copies values into the tensors that the layers already hold, so codes, addresses and whatever was compiled on them stay; only the first zeros
-in floats, and an adapter of another shape, come in new tensors (integrations/attach.py). It must take milliseconds, and the digest that tells bases
-apart reads the whole base: so it is formed once a model and remembered together with the identity of every tensor under it, which PyTorch's counters
-of in-place changes belong to. Changed, replaced or moved tensors mean a new digest. Limit: writes through `.data` are counted nowhere; after such a
-write into codes, zeros or dense tensors, load the model anew.
+in floats, and an adapter of another shape, come in new tensors (integrations/attach.py). Every file is judged for the base's own values
+(pipelines/bases.py), which come back before a task of another kind goes in, so one model in memory serves tasks of every kind in turn. Limit: the
+layers change one after the other; a forward pass meanwhile sees some of both.
 """
 
+import json
 import os
 import shutil
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from compressor import linear
 from compressor.errors import ModelError, OutputError, RecipeError
 from compressor.export import merge, task
 from compressor.integrations import attach, peft
+from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight, zeros_as_floats
-from compressor.pipelines import load, write
+from compressor.pipelines import bases, load
+from compressor.pipelines.bases import MOVED, base_digest, marks, same, value_marks
 from compressor.pipelines.job import source_name
 from compressor.pipelines.output import TASK_FILE, read_report
+from compressor.pipelines.render import clean
+from compressor.pipelines.report import plain
 from compressor.recipe import Recipe
 
+__all__ = ["base_digest", "marks", "same", "value_marks"]
 TUNERS = ("peqa", "table", "qalora", *peft.KINDS)  # those that move what a task file holds
-PARTS = ("words", "learned", "zero", "bias")  # tensors of a packed layer
-MOVED = {"scale": ("learned",), "table": ("learned",), "zero": ("zero",), task.ADAPTER: ()}  # those that a task of a kind holds; the rest is base
-VALUES = ("learned", "zero")  # all that a tuning may move in a packed layer
+RECORD = "export.json"  # in folders that `apply` and `export` write: what was done
 TOLD = """A task file: what a tuning moved of {model}, without the model. With compressor {version}:
 
     compressor apply BASE {file} -o FOLDER
 
-writes the tuned model. BASE is the packed folder that the recipe beside this file gives without `tune` and `save`, or any that is tuned from it.
+writes the tuned model. BASE is the packed folder that the recipe beside this file gives without `tune` and `save`{others}.
 
 The license and the terms of use of the base model apply.
 """
+OTHERS = {  # bases that a file of a kind fits beside the untuned one
+    "scale": ", or any of which a tuning moved the scales alone",
+    "table": ", or any of which a tuning moved the tables",
+    "zero": ", or any of which a tuning moved the zeros alone; where scales were tuned it is another base",
+    task.ADAPTER: ", with another adapter beside it or with none; where scales, tables or zeros were tuned it is another base",
+}
 
 
-@dataclass(frozen=True)
-class Mark:
-    """Which tensor stands under a name, and how often it was changed in place."""
-
-    name: str
-    tensor: "weakref.ref[Tensor]" = field(compare=False)  # references compare by what they refer to, and tensors do not
-    address: int
-    changes: int
-    dtype: torch.dtype
-    facts: tuple[Any, ...]
+def line(text: object) -> str:
+    """A name, which may be a stranger's, for one line of a terminal or of a file that people read."""
+    return clean(" ".join(str(text).split()))
 
 
-Marks = list[Mark] | None
+def cell(text: object) -> Text:
+    """The same for a table: brackets in it are no markup."""
+    return Text(line(text))
 
 
-def same(one: Marks, other: Marks) -> bool:
-    """Whether the same tensors stood under the same names, unchanged, when both were taken."""
-    if one is None or other is None or one != other:
-        return False
-    return all((tensor := a.tensor()) is not None and tensor is b.tensor() for a, b in zip(one, other, strict=True))
-
-
-def marks(model: nn.Module, values: bool, moved: tuple[str, ...] = ("learned",)) -> Marks:
-    """Of the `moved` parts of packed layers, or of everything else; None if a tensor keeps no count of its changes, as inference tensors do not."""
-    return _marked(_tensors(model, values, moved))
-
-
-def value_marks(loaded: load.Loaded) -> Marks:
-    """Of everything that a tuning may have moved: scales or tables, zeros, and what adapters hold."""
-    beside = [] if loaded.adapter is None else [(name, tensor, tuple(tensor.shape)) for name, tensor in attach.stored(loaded.model)]
-    return _marked([*_tensors(loaded.model, True, VALUES), *beside])
-
-
-def _marked(tensors: Iterable[tuple[str, Tensor, tuple[Any, ...]]]) -> Marks:
-    out = []
-    for name, tensor, facts in tensors:
-        if tensor.is_inference():
-            return None
-        out.append(Mark(name, weakref.ref(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, facts))
-    return out
-
-
-def _tensors(model: nn.Module, values: bool, moved: tuple[str, ...]) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
-    """(name, tensor, what else decides its meaning) of the parts of packed layers that were moved, or of everything else that is stored."""
-    packed = linear.packed_linears(model)
-    for name, layer in packed.items():
-        scheme = (layer.bits, layer.group, layer.out_features, layer.in_features)
-        parts = {part: getattr(layer, part) for part in PARTS if (part in moved) == values}
-        yield from ((f"{name}.{part}", tensor, scheme) for part, tensor in parts.items() if tensor is not None)
-    if not values:
-        inside = tuple(f"{name}." for name in packed)
-        for stored in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-            yield from ((name, tensor, tuple(tensor.shape)) for name, tensor in stored if not name.startswith(inside))
-
-
-_digests: "weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.dtype, Marks, str]]]" = weakref.WeakKeyDictionary()
-
-
-def base_digest(loaded: load.Loaded, kind: str | None = None) -> str:
-    """The digest of the model's base for tasks of a kind, by default that of its values; an attached adapter is no part of any.
-
-    It is alike for a model in memory and the folder it is saved as: dense tensors count in the folder's dtype.
-    """
-    with peft.set_aside(loaded):
-        packed = load.packed_weights(loaded.model)
-        kind = kind or task.kind_of(packed, loaded.name)
-        digests = _digests.setdefault(loaded.model, {})
-        now, known = marks(loaded.model, False, MOVED[kind]), digests.get(kind)
-        if known is not None and known[0] == loaded.dtype and same(known[1], now):
-            return known[2]
-        kept = write.dense_tensors(loaded)
-        for name, tensor in kept.items():
-            kept[name] = tensor.to(loaded.dtype) if tensor.is_floating_point() else tensor
-        found = task.digest(kept, packed, kind)
-    digests[kind] = (loaded.dtype, now, found)
-    return found
+def file_of(path: Path) -> Path:
+    """The task file that a path means: itself, or that in the folder of a run with `--save task`."""
+    return path / TASK_FILE if (path / TASK_FILE).is_file() and not (path / "config.json").exists() else path
 
 
 def held(packed: Mapping[str, PackedWeight], kind: str) -> dict[str, Tensor]:
@@ -146,15 +92,39 @@ def check(recipe: Recipe) -> None:
 
 
 def about(folder: Path, name: str) -> dict[str, Any]:
-    """What a task file says beside its values: the model's name, and from the folder's report the tune section and the tuned perplexities."""
-    report = read_report(folder)
+    """What a task file says beside its values: the model's name, and what tuned it with perplexities, from the folder's report, or, where `apply`
+    wrote it, from the tasks that it holds."""
+    report, held = read_report(folder), applied(folder)
     section = lambda key: value if isinstance(value := report.get(key), dict) else {}
     out: dict[str, Any] = {"model": str(section("model").get("name") or source_name(name))}
+    if held:
+        first = {key: held[0].get(key) for key in ("recipe", "metrics") if isinstance(held[0].get(key), dict)}
+        parts = [{key: each[key] for key in ("file", "recipe", "metrics") if key in each} for each in held]
+        total = {"recipe": {"merge": {"method": "sum", "weights": [1.0] * len(held)}, "tasks": parts}}
+        told: dict[str, Any] = plain({"model": str(held[0].get("model") or out["model"])} | (first if len(held) == 1 else total), "apply", [])
+        return told
     recipe = task.finite(section("recipe").get("tune"))
     if not section("tuned") or recipe.get("method") == "none":
         return out
     found = {key: value.get("perplexity") for key, value in section("tuned").items() if key in ("domain", "outside") and isinstance(value, dict)}
     return out | {"recipe": recipe, "metrics": task.finite(found)}
+
+
+def applied(folder: Path) -> list[dict[str, Any]]:
+    """The headers of the tasks that `apply` put into a folder; none for other folders."""
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    found = record.get("tasks") if isinstance(record, dict) and record.get("to") == "apply" else None
+    return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else []
+
+
+def notes(loaded: load.Loaded) -> list[str]:
+    """What must be known of a base that changes are counted from."""
+    if not applied(loaded.folder) and "recipe" not in about(loaded.folder, loaded.name):
+        return []
+    return [f"{loaded.name} was itself tuned, so changes are counted from its tuned values: name the untuned folder to count from that"]
 
 
 def new_file(path: Path, loaded: load.Loaded | None = None) -> None:
@@ -181,8 +151,7 @@ def save(
     """
     if kind is None and loaded.adapter is not None:
         kind, values, config = task.ADAPTER, peft.state(loaded.adapter), attach.plain(loaded.adapter)
-    with peft.set_aside(loaded):
-        packed = load.packed_weights(loaded.model)
+    packed = bases.weights(loaded.model)
     kind = kind or task.kind_of(packed, loaded.name)
     new_file(path, loaded)
     found = task.Task(kind, base_digest(loaded, kind), held(packed, kind) if values is None else values, config=config or {}, **told)
@@ -201,52 +170,112 @@ def short(path: Path) -> str:
     return "/".join(path.parts[-2:]).removeprefix("//")
 
 
+def distinct(paths: Sequence[Path]) -> list[Path]:
+    """The task files that paths mean; RecipeError where two mean one, which would count twice."""
+    files = [file_of(path) for path in paths]
+    places = [path.resolve() for path in files]
+    if twice := next((path for i, path in enumerate(files) if places[i] in places[:i]), None):
+        raise RecipeError(f"{twice} is named twice: name every task once, and give its weight with merge-tasks --weights")
+    return files
+
+
 def read(loaded: load.Loaded, paths: Sequence[Path]) -> list[task.Task]:
-    """The tasks, of one kind, of files for this model; ModelError for anything but whole task files of its base."""
+    """The tasks, of one kind, of files for this model; ModelError for anything but whole task files of its base. Nothing in it changes."""
     heads = [task.read_header(path) for path in paths]  # what is no task file is known before the base is read
     kind = heads[0].kind
     if other := next((i for i, head in enumerate(heads) if head.kind != kind), None):
         raise ModelError(f"{paths[0]} holds {kind}s and {paths[other]} {heads[other].kind}s, and tasks of two kinds do not add up")
-    _check_free(loaded, kind)
-    with peft.set_aside(loaded):
-        packed = load.packed_weights(loaded.model)
+    _check_free(loaded)
+    own = bases.own(loaded.model).values
+    packed = bases.weights(loaded.model, own)
     task.check_fits(kind, packed, str(paths[0]))
-    found = [task.read(path, packed, base_digest(loaded, kind)) for path in paths]
+    found = [task.read(path, packed, base_digest(loaded, kind, own)) for path in paths]
     for path, each in zip(paths, found, strict=True):
         if kind == task.ADAPTER:
             attach.check(each.config, each.values, str(path))
     return found
 
 
-@torch.no_grad()
 def put(loaded: load.Loaded, values: merge.Values, kind: str = "scale") -> None:
-    """Copy checked scales or tables, or zeros, into the layers of a packed model: in place, but for zeros where none are floats yet."""
-    _check_free(loaded, kind)
-    part, layers = MOVED[kind][0], linear.packed_linears(loaded.model)
-    for name, value in values.items():
-        now = getattr(layers[name], part)
-        if now is not None and now.dtype == value.dtype:
-            now.copy_(value)
-        else:
-            setattr(layers[name], part, value.to(layers[name].words.device, copy=True))
+    """Copy scales, tables or zeros, as `read` gives them, into the layers of a packed model: in place, but for zeros where none are floats yet."""
+    _check_free(loaded)
+    for name, layer in attach.base_layers(loaded.model).items():
+        if name not in values or values[name].shape != layer.learned.shape or (kind != "zero" and values[name].dtype != layer.learned.dtype):
+            raise ModelError(f"{loaded.name}: the {kind}s of {name} are missing, or of another shape or dtype")
+    with _written(loaded.model, {MOVED[kind][0]: values}):
+        pass
 
 
-def _check_free(loaded: load.Loaded, kind: str) -> None:
-    if loaded.adapter is not None and kind != task.ADAPTER:
-        raise ModelError(f"{loaded.name} has an adapter, and a task of {kind}s goes into a base without one: load the base alone")
-    layers = linear.packed_linears(loaded.model).values()
+@contextmanager
+def _written(model: nn.Module, parts: bases.Values) -> Iterator[None]:
+    """Put values into the layers; with an error, here or in the block, all are what they were."""
+    layers = attach.base_layers(model)
+    undo: list[tuple[PackedLinear, str, Tensor | None, Tensor | None]] = []
+    try:
+        with torch.no_grad():
+            for part, name, value in ((part, name, value) for part, values in parts.items() for name, value in values.items()):
+                now: Tensor | None = getattr(layers[name], part)
+                undo.append((layers[name], part, now, _copy(now)))
+                if now is not None and value is not None and now.dtype == value.dtype:
+                    now.copy_(value)
+                else:
+                    setattr(layers[name], part, None if value is None else value.to(layers[name].words.device, copy=True))
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for layer, part, tensor, before in undo:
+                setattr(layer, part, tensor)
+                if tensor is not None and before is not None:
+                    tensor.copy_(before)
+        raise
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+def _check_free(loaded: load.Loaded) -> None:
+    layers: list[PackedLinear] = list(attach.base_layers(loaded.model).values())
     if any(layer.tuned is not None or layer.tuned_zero is not None for layer in layers):
         raise ModelError(f"{loaded.name} is being tuned; detach the tuner before a task is loaded")
+    if any(layer.learned.is_inference() for layer in layers) and not torch.is_inference_mode_enabled():
+        raise ModelError(f"{loaded.name} was loaded under torch.inference_mode and can be changed only there: swap under it, or load without it")
 
 
 def swap(loaded: load.Loaded, path: Path) -> task.Task:
-    """Swap the values of a task file into a packed model, or its adapter beside it, in place of another; all of them or, with an error, none."""
+    """Swap the values of a task file into a packed model, or its adapter beside it, in place of any other task; all of it or, with an error, none."""
+    path = file_of(path)
     found = read(loaded, [path])[0]
     if found.kind == task.ADAPTER:
-        attach.exchange(loaded, found.config, found.values, str(path))
+        _change(loaded, {}, partial(attach.exchange, loaded, found.config, found.values, str(path)))
     else:
-        put(loaded, found.values, found.kind)
+        _change(loaded, {MOVED[found.kind][0]: found.values})
     return found
+
+
+def swapped(loaded: load.Loaded) -> bool:
+    """Whether a task stands in the place of the model's own values."""
+    return bool(bases.own(loaded.model).moved)
+
+
+def unload(loaded: load.Loaded) -> None:
+    """Take an adapter off, and put the base's own values back where a task stands in their place; nothing to do is fine."""
+    _check_free(loaded)
+    _change(loaded, {})
+
+
+def _change(loaded: load.Loaded, values: bases.Values, attached: Callable[[], None] | None = None) -> None:
+    """Put values into the base, its own where another task stood, and attach an adapter or take it off; with an error all is what it was."""
+    own, layers = bases.own(loaded.model), attach.base_layers(loaded.model)
+    for part in values.keys() - own.values.keys():
+        own.values[part] = {name: _copy(getattr(layer, part)) for name, layer in layers.items()}
+    with _written(loaded.model, {part: own.values[part] for part in own.moved} | dict(values)):
+        if attached is not None:
+            attached()
+        elif loaded.adapter is not None:
+            peft.strip(loaded.model)
+            loaded.adapter = None
+    own.moved, own.now = tuple(values), marks(loaded.model, True, bases.VALUES)
 
 
 def extract(source: str, path: Path) -> dict[str, Any]:
@@ -267,12 +296,12 @@ def _save_folder(loaded: load.Loaded, folder: Path, path: Path, told: dict[str, 
 def leave_only(loaded: load.Loaded, folder: Path, version: str) -> None:
     """In a finished, proven folder of a run put a task file in place of the model: the file that `compressor task` would take out of it."""
     told = about(folder, folder.name)
-    _save_folder(loaded, folder, folder / TASK_FILE, told)
+    kind = _save_folder(loaded, folder, folder / TASK_FILE, told)["kind"]
     for path in load.model_files(folder):
         path.unlink()
     if (folder / peft.FOLDER).is_dir():
         shutil.rmtree(folder / peft.FOLDER)
-    (folder / "README.md").write_text(TOLD.format(model=told["model"], version=version, file=TASK_FILE), "utf-8")
+    (folder / "README.md").write_text(TOLD.format(model=line(told["model"]), version=version, file=TASK_FILE, others=OTHERS[kind]), "utf-8")
 
 
 def load_source(name: str, device: str, adapters: bool = False) -> load.Loaded:
@@ -281,5 +310,7 @@ def load_source(name: str, device: str, adapters: bool = False) -> load.Loaded:
     if not load.read_config(folder).get("quantization_config"):
         raise ModelError(f"{name} is dense; give a packed folder, such as `compressor run` writes")
     if not adapters and (folder / peft.FOLDER).is_dir():
-        raise ModelError(f"{name} has an adapter beside its packed weights, which would be lost: export --to bf16, or run with --adapter absorb")
+        raise ModelError(
+            f"{name} has an adapter beside its packed weights, which would be lost: export --to compressed-tensors absorbs it, --to bf16 folds it in"
+        )
     return load.load(name, device)

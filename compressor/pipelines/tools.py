@@ -13,10 +13,10 @@ from compressor.export import sparse
 from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
-from compressor.pipelines import data, encoder_load, encoder_run, evaluate, load, write
+from compressor.pipelines import adapters, data, encoder_load, encoder_run, evaluate, load, write
 from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
-from compressor.pipelines.report import environment
+from compressor.pipelines.report import environment, size
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
 
@@ -40,16 +40,20 @@ def evaluate_folder(model: str, source: str | None, window: int | None, max_toke
 
 
 def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
-    """bits_per_weight, folder_bytes, and ratio to the dense folder (from report.json; for foreign folders to 16 bits a parameter)."""
-    beside = loaded.folder / peft.FOLDER
-    size = load.model_bytes(loaded.folder) + sum(path.stat().st_size for path in beside.glob("*") if beside.is_dir())
-    packed = load.packed_weights(loaded.model)
-    if (loaded.config.get("quantization_config") or {}).get("quant_method") == sparse.METHOD:
-        stored = write.bits_per_weight(write.block_weights(loaded), sparse=True)
-        return {"bits_per_weight": stored, "folder_bytes": size, "ratio": dense_bytes(loaded) / size}
-    if not packed:
-        return {"bits_per_weight": float(torch.finfo(load.stored_dtype(loaded.folder)).bits), "folder_bytes": size, "ratio": 1.0}
-    return {"bits_per_weight": write.bits_per_weight(packed), "folder_bytes": size, "ratio": dense_bytes(loaded) / size}
+    """bits_per_weight, folder_bytes, and ratio to the dense folder (from report.json; for foreign folders to 16 bits a parameter).
+
+    Bits are those of the base alone, bytes those of an adapter too.
+    """
+    total = load.model_bytes(loaded.folder) + adapters.stored_bytes(loaded.folder)
+    with peft.set_aside(loaded):
+        packed = load.packed_weights(loaded.model)
+        if (loaded.config.get("quantization_config") or {}).get("quant_method") == sparse.METHOD:
+            bits = write.bits_per_weight(write.block_weights(loaded), sparse=True)
+        elif packed:
+            bits = write.bits_per_weight(packed)
+        else:
+            return {"bits_per_weight": float(torch.finfo(load.stored_dtype(loaded.folder)).bits), "folder_bytes": total, "ratio": 1.0}
+        return {"bits_per_weight": bits, "folder_bytes": total, "ratio": dense_bytes(loaded) / total}
 
 
 def dense_bytes(loaded: load.Loaded) -> int:
@@ -86,24 +90,41 @@ def generate_text(
 
 
 def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
-    """Sizes, and one row per packed layer with the error that report.json recorded when it was packed."""
+    """Sizes, the adapter if there is one, and one row per packed layer with the error that report.json recorded when it was packed."""
     loaded = load.load(model, "cpu")
-    packed = load.packed_weights(loaded.model)
-    report = read_report(loaded.folder)
-    errors = {row["name"]: row for row in report.get("layers", [])}
+    with peft.set_aside(loaded):
+        packed = load.packed_weights(loaded.model)
+    errors = {row["name"]: row for row in read_report(loaded.folder).get("layers", [])}
     table = Table("layer", "shape", "bits", "group", "grid", "error", "note", title=f"{model}: {len(packed)} packed linears")
     rows = []
     for name, weight in packed.items():
         row = {
             "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group,
-            "symmetric": None if isinstance(weight.values, TableValues) else weight.zero is None,
+            "symmetric": None if isinstance(weight.values, TableValues) else weight.zero is None, "float_zeros": weight.float_zeros,
             "error": errors.get(name, {}).get("error"), "note": errors.get(name, {}).get("note", ""),
         }  # fmt: skip
         rows.append(row)
         error = "" if row["error"] is None else f"{row['error']:.4f}"
-        grid = {None: "table", True: "sym", False: "asym"}[row["symmetric"]]
+        grid = "float zeros" if weight.float_zeros else {None: "table", True: "sym", False: "asym"}[row["symmetric"]]
         table.add_row(name, "×".join(map(str, weight.shape)), str(weight.bits), str(weight.group), grid, error, row["note"])
-    return {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded) | {"layers": rows}, table
+    document = {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded)
+    if loaded.adapter is not None:
+        document["adapter"] = told = _adapter(loaded)
+        rank = "" if told["rank"] is None else f" of rank {told['rank']}"
+        numbers = f"{told['parameters']:,} numbers, {size(told['bytes'])}"
+        table.caption = f"adapter: {told['kind']}{rank} beside {told['linears']} of {len(packed)} linears, {numbers}"
+    return document | {"layers": rows}, table
+
+
+def _adapter(loaded: load.Loaded) -> dict[str, Any]:
+    """kind, as `--tune` calls it; rank, if it has one; linears beside which it is; numbers that were trained; bytes of its folder."""
+    config = loaded.adapter.peft_config[peft.NAME]
+    kind = next((name for name in ("dora", "rslora") if getattr(config, f"use_{name}", False)), str(config.peft_type.value).lower())
+    return {
+        "kind": kind, "rank": getattr(config, "target_r" if kind == "adalora" else "r", None),
+        "linears": sum(hasattr(module, "base_layer") for module in loaded.model.modules()),
+        "parameters": sum(t.numel() for t in peft.state(loaded.adapter).values()), "bytes": adapters.stored_bytes(loaded.folder),
+    }  # fmt: skip
 
 
 def diagnose() -> tuple[dict[str, Any], Table]:

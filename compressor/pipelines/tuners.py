@@ -46,7 +46,7 @@ def _check(options: Tune, heeds: tuple[str, ...]) -> None:
         raise RecipeError(f"tune.{idle[0]}={getattr(options, idle[0])} means nothing to {options.method}: leave it out")
 
 
-def check_layers(options: Tune, shapes: Mapping[str, tuple[int, int]], sums: tuple[str, ...]) -> None:
+def check_layers(options: Tune, shapes: Mapping[str, tuple[int, ...]], sums: tuple[str, ...]) -> None:
     """RecipeError, before any work, for targets that are no packed linears, and for ranks and starts that these cannot have.
 
     shapes: [n, k] of what will be packed, by name; sums: the statistics that the packer collects.

@@ -236,6 +236,32 @@ def test_results_stay_legal(dtype: torch.dtype) -> None:
         assert all(bool(torch.isfinite(t).all()) for t in found.values())
 
 
+def test_the_floor_is_one_of_size_and_of_tasks_that_count() -> None:
+    one = lambda *numbers: {"layers.0.a": torch.tensor([numbers])}
+    merged = lambda base, tasks, **options: numbers(merge.merge(base, tasks, "scale", Options(**options))[0])
+    down = one(-1.0, -0.6)
+    assert merged(one(-0.9, -0.5), [down, down]) == pytest.approx([-1.1, -0.7]), "sizes may grow"
+    assert merged(one(-0.9, -0.5), [one(-0.1, -0.1)], weights=(9.0,)) == pytest.approx([-0.09, -0.05]), "and fall to a tenth"
+    half, low = one(0.5), one(1e-4)
+    assert merged(one(1.0), [half, low], weights=(3.0, 0.0)) == merged(one(1.0), [half], weights=(3.0,)) == pytest.approx([0.1])
+    assert merged(one(1.0), [half, low], weights=(3.0, 0.1)) == pytest.approx([1e-4])
+
+
+def test_a_factor_does_not_fall_with_depth(kind: str) -> None:
+    base = values(kind, 0)
+    against = {name: (2 * start - t) for (name, start), t in zip(base.items(), tuned(base, 1).values(), strict=True)}
+    for tasks in ([tuned(base, 1), against], [tuned(base, 1), tuned(base, 2)]):
+        told = merge.merge(base, tasks, kind, Options("ties", lines=(None, None), weights=(4.0, 8.0)))[1]
+        assert told["lines"][1] == max(0.0, 1 - told["lines"][0])
+
+
+def test_what_is_no_number_joins_no_soup(kind: str) -> None:
+    base = values(kind, 0)
+    tasks = [tuned(base, seed) for seed in range(3)]
+    for answers, chosen in (([math.nan, 1.0, 2.0, math.nan, math.nan], [1]), ([math.nan] * 5, [0])):
+        assert merge.greedy(base, tasks, kind, lambda _, left=[*answers]: left.pop(0)) == chosen
+
+
 def test_defaults_keep_the_published_shares(kind: str) -> None:
     base = {"layers.0.a": values(kind, 0)[NAMES[0]].repeat(100, *[1] * (len(SHAPES[kind][0]) - 1))}
     task, whole = tuned(base, 1), base["layers.0.a"].numel()
@@ -260,6 +286,8 @@ def test_defaults_keep_the_published_shares(kind: str) -> None:
         (Options("ties", density=0.0), 2, "density=0.0 is a share above 0"),
         (Options("ties", density=1.5), 2, "density=1.5 is a share"),
         (Options("breadcrumbs", outliers=1.0), 2, "outliers=1.0 one from 0 to below 1"),
+        (Options(lines=(0.5, -0.5)), 2, "beta=-0.5 is what the factor grows by"),
+        (Options("breadcrumbs", density=0.9, outliers=0.2), 2, "density=0.9 and outliers=0.2 are shares of the same changes"),
         (Options("lines"), 1, "add --lines, for example 0.3"),
         (Options("lines", lines=(None, 1.0)), 1, "add --lines, for example 0.3"),
     ],

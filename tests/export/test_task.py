@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def test_digest_knows_everything_but_the_values(make) -> None:
     found["dense"] = task.digest(DENSE | {"norm.weight": norm}, packed)
     found["dtype"] = task.digest(DENSE | {"norm.weight": DENSE["norm.weight"].view(torch.bfloat16)}, packed)
     found["shape"] = task.digest(DENSE | {"embed.weight": DENSE["embed.weight"].view(4, 2)}, packed)
+    found["more bits"] = task.digest(DENSE | {"norm.weight": DENSE["norm.weight"].float() * (1 + 2**-20)}, packed)
+    found["config"] = task.digest(DENSE, packed, None, {"rope_theta": 1.0})
+    assert task.digest({name: t.float() if t.is_floating_point() else t for name, t in DENSE.items()}, packed) == base, "a CPU's copy of it"
     found["absent"] = task.digest({k: v for k, v in DENSE.items() if k != "step"}, packed)
     assert len({base, *found.values()}) == 1 + len(found)
 
@@ -154,7 +158,8 @@ def test_digests_of_zeros_and_adapters_are_the_documented_ones() -> None:
         (tables(), "adapter"),
         (scales(asymmetric=False), "adapter"),
     ):
-        found = hashlib.sha256()
+        config = {"hidden_act": "silu", "rope_theta": 1e4}
+        found = hashlib.sha256(json.dumps({"config": config}, sort_keys=True).encode() + b"\n")
         for name, weight in sorted(packed.items()):
             line = {"bits": 3, "group": weight.group, "kind": kind, "module": name, "shape": list(weight.shape), "values": "float16"}
             if kind == "adapter":
@@ -164,9 +169,10 @@ def test_digests_of_zeros_and_adapters_are_the_documented_ones() -> None:
             if kind == "adapter" and weight.zero is not None:
                 found.update(weight.zero.numpy().tobytes())
         for name, tensor in sorted(DENSE.items()):
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
             line = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "tensor": name}
             found.update(json.dumps(line).encode() + b"\n" + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        assert task.digest(DENSE, packed, kind) == found.hexdigest()
+        assert task.digest(DENSE, packed, kind, config) == found.hexdigest()
 
 
 def test_digest_for_an_adapter_knows_everything() -> None:
@@ -191,6 +197,12 @@ def test_hostile_files_of_adapters(tmp_path: Path, config: dict[str, Any], tenso
             read(tmp_path / "a")
     with pytest.raises(ModelError, match="an adapter has a configuration"):
         saved(tmp_path / "s", scales(), config={"r": 1})
+
+
+def test_a_configuration_counts_by_what_computes() -> None:
+    kept = {"hidden_act": "silu", "rope_parameters": {"rope_theta": 1e4}, "architectures": ["LlamaForCausalLM"]}
+    idle = {"dtype": "float16", "torch_dtype": "float32", "_name_or_path": "/me", "transformers_version": "5", "quantization_config": {"a": 1}}
+    assert task.computing(kept | idle | {"rope_scaling": None, "use_cache": True, "eos_token_id": 2}) == kept
 
 
 def head(**change: Any):
@@ -223,6 +235,10 @@ def raw(text: str):
         (head(base="../../etc"), "no digest of its base"),
         (head(base=None), "no digest of its base"),
         (head(model=3), "must be a name and two mappings"),
+        (raw('{"a":' * 900 + "1" + "}" * 900), "nests deeper than 64 levels"),
+        (lambda t, m: m.update(compressor=m["compressor"].replace("{", '{"metrics": {"a": 1e999}, ', 1)), "holds numbers without bounds"),
+        (lambda t, m: m.update(compressor=m["compressor"].replace("{", '{"metrics": {"a": -1%s}, ' % ("0" * 400), 1)), "without bounds"),
+        (lambda t, m: m.update(compressor=m["compressor"] + " " * (1 << 22)), "longer than 4194304 characters"),
         (head(recipe=[1]), "must be a name and two mappings"),
         (head(metrics="good"), "must be a name and two mappings"),
         (lambda t, m: t.pop("layers.1.q.table"), "layers.1.q.table is missing"),
@@ -262,6 +278,45 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes | None) -> N
         task.read(path, tables(), "0" * 64)
     with pytest.raises(ModelError, match="there is no task file"):
         task.read_header(tmp_path / "nothing")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (task.read_header, task.read_alone, lambda path: task.read(path, tables(), "0" * 64)):
+        with pytest.raises(ModelError, match="is no regular file"):
+            read(tmp_path / "pipe")
+
+
+def test_a_file_that_changes_meanwhile_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, packed = tmp_path / "t", tables()
+    base = saved(path, packed)
+    check = task._check
+
+    def late(*args: Any) -> None:
+        check(*args)
+        path.write_bytes(b"changed")
+
+    monkeypatch.setattr(task, "_check", late)
+    assert all(torch.equal(value, packed[name].learned) for name, value in task.read(path, packed, base).values.items())
+    assert path.read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, torch.neg])
+def test_scales_that_no_tuning_makes_are_refused(tmp_path: Path, change: Any) -> None:
+    packed = scales()
+    base, path = saved(tmp_path / "s", packed), tmp_path / "s"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["layers.1.q.scale"][3, 1] = change(tensors["layers.1.q.scale"][3, 1])
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ModelError, match=r"the scale of layers.1.q is 0, or of another sign than the base's"):
+        task.read(path, packed, base)
+    negative = {name: weight.with_learned(-weight.learned) for name, weight in packed.items()}
+    saved(tmp_path / "n", negative)
+    assert bool((task.read(tmp_path / "n", negative, base).values["layers.0.q"] < 0).all()), "what others write is taken as it is"
+    with pytest.raises(ModelError, match="of another sign"):
+        task.read(tmp_path / "n", packed, base)
 
 
 def test_truncated_files_are_refused(tmp_path: Path) -> None:

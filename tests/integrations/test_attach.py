@@ -1,9 +1,11 @@
 """Adapters of strangers: whatever a configuration says, it is judged before peft sees it, and ends in one sentence."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import peft as library
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +46,11 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no tensors": (lambda c, t: t.clear(), "there is at least one"),
     "integers": (lambda c, t: t.update(a=torch.ones(2, dtype=torch.int64)), "float16, bfloat16 or float32"),
     "eight bits": (lambda c, t: t.update(a=torch.ones(2).to(torch.float8_e4m3fn)), "float16, bfloat16 or float32"),
+    "the base's biases": (lambda c, t: c.update(bias="all"), "sets bias"),
+    "biases of paths": (lambda c, t: c.update(lora_bias=True), "sets lora_bias"),
+    "another way to compute": (lambda c, t: c.update(use_bdlora={"a": 1}), "sets use_bdlora"),
+    "a key of another kind": (lambda c, t: c.update(decompose_both=True), "sets decompose_both"),
+    "a tensor of the base": (lambda c, t: t.update({"base_model.model.a.base_layer.bias": torch.ones(2)}), "would be a tensor of the base"),
     "no number": (lambda c, t: next(iter(t.values())).fill_(float("inf")), "not finite"),
     "a tensor more": (lambda c, t: t.update(nose=torch.ones(2)), "nose belongs to one of them alone"),
     "a tensor less": (lambda c, t: t.pop(next(iter(t))), "belongs to one of them alone"),
@@ -77,6 +84,46 @@ def test_what_does_not_fit_gives_one_sentence_and_changes_nothing(packed_llama: 
     assert held.adapter is None and set(packed_linears(held.model)) == names and torch.equal(logits(held.model), before)
     attach.exchange(held, *given, "t.safetensors")
     assert not torch.equal(logits(held.model), before)
+
+
+@pytest.mark.parametrize("error", [ModelError, KeyboardInterrupt])
+def test_a_refusal_leaves_gradients_and_modes(packed_llama: Any, given: Any, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    held = loaded(packed_llama().train())
+    asking = {name: parameter.requires_grad_("norm" in name).requires_grad for name, parameter in held.model.named_parameters()}
+    assert len({*asking.values()}) == 2
+
+    def late(*args: Any, beside: Any = peft.beside) -> None:
+        beside(*args)
+        raise error("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(peft, "beside", late)
+        attach.exchange(held, *given, "t")
+    assert held.adapter is None and all(module.training for module in held.model.modules())
+    assert {name: parameter.requires_grad for name, parameter in held.model.named_parameters()} == asking
+    attach.exchange(held, *given, "t")
+    assert {name: p.requires_grad for name, p in held.model.named_parameters() if name in asking}.items() <= asking.items()
+    before = logits(held.model)
+
+    def half(made: Any, tensors: Any, load: Any = library.set_peft_model_state_dict) -> None:
+        load(made, tensors)
+        patch.setattr(library, "set_peft_model_state_dict", load)
+        raise error("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(library, "set_peft_model_state_dict", half)
+        attach.exchange(held, given[0], {key: 2 * tensor for key, tensor in given[1].items()}, "t")
+    assert torch.equal(logits(held.model), before)
+
+
+def test_what_peft_writes_is_let_in() -> None:
+    """Every kind with its defaults, and what each lets be set."""
+    for name, config in attach.TYPES.items():
+        more = {"IA3": {"feedforward_modules": []}, "ADALORA": {"total_step": 9}}.get(name, {})
+        made = library.PeftConfig.from_peft_type(peft_type=name, target_modules=["q_proj"], **more)
+        held = {key: sorted(value) if isinstance(value, set) else value for key, value in made.to_dict().items()}
+        attach.check(json.loads(json.dumps(held, default=str)), {"a": torch.ones(2)}, "t")
+        assert {*config} - {*attach.SAME} <= {*held}, name
 
 
 def test_an_adapter_is_set_aside_and_comes_back(packed_llama: Any, given: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations import attach
 from compressor.integrations import peft as adapters
 from compressor.linear import packed_linears
 from compressor.packed import PackedWeight
@@ -203,7 +204,7 @@ def test_every_kind_trains_in_the_loop_and_comes_off_again(packed_llama, windows
     assert torch.equal(logits(peft.PeftModel.from_pretrained(packed_llama(), tmp_path / "adapter")), tuned), "peft itself reads the folder"
     assert tuner.remove() is model and torch.equal(logits(model), start)
     assert packed_linears(model).keys() == packed_linears(base).keys()
-    adapters.load(base, tmp_path / "adapter")
+    attach.load(base, tmp_path / "adapter")
     assert torch.equal(logits(base), tuned)
 
 
@@ -259,10 +260,21 @@ DAMAGES: dict[str, Any] = {
     "another rank": lambda f: (f / adapters.CONFIG).write_text((f / adapters.CONFIG).read_text().replace('"r": 4', '"r": 8')),
     "a list": lambda f: (f / adapters.CONFIG).write_text("[]"),
     "a module to import": lambda f: (f / adapters.CONFIG).write_text('{"megatron_config": {"a": 1}, "megatron_core": "os", "peft_type": "LORA"}'),
+    "a pattern": lambda f: say(f, target_modules="(.*)*(.*)*q_proj_x"),
+    "a rank for giants": lambda f: say(f, r=200_000),
+    "biases of the base": lambda f: say(f, bias="all"),
+    "a start in the weight": lambda f: say(f, init_lora_weights="olora"),
+    "more modules": lambda f: say(f, modules_to_save=["embed_tokens"]),
+    "a tensor of the base": lambda f: change(f, lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(64)})),
     "not finite": lambda f: change(f, lambda t: next(iter(t.values())).fill_(float("nan"))),
     "a tensor less": lambda f: change(f, lambda t: t.pop(next(iter(t)))),
     "a tensor more": lambda f: change(f, lambda t: t.update({"base_model.model.nose.lora_A.weight": torch.ones(4, 64)})),
 }
+
+
+def say(folder: Path, **keys: Any) -> None:
+    path = folder / adapters.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
 def change(folder: Path, how: Any) -> None:
@@ -275,12 +287,23 @@ def change(folder: Path, how: Any) -> None:
 def test_damaged_adapters_give_one_sentence(packed_llama, windows, tmp_path: Path, name: str) -> None:
     adapters.save(run(packed_llama(), "lora", windows, steps=2)[0].model, tmp_path / "a", "base")
     DAMAGES[name](tmp_path / "a")
+    base = packed_llama()
     with pytest.raises(ModelError) as caught:
-        adapters.load(packed_llama(), tmp_path / "a")
+        attach.load(base, tmp_path / "a")
     assert str(tmp_path / "a") in str(caught.value) and "\n" not in str(caught.value)
+    adapters.strip(base)
+    assert torch.equal(logits(base), logits(packed_llama())), "the base was changed"
+
+
+@pytest.mark.parametrize("kind", adapters.KINDS)
+def test_half_an_adapter_is_refused(packed_llama, windows, tmp_path: Path, kind: str) -> None:
+    adapters.save(run(packed_llama(), kind, windows, steps=2, **{} if kind != "ia3" else {"rank": 8})[0].model, tmp_path / "a", "base")
+    change(tmp_path / "a", lambda t: [t.pop(key) for key in sorted(t)[::2]])
+    with pytest.raises(ModelError, match="does not fit this model"):
+        attach.load(packed_llama(), tmp_path / "a")
 
 
 def test_an_adapter_of_another_model_is_refused(packed_llama, windows, tmp_path: Path) -> None:
     adapters.save(run(packed_llama(), "lora", windows, steps=2)[0].model, tmp_path / "a", "base")
     with pytest.raises(ModelError, match="cannot attach this adapter|does not fit this model"):
-        adapters.load(packed_llama(num_key_value_heads=4), tmp_path / "a")
+        attach.load(packed_llama(num_key_value_heads=4), tmp_path / "a")

@@ -49,6 +49,7 @@ def test_the_head_of_an_encoder_trains_with_the_adapter_and_the_base_stays(bert:
     assert any("classifier" in key for key in load_file(tmp_path / "tuned" / "adapter" / adapters.WEIGHTS))
     assert tuned["tuned"]["task"]["loss"] < tuned["packed"]["task"]["loss"] and tuned["packed"]["task"]["loss"] == plain["packed"]["task"]["loss"]
     found = encoder_run.evaluate_encoder(str(tmp_path / "tuned"), str(bert.data.data), "cpu", Show())
+    assert "sparsity" not in found and found["folder_bytes"] == tuned["tuned"]["folder_bytes"]
     assert found["loss"] == pytest.approx(tuned["tuned"]["task"]["loss"], abs=1e-6)
     assert len(head(tmp_path / "tuned", str(bert.data.data))) == 2 * len(head(tmp_path / "plain", str(bert.data.data)))
 

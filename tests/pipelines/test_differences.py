@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import compressor
@@ -58,6 +59,30 @@ def test_values_of_one_base(at: Path, kind: str) -> None:
         assert found["layers"] == (document["layers"] if one == kind else sorted(found["layers"], key=lambda row: row["norm"]))
     same, _ = diff(f"{kind}.safetensors", f"{kind}-tuned")
     assert (same["same_values"], same["moved"]) == (True, 0)
+
+
+def test_files_of_two_kinds_cannot_say_whether_they_have_one_base(
+    at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(monkeypatch, capsys, "diff", "scales.safetensors", "tables.safetensors")
+    document = json.loads(out.strip().splitlines()[-1])
+    assert (code, document["same_base"], document["same_values"], document["layers"]) == (0, None, False, [])
+    assert "cannot say whether they are of one base" in " ".join(err.split())
+
+
+def test_names_are_neither_markup_nor_control(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (at / "lr[").mkdir(exist_ok=True)
+    (at / "lr[" / "1]").mkdir(exist_ok=True)
+    shutil.copy(at / "scales.safetensors", at / "lr[" / "1]" / "task.safetensors")
+    with safe_open(at / "scales.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = {name: load_file(at / "scales.safetensors")[f"{LAYER}.scale"] for name in ("[/x].scale", "\x1b]0;p\x07\x1b[31mred.scale")}
+    save_file(tensors, at / "strange", metadata=metadata)
+    for one, other, words in (("scales", "lr[/1]", "lr[/1]"), ("strange", "strange", "[/x]")):
+        code, out, err = call(monkeypatch, capsys, "diff", one, other)
+        assert code == 0, err
+        assert json.loads(out.strip().splitlines()[-1])["b"] == other
+        assert words in err and "\x1b]" not in err and "\x07" not in err
 
 
 def test_the_document_is_json(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

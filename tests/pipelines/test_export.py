@@ -149,7 +149,7 @@ def test_a_loss_too_large_is_refused(at: Path, tables: Path, monkeypatch: pytest
         (["export", "nowhere", "--to", "bf16", "-o", "out"], "nowhere"),
         (["export", "TABLES", "--to", "gguf", "-o", "out"], "--to 'gguf' is unknown"),
         (["export", "TABLES", "--to", "bf16", "--bits", "3", "-o", "out"], "is for the projection of tables, and --to bf16 has none"),
-        (["export", "TABLES", "--to", "bf16", "--max-loss", "1", "-o", "out"], "is for the projection of tables, and --to bf16 has none"),
+        (["export", "TABLES", "--to", "bf16", "--max-loss", "1", "-o", "out"], "and adapters that are absorbed, and --to bf16 has none"),
         (["export", "TABLES", "--to", "compressed-tensors", "--max-loss", "-1", "-o", "out"], "max-loss=-1.0"),
         (["export", "TABLES", "--to", "compressed-tensors", "--max-loss", "nan", "-o", "out"], "max-loss=nan"),
         (["export", "TABLES", "--to", "compressed-tensors", "--bits", "5", "-o", "out"], "bits=5 is not supported"),

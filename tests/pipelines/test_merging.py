@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,41 @@ def test_several_tasks_apply_as_their_sum(at: Path, monkeypatch: pytest.MonkeyPa
     assert same(one, other), "of one task the values of the base do not count"
 
 
+def test_an_applied_folder_says_what_it_holds(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first = task.read_alone(at / "a.safetensors")
+    told = {"model": "tiny", "recipe": {"method": "peqa", "lr": 0.5}, "metrics": {"domain": 3.5}}
+    tasks.save(load.load("base", "cpu"), at / "t" / "task.safetensors", told, dict(first.values))
+    for files, output in ((["t"], "one"), (["t", "b.safetensors"], "two")):
+        code, out, err = call(monkeypatch, capsys, "apply", "base", *files, "-o", output)
+        assert code == 0 and json.loads(out.strip().splitlines()[-1])["notes"] == [], err
+        assert "base with `t/task.safetensors`" in (at / output / "README.md").read_text()
+        assert call(monkeypatch, capsys, "task", output, "-o", f"{output}.safetensors")[0] == 0
+    found = task.read_header(at / "one.safetensors")
+    assert {"model": found.model, "recipe": found.recipe, "metrics": found.metrics} == told
+    found = task.read_header(at / "two.safetensors")
+    assert found.recipe["merge"] == {"method": "sum", "weights": [1.0, 1.0]} and found.recipe["tasks"][0]["recipe"] == told["recipe"]
+    code, out, err = call(monkeypatch, capsys, "apply", "one", "a.safetensors", "b.safetensors", "-o", "three")
+    assert code == 0 and "one was itself tuned" in json.loads(out.strip().splitlines()[-1])["notes"][0] and "was itself tuned" in err
+    document, _ = merging.merge_tasks("two", [Path("t"), Path("b.safetensors")], at / "m", merge.Options(), merging.Texts(), "cpu")
+    assert "two was itself tuned" in document["notes"][0]
+    code, _, err = call(monkeypatch, capsys, "apply", "base", "t", "t/task.safetensors", "-o", "four")
+    assert code == 2 and "t/task.safetensors is named twice" in " ".join(err.split())
+
+
+def test_texts_of_one_name_are_told_apart(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (at / "x").mkdir()
+    (at / "x" / "a.txt").write_text((at / "b.txt").read_text())
+    (at / "[b").mkdir()
+    shutil.copy(at / "b.safetensors", at / "[b" / "1]")  # what rich takes for markup
+    texts = ["--data", "a.txt", "--data", "x/a.txt", "--window", "32", "--max-tokens", "256", "--device", "cpu"]
+    code, out, err = call(monkeypatch, capsys, "merge-tasks", "base", "a.safetensors", "[b/1]", "-o", "m", *texts)
+    assert code == 0, err
+    document = json.loads(out.strip().splitlines()[-1])
+    name = document["protocol"][0]["name"]
+    assert document["metrics"] == dict(zip((name, f"{name} #2"), document["scores"][-1]["perplexity"], strict=True))
+    assert "[b/1]" in err and f"{name} #2" in " ".join(err.split())
+
+
 def test_a_tuned_base_is_pointed_out(at: Path) -> None:
     assert compressor.load("base", "cpu").load_task("a.safetensors").save(at / "tuned")["verified"]
     report = {"compressor": "1", "keys": "k", "recipe": {"tune": {"method": "peqa"}}, "tuned": {"domain": {"perplexity": 2.0}}}
@@ -155,6 +191,9 @@ def test_a_tuned_base_is_pointed_out(at: Path) -> None:
         (["base", "a.safetensors", "--density", "0.5"], "--density means nothing to sum"),
         (["base", "a.safetensors", "b.safetensors", "--data", "a.txt"], "--data names 1 texts for 2 tasks"),
         (["base", "a.safetensors", "b.safetensors", "--method", "greedy"], "greedy measures every candidate"),
+        (["base", "a.safetensors", "--window", "32"], "--window and --max-tokens say how texts are measured"),
+        (["base", "a.safetensors", "./a.safetensors"], "is named twice"),
+        (["base", "a.safetensors", "--lines", "0.5,-1"], "beta=-1.0 is what the factor grows by"),
         (["base", "a.safetensors", "--data", "missing.txt"], "missing.txt"),
         (["base", "a.safetensors", "--data", "a.txt", "--window", "1"], "window=1 must be at least 2"),
         (["base", "a.safetensors", "--data", "a.txt", "--window", "999"], "more than the 256 tokens"),
@@ -183,6 +222,7 @@ def test_bad_inputs(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_numbers_on_the_command_line() -> None:
     assert merging.parse_numbers("0.5, -1e-1", "--weights") == (0.5, -0.1)
     assert merging.parse_numbers(None, "--weights") is merging.parse_lines(None) is None
+    assert merging.parse_lines("auto") == (None, None)
     assert (merging.parse_lines("0.3"), merging.parse_lines("0.3,0.5")) == ((0.3, None), (0.3, 0.5))
     with pytest.raises(RecipeError, match="--lines 'a' is not understood"):
         merging.parse_lines("a")

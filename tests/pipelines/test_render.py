@@ -203,6 +203,44 @@ def test_card_of_a_sketch_says_what_teaches_transformers_its_format() -> None:
     assert "<td>table</td>" in render.page(report)
 
 
+@pytest.mark.parametrize(("kind", "rank", "words"), [
+    ("lora", 8, "vllm serve FOLDER --enable-lora --max-lora-rank 8 --lora-modules tuned=FOLDER/adapter"), ("rslora", 65, "--max-lora-rank 128 "),
+    ("dora", 8, "Servers take adapters of the kind LoRA only, and this one is dora."),
+])  # fmt: skip
+def test_card_says_who_serves_an_adapter(kind: str, rank: int, words: str) -> None:
+    report = full()
+    report.recipe = Recipe().with_(tune__method=kind, tune__rank=rank).to_dict()
+    report.export["adapter_bytes"] = 1_230_000
+    card = cards.card(report)
+    assert words in card and ("vllm" in card) is (kind != "dora")
+    assert "the folder `adapter`, 1.23 MB" in card and 'compressor.load("FOLDER").model' in card and "PeftModel" not in card
+    report.model["architecture"] = "BertForTokenClassification"
+    assert "vllm" not in cards.card(report) and "load.load_packed" in cards.card(report)
+    report.export["format"] = "compressor sparse"
+    assert "PeftModel.from_pretrained(model, folder" in cards.card(report) and "vllm" not in cards.card(report)
+
+
+def test_card_of_an_absorbed_adapter_survives_damage() -> None:
+    report = full()
+    report.recipe = Recipe().with_(tune__method="lora").to_dict()
+    report.training["absorb"] = {"absorbed": True, "before": 6.0, "after": None, "rise": None}
+    assert "perplexity 6.000 with the adapter beside, – absorbed, logits change by – at most" in cards.card(report)
+    report.training["absorb"] = {"absorbed": False}
+    assert "absorbed" not in cards.card(report)
+
+
+def test_the_layer_table_names_float_zeros_and_errors_with_paths() -> None:
+    report = full()
+    assert "error with its path" not in render.page(report) and "<td>float zeros</td>" not in render.page(report)
+    report.layers[0]["start_error"] = 0.0042
+    report.recipe = Recipe().with_(tune__method="qalora", tune__targets="q_proj").to_dict()
+    page = render.page(report)
+    assert "<th>error with its path</th>" in page and "<td>0.0042</td>" in page
+    assert page.count("<td>float zeros</td>") == 3 + 1 and page.count("<td>symmetric</td>") == 9 + 1
+    report.tuned = {}
+    assert "<td>float zeros</td>" not in render.page(report)
+
+
 def test_numbers_agree_everywhere() -> None:
     report = full()
     card, page, text = cards.card(report), render.page(report), shown(report)

@@ -121,11 +121,8 @@ def test_every_kind_of_adapter_is_exchanged(bases: dict[str, Path], at: Path, ki
         assert torch.equal(logits(other.load_task(at / "a").model), wanted)
         other.load_task(at / "b")
     assert torch.equal(torch.get_rng_state(), before), "a server's draws go on"
-    compressor.load(str(bases["sym"]), "cpu").save_task(at / "s")
-    with pytest.raises(ModelError, match="has an adapter, and a task of scales goes into a base without one"):
-        other.load_task(at / "s")
-    other._loaded.adapter.unload()
-    assert torch.equal(logits(other.model), untuned)
+    assert torch.equal(logits(other.unload_task().model), untuned)
+    assert other._loaded.adapter is None and len(packed_linears(other.model)) == 28
 
 
 def test_a_failed_exchange_leaves_the_first_adapter(bases: dict[str, Path], at: Path) -> None:
@@ -170,6 +167,79 @@ def test_a_failed_exchange_by_another_configuration(bases: dict[str, Path], at: 
     assert torch.equal(logits(model.load_task(at / "b").model), logits(other.model))
 
 
+@pytest.mark.parametrize("name", ["asym", "sym", "tables"])
+def test_one_model_serves_every_kind_in_turn(bases: dict[str, Path], at: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    wanted = {}
+    kinds = {"values": lambda m, seed: moved(m.model, seed), "adapter": adapted} | ({} if name == "tables" else {"zero": zeros_moved})
+    labels = [f"{kind}{seed}" for kind in kinds for seed in (1, 2)]
+    for kind, change in kinds.items():
+        for seed in (1, 2):
+            model = compressor.load(str(bases[name]), "cpu")
+            change(model, seed)
+            wanted[f"{kind}{seed}"] = logits(model.model)
+            model.save_task(at / f"{kind}{seed}")
+    model = compressor.load(str(bases[name]), "cpu")
+    own = {key: (layer.learned.clone(), layer.zero) for key, layer in packed_linears(model.model).items()}
+    untuned = logits(model.model)
+    counts: list[int] = []
+    monkeypatch.setattr(tasks.task, "digest", lambda *args, digest=task.digest: counts.append(1) or digest(*args))
+    for one in labels:
+        for other in labels:
+            for label in (one, other):
+                assert torch.equal(logits(model.load_task(at / label).model), wanted[label]), (one, other)
+        assert model.unload_task() is model and torch.equal(logits(model.model), untuned), one
+        assert model.unload_task() is model
+    assert len(counts) <= 2 * len(kinds), "the base is read once or twice a kind, not at every turn"
+    assert model._loaded.adapter is None
+    for key, layer in packed_linears(model.model).items():
+        assert torch.equal(layer.learned, own[key][0])
+        assert (layer.zero is None) == (own[key][1] is None)
+        assert layer.zero is None or (layer.zero.dtype == torch.uint8 and torch.equal(layer.zero, own[key][1]))
+    assert "recipe" not in model.save_task(at / "untuned")
+
+
+@pytest.mark.parametrize("error", [ModelError, KeyboardInterrupt])
+def test_a_swap_between_kinds_is_all_or_nothing(bases: dict[str, Path], at: Path, monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    for name, change in (("z", lambda m: zeros_moved(m, 1)), ("s", lambda m: moved(m.model)), ("a", lambda m: adapted(m, 1))):
+        model = compressor.load(str(bases["sym"]), "cpu")
+        change(model)
+        model.save_task(at / name)
+
+    def fails(*args: Any) -> None:
+        raise error("stopped")
+
+    copies: list[Any] = []
+    late = lambda tensor, copy=tasks._copy: fails() if copies.append(tensor) or len(copies) > 70 else copy(tensor)
+    cases = ("z", "a", peft, "beside", fails), ("s", "a", peft, "beside", fails), ("a", "s", peft, "strip", fails), ("s", "z", tasks, "_copy", late)
+    for first, then, module, function, replaced in cases:
+        model = compressor.load(str(bases["sym"]), "cpu").load_task(at / first)
+        wanted, made = logits(model.model), model._loaded.adapter
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(module, function, replaced)
+            model.load_task(at / then)
+        assert torch.equal(logits(model.model), wanted) and model._loaded.adapter is made, (first, then)
+        assert torch.equal(logits(model.load_task(at / then).model), logits(compressor.load(str(bases["sym"]), "cpu").load_task(at / then).model))
+
+
+def test_nothing_of_a_serving_model_changes_when_tasks_are_saved_or_refused(bases: dict[str, Path], at: Path) -> None:
+    model = compressor.load(str(bases["sym"]), "cpu")
+    moved(model.model)
+    model.save_task(at / "s")
+    model = compressor.load(str(bases["asym"]), "cpu")
+    adapted(model, 1)
+    before = {name: id(module) for name, module in model.model.named_modules()}
+    swapped: list[str] = []
+
+    setter = torch.nn.Module.__setattr__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "__setattr__", lambda s, k, v: swapped.append(k) or setter(s, k, v))
+        model.save_task(at / "a")
+        with pytest.raises(ModelError, match="made for another base"):
+            model.load_task(at / "s")
+    assert not swapped and {name: id(module) for name, module in model.model.named_modules()} == before
+    assert tasks.base_digest(model._loaded) == tasks.base_digest(load.load(str(bases["asym"]), "cpu"))
+
+
 def test_digests_know_what_a_kind_leaves_alone(bases: dict[str, Path], at: Path) -> None:
     found = {}
     for name, change in {"base": lambda m: None, "zeros": lambda m: zeros_moved(m, 1), "scales": lambda m: moved(m.model)}.items():
@@ -192,7 +262,9 @@ def test_files_that_do_not_fit_end_in_one_sentence(bases: dict[str, Path], at: P
         model = compressor.load(str(bases["asym"]), "cpu")
         change(model)
         model.save_task(at / name)
-    tuned, scaled = (compressor.load(str(bases["asym"]), "cpu").load_task(at / name) for name in ("z", "s"))
+    tuned, scaled = compressor.load(str(bases["asym"]), "cpu"), compressor.load(str(bases["asym"]), "cpu")
+    zeros_moved(tuned, 1)
+    moved(scaled.model)
     with pytest.raises(ModelError, match="holds scales, but the base holds zeros that were tuned"):
         tuned.load_task(at / "s")
     for model, name in ((tuned, "a"), (scaled, "a"), (scaled, "z")):
@@ -298,6 +370,7 @@ def test_a_run_that_keeps_only_the_task(at: Path, monkeypatch: pytest.MonkeyPatc
     whole, only = run("--tune", tune, "-o", "whole"), run("--tune", tune, "--save", "task", "-o", "only")
     assert only["tuned"]["domain"]["perplexity"] == whole["tuned"]["domain"]["perplexity"]
     assert {p.name for p in (at / "only").iterdir()} == {"README.md", "recipe.yaml", "report.json", "report.html", "task.safetensors"}
+    assert tasks.OTHERS["adapter" if tune == "lora" else "zero"] in (at / "only" / "README.md").read_text()
     tasks.extract("whole", at / "whole.safetensors")
     one, other = task.read_alone(at / "whole.safetensors"), task.read_alone(at / "only" / "task.safetensors")
     assert one.header() | {"config": None} == other.header() | {"config": None}
