@@ -39,19 +39,13 @@ def kind(loaded: Loaded) -> str:
 def take_off(loaded: Loaded) -> dict[str, Any]:
     """Take the adapter off the model, in place; peft's wrappers, with the packed linears inside them, by the linears' names.
 
-    ModelError, with the adapter where it was, if it adapts what is no packed linear, or adds a bias to one that has none.
+    ModelError, with the adapter where it was, if it adapts what is no packed linear.
     """
     made, wrappers = loaded.adapter, peft.strip(loaded.model)
-    for name, wrapper in wrappers.items():
-        layer: Any = getattr(wrapper, "base_layer", None)
-        if not isinstance(layer, linear.PackedLinear):
-            why = f"changes {name}, which is no packed linear"
-        elif layer.bias is None and any(getattr(wrapper, "lora_bias", {}).values()):
-            why = f"adds a bias to {name}, which has none"
-        else:
-            continue
+    strange = [name for name, wrapper in wrappers.items() if not isinstance(getattr(wrapper, "base_layer", None), linear.PackedLinear)]
+    if strange:
         peft.put_back(loaded.model, wrappers, made)
-        raise ModelError(f"the adapter of {loaded.name} {why}, so no weight can take it up: keep it beside the base, with peft")
+        raise ModelError(f"the adapter of {loaded.name} changes {strange[0]}, which is no packed linear: keep it beside the base, with peft")
     loaded.adapter = None
     return wrappers
 

@@ -268,6 +268,10 @@ def test_the_digest_is_the_documented_one(at: Path, request: pytest.FixtureReque
     """Computed anew from the files of the folder, as docs/format.md says."""
     folder: Path = request.getfixturevalue(kind)
     tensors, found = load_file(folder / "model.safetensors"), hashlib.sha256()
+    idle = "quantization_config dtype torch_dtype _name_or_path transformers_version use_cache bos_token_id eos_token_id pad_token_id".split()
+    config = json.loads((folder / "config.json").read_text())
+    told = {key: value for key, value in config.items() if key not in idle and value is not None}
+    found.update(json.dumps({"config": told}, sort_keys=True).encode() + b"\n")
     modules = sorted({name.rpartition(".")[0] for name in tensors if name.endswith(".weight_packed")})
     for module in modules:
         words, shape = tensors[f"{module}.weight_packed"], tensors[f"{module}.weight_shape"].tolist()
@@ -278,8 +282,8 @@ def test_the_digest_is_the_documented_one(at: Path, request: pytest.FixtureReque
         if zero is not None:
             found.update(layout.unpack_stream(zero.T.contiguous(), 3, shape[0]).T.contiguous().numpy().tobytes())
     for name in sorted(name for name in tensors if name.rpartition(".")[0] not in modules):
-        head = {"dtype": "float16", "shape": list(tensors[name].shape), "tensor": name}
-        found.update(json.dumps(head).encode() + b"\n" + tensors[name].numpy().tobytes())
+        head = {"dtype": "float32", "shape": list(tensors[name].shape), "tensor": name}
+        found.update(json.dumps(head).encode() + b"\n" + tensors[name].float().numpy().tobytes())
     assert tasks.extract(str(folder), at / "t.safetensors")["base"] == found.hexdigest()
 
 
