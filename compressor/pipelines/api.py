@@ -6,9 +6,9 @@ from typing import Any
 
 from compressor.errors import ModelError, RecipeError
 from compressor.linear import packed_linears
+from compressor.pipelines import bases, evaluate, export, methods, pruning, tasks, write
 from compressor.pipelines import compress as blocks
 from compressor.pipelines import data as texts
-from compressor.pipelines import evaluate, export, methods, pruning, tasks, write
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
 from compressor.pipelines.packers import PACKERS
@@ -26,7 +26,7 @@ class Model:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self._sparse = False  # whether single weights were pruned, which packers keep at zero and folders store as masks
         self._about = tasks.about(loaded.folder, loaded.name)  # what a task file says of the values, and which values they are
-        self._values = tasks.value_marks(loaded)
+        self._values = bases.value_marks(loaded)
         self._base = {"model": self._about["model"]}  # what a task file says of the values that `unload_task` brings back
 
     @property
@@ -95,7 +95,7 @@ class Model:
             log = train(self.model, tuning.parameters, objective, chosen, seed, None, "", None, None, tuning.pruner)
         finally:
             tuning.finish()
-        self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, tasks.value_marks(self._loaded)
+        self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, bases.value_marks(self._loaded)
         return log
 
     def evaluate(self, data: str | None = None, window: int | None = None, max_tokens: int = 65536) -> dict[str, Any]:
@@ -129,19 +129,19 @@ class Model:
             self._base = self._told()
         found = tasks.swap(self._loaded, Path(path))
         self._about = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}
-        self._values = tasks.value_marks(self._loaded)
+        self._values = bases.value_marks(self._loaded)
         return self
 
     def unload_task(self) -> "Model":
         """Put back, bit for bit, the values that the model had before its first task was loaded, and take its adapter off, if it has one."""
         if self._loaded.adapter is not None or tasks.swapped(self._loaded):
             tasks.unload(self._loaded)
-            self._about, self._values = self._base, tasks.value_marks(self._loaded)
+            self._about, self._values = self._base, bases.value_marks(self._loaded)
         return self
 
     def _told(self) -> dict[str, Any]:
         """What is known of the values, as long as nobody moved them."""
-        untouched = tasks.same(self._values, tasks.value_marks(self._loaded))
+        untouched = bases.same(self._values, bases.value_marks(self._loaded))
         return self._about if untouched else {"model": self._about["model"]}
 
 

@@ -71,7 +71,7 @@ def compared(one: Side, other: Side) -> tuple[str, Side, Side]:
         base = kind if kind == task.ADAPTER or (kind == "zero" and own == "scale") else own  # of other kinds than the file's it is another base
         of = own if kind == task.ADAPTER else base
         values = {} if kind == task.ADAPTER and files else tasks.held(each.packed, of)  # a file has none, and the digests know
-        return replace(each, base=tasks.base_digest(each.loaded, base), of=of if values else "", values=values)
+        return replace(each, base=bases.base_digest(each.loaded, base), of=of if values else "", values=values)
 
     return kind, known(one), known(other)
 

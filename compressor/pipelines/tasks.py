@@ -26,14 +26,13 @@ from compressor.integrations import attach, peft
 from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight, zeros_as_floats
 from compressor.pipelines import bases, load
-from compressor.pipelines.bases import MOVED, base_digest, marks, same, value_marks
+from compressor.pipelines.bases import MOVED, base_digest, marks
 from compressor.pipelines.job import source_name
 from compressor.pipelines.output import TASK_FILE, read_report
 from compressor.pipelines.render import clean
 from compressor.pipelines.report import plain
 from compressor.recipe import Recipe
 
-__all__ = ["base_digest", "marks", "same", "value_marks"]
 TUNERS = ("peqa", "table", "qalora", *peft.KINDS)  # those that move what a task file holds
 RECORD = "export.json"  # in folders that `apply` and `export` write: what was done
 TOLD = """A task file: what a tuning moved of {model}, without the model. With compressor {version}:

@@ -16,6 +16,7 @@ from compressor.integrations import attach, peft
 from compressor.linear import packed_linears
 from compressor.pipelines import differences, export, load, merging, tasks
 from compressor.pipelines.api import Model
+from compressor.pipelines.bases import base_digest
 from compressor.recipe import Tune
 from compressor.tune.qalora import float_zeros
 from tests.pipelines.commands import call
@@ -237,7 +238,7 @@ def test_nothing_of_a_serving_model_changes_when_tasks_are_saved_or_refused(base
         with pytest.raises(ModelError, match="made for another base"):
             model.load_task(at / "s")
     assert not swapped and {name: id(module) for name, module in model.model.named_modules()} == before
-    assert tasks.base_digest(model._loaded) == tasks.base_digest(load.load(str(bases["asym"]), "cpu"))
+    assert base_digest(model._loaded) == base_digest(load.load(str(bases["asym"]), "cpu"))
 
 
 def test_digests_know_what_a_kind_leaves_alone(bases: dict[str, Path], at: Path) -> None:
@@ -245,16 +246,16 @@ def test_digests_know_what_a_kind_leaves_alone(bases: dict[str, Path], at: Path)
     for name, change in {"base": lambda m: None, "zeros": lambda m: zeros_moved(m, 1), "scales": lambda m: moved(m.model)}.items():
         model = compressor.load(str(bases["asym"]), "cpu")
         change(model)
-        found[name] = {kind: tasks.base_digest(model._loaded, kind) for kind in ("scale", "zero", "adapter")}
+        found[name] = {kind: base_digest(model._loaded, kind) for kind in ("scale", "zero", "adapter")}
     base, zeros, scales = (found[name] for name in ("base", "zeros", "scales"))
     assert (zeros["zero"], scales["scale"]) == (base["zero"], base["scale"])
     assert len({base["scale"], zeros["scale"], base["zero"], scales["zero"], *(each["adapter"] for each in found.values())}) == 7
     one, other = compressor.load(str(bases["asym"]), "cpu"), compressor.load(str(bases["asym"]), "cpu")
     for layer in packed_linears(other.model).values():
         layer.zero = None
-    assert tasks.base_digest(one._loaded, "zero") == tasks.base_digest(other._loaded, "zero"), "zeros of the base are no part of it"
+    assert base_digest(one._loaded, "zero") == base_digest(other._loaded, "zero"), "zeros of the base are no part of it"
     adapted(other, 1)
-    assert tasks.base_digest(other._loaded, "zero") == base["zero"], "nor is an adapter beside it"
+    assert base_digest(other._loaded, "zero") == base["zero"], "nor is an adapter beside it"
 
 
 def test_files_that_do_not_fit_end_in_one_sentence(bases: dict[str, Path], at: Path) -> None:

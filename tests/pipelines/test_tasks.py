@@ -16,7 +16,7 @@ import compressor
 from compressor.errors import ModelError, RecipeError
 from compressor.export import task
 from compressor.linear import packed_linears
-from compressor.pipelines import differences, load, tasks
+from compressor.pipelines import bases, differences, load, tasks
 from compressor.recipe import Recipe
 from tests.pipelines.commands import call
 from tests.pipelines.packed import logits, moved, scale_folder, table_folder
@@ -140,7 +140,7 @@ def test_inference_tensors_keep_no_count_of_their_changes(base: Path, at: Path, 
     for name in ("a", "b"):
         model.load_task(at / f"{name}.safetensors")
     assert counted == ["digest"] * 2
-    assert tasks.marks(model.model, values=False) is None
+    assert bases.marks(model.model, values=False) is None
 
 
 def test_a_model_of_inference_mode_is_changed_there_alone(base: Path, at: Path) -> None:
@@ -169,16 +169,16 @@ def wide(factor: float) -> Any:
 
 def test_a_digest_knows_every_bit_and_the_configuration(base: Path, at: Path) -> None:
     two(base, at)
-    first = tasks.base_digest(load.load(str(base), "cpu"))
+    first = bases.base_digest(load.load(str(base), "cpu"))
     alike = copied(base, at / "alike", wide(1.0), transformers_version="1", use_cache=False)
-    assert tasks.base_digest(load.load(str(alike), "cpu")) == first, "the same numbers in a wider dtype"
+    assert bases.base_digest(load.load(str(alike), "cpu")) == first, "the same numbers in a wider dtype"
     others = [copied(base, at / "finer", wide(1 + 2**-18)), copied(base, at / "other", lambda t: None, hidden_act="relu")]
     for folder in others:
         model = compressor.load(str(folder), "cpu")
-        assert tasks.base_digest(model._loaded) != first
+        assert bases.base_digest(model._loaded) != first
         with pytest.raises(ModelError, match="made for another base"):
             model.load_task(at / "a.safetensors")
-    assert tasks.base_digest(load.load(str(others[0]), "cpu")) != tasks.base_digest(
+    assert bases.base_digest(load.load(str(others[0]), "cpu")) != bases.base_digest(
         load.load(str(copied(base, at / "finest", wide(1 + 2**-17))), "cpu")
     )
     assert differences.diff(str(base), str(others[1]))[0]["differences"] == [{"name": "config.json", "what": "hidden_act"}]
@@ -198,16 +198,16 @@ def test_values_are_judged_before_the_first_is_copied(base: Path, at: Path) -> N
 
 def test_marks_tell_tensors_apart_by_identity() -> None:
     model = torch.nn.Linear(3, 3)
-    first = tasks.marks(model, values=False)
-    assert tasks.same(first, tasks.marks(model, values=False))
+    first = bases.marks(model, values=False)
+    assert bases.same(first, bases.marks(model, values=False))
     weight = model.weight
     model.weight = torch.nn.Parameter(weight.detach())  # the same memory, another tensor
-    assert not tasks.same(first, tasks.marks(model, values=False))
+    assert not bases.same(first, bases.marks(model, values=False))
     model.weight = weight
-    assert tasks.same(first, tasks.marks(model, values=False))
+    assert bases.same(first, bases.marks(model, values=False))
     del model, weight
-    assert not tasks.same(first, first), "what is gone is no proof"
-    assert not tasks.same(None, None)
+    assert not bases.same(first, first), "what is gone is no proof"
+    assert not bases.same(None, None)
 
 
 def test_a_task_is_told_of_only_while_nobody_moves_its_values(base: Path, at: Path) -> None:
