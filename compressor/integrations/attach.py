@@ -125,6 +125,11 @@ def _walk(name: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[
             yield from _walk(f"{name}.{key}" if name else key, child, seen)
 
 
+def wrapped(model: nn.Module) -> bool:
+    """Whether an adapter of peft is beside any layer."""
+    return any(hasattr(type(module), "adapter_layer_names") for module in model.modules())
+
+
 def base_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """`packed_linears` of a model without its adapter, which stays."""
     return {name: module for name, module in base_modules(model) if isinstance(module, PackedLinear)}

@@ -82,7 +82,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
 
 
 class Adapters:
-    """The tuner of one kind. After `attach` the adapters are part of the model; `detach` leaves them there, `remove` takes them away."""
+    """The tuner of one kind. After `attach` the adapters are part of the model; `detach` leaves them there, `strip` takes them away."""
 
     model: Any = None  # the PeftModel around it
     pruner: "Ranks | None" = None
@@ -135,12 +135,6 @@ class Adapters:
     def detach(self, model: nn.Module) -> None:
         """Training is over; the adapters stay beside the base."""
         self.model.eval().requires_grad_(False)
-
-    def remove(self) -> nn.Module:
-        """The base without adapters, the same object that `attach` was given."""
-        base: nn.Module = self.model.base_model.model
-        strip(base)
-        return base
 
 
 class Ranks:
@@ -206,13 +200,6 @@ def named(targets: str | None) -> set[str] | None:
 def _task(model: nn.Module) -> str | None:
     """What peft calls the task of a model, so that it builds the right wrapper from the folder."""
     return next((task for name, task in TASKS.items() if type(model).__name__.endswith(name)), None)
-
-
-def save(model: Any, folder: Path, base: str) -> int:
-    """Write an attached adapter as a folder that peft and servers load; returns its bytes. base: what the configuration calls the packed model."""
-    config = model.peft_config[NAME].to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    write(folder, {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}, state(model))
-    return sum((folder / name).stat().st_size for name in (CONFIG, WEIGHTS))
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

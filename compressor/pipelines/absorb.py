@@ -33,11 +33,6 @@ WAYS = ("values", "move", "pack")
 Delta = Callable[[], Tensor]  # what a path adds to the weight, [n, k], scaled; called twice
 
 
-def product(a: Tensor, b: Tensor, gamma: float) -> Delta:
-    """The change gamma B A of a path A [r, k], B [n, r]."""
-    return lambda: gamma * (b.float() @ a.float())
-
-
 def snapshot(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed linears of the model by name, for `restore`; nothing is copied, for absorbing puts new ones in their place."""
     return linear.packed_linears(model)

@@ -22,7 +22,7 @@ from compressor.pipelines.absorb import absorb, restore, snapshot
 from compressor.pipelines.load import Loaded
 from compressor.recipe import Quant
 
-PROBE = 4  # windows on which logits are compared
+PROBE, TOKENS = 4, 128  # windows, and tokens of each, on which logits are compared
 
 
 def stored_bytes(folder: Path) -> int:
@@ -31,9 +31,9 @@ def stored_bytes(folder: Path) -> int:
 
 
 def kind(loaded: Loaded) -> str:
-    """What peft calls the kind of the attached adapter."""
+    """The kind of the attached adapter, as `--tune` calls it."""
     found = loaded.adapter.peft_config[peft.NAME]
-    return "DORA" if getattr(found, "use_dora", False) else str(getattr(found.peft_type, "value", found.peft_type))
+    return next((name for name in ("dora", "rslora") if getattr(found, f"use_{name}", False)), str(found.peft_type.value).lower())
 
 
 def take_off(loaded: Loaded) -> dict[str, Any]:
@@ -110,8 +110,7 @@ def take_up(
 @torch.no_grad()
 def _logits(loaded: Loaded, windows: Tensor) -> Tensor:
     model: Any = loaded.model
-    logits: Tensor = model(input_ids=windows[:PROBE].to(loaded.device), use_cache=False).logits
-    return logits.float().cpu()
+    return torch.cat([model(input_ids=row[None, :TOKENS].to(loaded.device), use_cache=False).logits.float().cpu() for row in windows[:PROBE]])
 
 
 def sentence(facts: dict[str, Any]) -> str:

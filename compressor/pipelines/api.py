@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations import attach
 from compressor.linear import packed_linears
 from compressor.pipelines import bases, evaluate, export, methods, pruning, tasks, write
 from compressor.pipelines import compress as blocks
@@ -24,10 +25,15 @@ class Model:
     def __init__(self, loaded: loading.Loaded):
         self._loaded = loaded
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self._sparse = False  # whether single weights were pruned, which packers keep at zero and folders store as masks
+        self._sparse = write.is_sparse(loaded)  # whether single weights were pruned, which packers keep at zero and folders store as masks
         self._about = tasks.about(loaded.folder, loaded.name)  # what a task file says of the values, and which values they are
         self._values = bases.value_marks(loaded)
         self._base = {"model": self._about["model"]}  # what a task file says of the values that `unload_task` brings back
+
+    def _check_own(self) -> None:
+        """ModelError while an adapter is beside the model that was attached by peft itself: what follows would lose it, or take it for the base."""
+        if self._loaded.adapter is None and attach.wrapped(self.model):
+            raise ModelError(f"{self._loaded.name} has an adapter that peft attached: save it with save_pretrained, take it off with unload")
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -40,6 +46,7 @@ class Model:
 
         Keys of `options` are those of recipe.Prune (pattern, steps, lr, unit, multiple, uniform, …). A packed model comes out dense: pack it anew.
         """
+        self._check_own()
         recipe, loaded = _recipe("prune", options | {"ratio": ratio, "method": method}), self._loaded
         if loaded.adapter is not None:
             raise ModelError(f"{loaded.name} has an adapter, which pruning knows nothing of: export it with --to bf16, and prune that")
@@ -77,6 +84,7 @@ class Model:
 
         method: by default peqa for scales, table for tables.
         """
+        self._check_own()
         layers = packed_linears(self.model)
         if not layers:
             raise ModelError(f"{self._loaded.name} is not packed; call compress first")
@@ -90,11 +98,14 @@ class Model:
         if recipe.tune.adapter != "keep":
             raise RecipeError("adapter=absorb is of runs: tune, save, and `compressor export --to compressed-tensors` absorbs the adapter")
         chosen, objective = resolved(recipe.tune), CausalLM(windows.ids, windows.labels)
+        self._remember()
         tuning = Tuning(self._loaded, chosen, seed, Batches(objective, chosen, seed).steps)
         try:
             log = train(self.model, tuning.parameters, objective, chosen, seed, None, "", None, None, tuning.pruner)
-        finally:
-            tuning.finish()
+        except BaseException:
+            tuning.give_up()
+            raise
+        tuning.finish()
         self._about, self._values = {"model": self._about["model"], "recipe": asdict(chosen)}, bases.value_marks(self._loaded)
         return log
 
@@ -105,6 +116,7 @@ class Model:
 
     def save(self, folder: str | Path) -> dict[str, Any]:
         """Write the model as a folder of its format (docs/format.md), proven by reading it back; the folder must be new or empty."""
+        self._check_own()
         path = export.new_place(Path(folder))
         if not packed_linears(self.model):
             write.round_to_folder(self._loaded, set())
@@ -117,6 +129,7 @@ class Model:
 
         That is the adapter if one is attached, else zeros if they are floats, else scales or tables.
         """
+        self._check_own()
         return tasks.save(self._loaded, Path(path), self._told())
 
     def load_task(self, path: str | Path) -> "Model":
@@ -125,8 +138,8 @@ class Model:
         path: also the folder of a run with `--save task`. ModelError, with nothing changed, for a damaged file or another base's. The first call
         reads the whole base for its digest, the others take milliseconds.
         """
-        if self._loaded.adapter is None and not tasks.swapped(self._loaded):
-            self._base = self._told()
+        self._check_own()
+        self._remember()
         found = tasks.swap(self._loaded, Path(path))
         self._about = {"model": found.model, "recipe": found.recipe, "metrics": found.metrics}
         self._values = bases.value_marks(self._loaded)
@@ -134,10 +147,16 @@ class Model:
 
     def unload_task(self) -> "Model":
         """Put back, bit for bit, the values that the model had before its first task was loaded, and take its adapter off, if it has one."""
+        self._check_own()
         if self._loaded.adapter is not None or tasks.swapped(self._loaded):
             tasks.unload(self._loaded)
             self._about, self._values = self._base, bases.value_marks(self._loaded)
         return self
+
+    def _remember(self) -> None:
+        """What is known of the values that `unload_task` will bring back, before a task or an adapter is there."""
+        if self._loaded.adapter is None and not tasks.swapped(self._loaded):
+            self._base = self._told()
 
     def _told(self) -> dict[str, Any]:
         """What is known of the values, as long as nobody moved them."""

@@ -169,7 +169,7 @@ def _absorbed(report: Report) -> str:
         return ""
     before, after, rise = (number(facts, key) for key in ("before", "after", "rise"))
     cost = f"perplexity {fixed(before)} with the adapter beside, {fixed(after)} absorbed" + ("" if rise is None else f" ({rise:+.1%})")
-    return f"the adapter was then absorbed by packing anew with it: {cost}, logits change by {fixed(number(facts, 'max_logit_change'))} at most"
+    return f"the packed weights then took it up, and it is gone: {cost}, logits change by {fixed(number(facts, 'max_logit_change'))} at most"
 
 
 def _made(report: Report) -> str:

@@ -302,7 +302,8 @@ def export(
     group: Annotated[Count, typer.Option("--group", "--group-size", help="projection: weights that share a scale; default 128; -1: a row")] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="projection: symmetric (default) or asymmetric grids")] = None,
     data: Annotated[
-        Text, typer.Option("--data", "--dataset", help="text to measure a loss on, and to absorb adapters; default: Python's own manual")
+        Text,
+        typer.Option("--data", "--dataset", help="text to measure a loss on; default: the one an adapter learnt, else Python's manual"),
     ] = None,
     window: Annotated[Count, typer.Option(help="tokens of its windows; default: what the model was made for, at most 2048")] = None,
     max_tokens: Annotated[Count, typer.Option("--max-tokens", help="stop measuring after this many tokens; default: never")] = None,

@@ -36,7 +36,7 @@ class Target:
     bits: int | None = None  # the layer's own
     group: int | None = None  # 128
     symmetric: bool | None = None  # symmetric
-    data: str | None = None  # python
+    data: str | None = None  # python; of an adapter the text that it was trained on
     window: int | None = None
     max_tokens: int | None = None  # the whole text
     max_loss: float | None = None  # relative growth of perplexity above which nothing is written
@@ -143,7 +143,8 @@ def project(loaded: load.Loaded, name: str, target: Target, group: int) -> dict[
 def measured_absorbing(loaded: load.Loaded, target: Target, show: Show) -> dict[str, Any]:
     """Absorbs the adapter in place, measured before and after, for the record. UserError if the loss is too large; the adapter is then back."""
     kind, recipe, rows = adapters.kind(loaded), own_recipe(loaded), {}
-    texts, window = data.load("python" if target.data is None else target.data), load.context(loaded.config, target.window)
+    texts, window = _learnt(recipe, target), load.context(loaded.config, target.window)
+    recipe = recipe or Recipe()
     seqlen = load.context(loaded.config, recipe.data.seqlen if target.window is None else target.window)
     try:
         ids = data.calibration(texts.train, loaded.tokenizer, seqlen, recipe.data.nsamples, recipe.seed)
@@ -176,9 +177,23 @@ def measured_absorbing(loaded: load.Loaded, target: Target, show: Show) -> dict[
     return {"exact": False, "layers": layers, "perplexity": measured, "adapter": told}
 
 
-def own_recipe(loaded: load.Loaded) -> Recipe:
-    """The recipe that made the folder, from its report; the default one where it has none that can be read."""
+def _learnt(recipe: Recipe | None, target: Target) -> data.Splits:
+    """The text that an adapter was trained on, or the given one: on another it would be absorbed, and judged, for what it never learnt."""
+    if target.data is not None:
+        return data.load(target.data)
+    if recipe is None or recipe.tune.method == "none":
+        raise RecipeError("no report says what text the adapter was trained on: name it with --data")
+    name = "python" if recipe.data.data is None else recipe.data.data
     try:
-        return Recipe.from_dict(read_report(loaded.folder).get("recipe") or {})
+        return data.load(name)
+    except DataError as error:
+        raise DataError(f"the adapter was trained on {name}, and {error}: name that text with --data") from None
+
+
+def own_recipe(loaded: load.Loaded) -> Recipe | None:
+    """The recipe that made the folder, from its report; None where it has none that can be read."""
+    told = read_report(loaded.folder).get("recipe")
+    try:
+        return Recipe.from_dict(told) if isinstance(told, dict) else None
     except RecipeError:
-        return Recipe()
+        return None

@@ -118,8 +118,7 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
 
 def _adapter(loaded: load.Loaded) -> dict[str, Any]:
     """kind, as `--tune` calls it; rank, if it has one; linears beside which it is; numbers that were trained; bytes of its folder."""
-    config = loaded.adapter.peft_config[peft.NAME]
-    kind = next((name for name in ("dora", "rslora") if getattr(config, f"use_{name}", False)), str(config.peft_type.value).lower())
+    config, kind = loaded.adapter.peft_config[peft.NAME], adapters.kind(loaded)
     return {
         "kind": kind, "rank": getattr(config, "target_r" if kind == "adalora" else "r", None),
         "linears": sum(hasattr(module, "base_layer") for module in loaded.model.modules()),

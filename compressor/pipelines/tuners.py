@@ -8,7 +8,8 @@ from torch import Tensor
 
 from compressor import tune
 from compressor.errors import ModelError, RecipeError
-from compressor.integrations.peft import KINDS, Adapters, named
+from compressor.integrations.peft import KINDS, Adapters, named, strip
+from compressor.linear import packed_linears
 from compressor.pipelines.load import Loaded
 from compressor.quant.starts import STARTS, check
 from compressor.recipe import Tune
@@ -73,7 +74,10 @@ class Tuning:
     def __init__(self, loaded: Loaded, options: Tune, seed: int, steps: int, starts: Starts | None = None):
         self.loaded, self.pruner = loaded, None
         if loaded.adapter is not None:
-            raise ModelError(f"{loaded.name} has an adapter already: absorb it, or tune the base without it")
+            raise ModelError(f"{loaded.name} has an adapter already: take it off with unload_task(), or absorb it by an export")
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in packed_linears(loaded.model).items()}
+        if shapes:
+            check_layers(replace(options, start="zero"), shapes, ())
         if options.start != "zero" and not starts:
             raise RecipeError(f"start={options.start} is found while a model is packed, by `compressor run`: leave it out here")
         if options.method in KINDS:
@@ -84,6 +88,12 @@ class Tuning:
         else:
             self.adapters, self.tuner = None, TUNERS[options.method](options)
             self.parameters = self.tuner.attach(loaded.model)
+
+    def give_up(self) -> None:
+        """After an error: values stay the last good ones, a half-trained adapter goes."""
+        self.tuner.detach(self.loaded.model)
+        if self.adapters is not None:
+            strip(self.loaded.model)
 
     def finish(self) -> int:
         """Write the trained values back; adapters stay beside the model. Returns how many numbers were trained."""

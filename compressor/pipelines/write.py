@@ -13,7 +13,7 @@ from compressor import linear
 from compressor.errors import CompressorError
 from compressor.export import dense as dense_format
 from compressor.export import sparse as sparse_format
-from compressor.integrations import peft
+from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines.load import COMPANIONS, FORMATS, Format, Loaded, model_bytes, read_packed, weight_files
 
@@ -81,12 +81,7 @@ def write_adapter(loaded: Loaded, folder: Path, base: str) -> int:
     """
     if loaded.adapter is None:
         return 0
-    kept, place = peft.state(loaded.adapter), folder / peft.FOLDER
-    size = peft.save(loaded.adapter, place, base)
-    again = peft.read(place)[1]
-    if again.keys() != kept.keys() or any(not torch.equal(again[key], tensor) for key, tensor in kept.items()):
-        raise CompressorError(f"{place} was written, but reads back with other values")
-    return size
+    return attach.write(folder / peft.FOLDER, attach.plain(loaded.adapter) | {attach.BASE: base}, peft.state(loaded.adapter))
 
 
 def _write_dense(loaded: Loaded, tensors: dict[str, Tensor], folder: Path) -> dict[str, Any]:
@@ -96,6 +91,13 @@ def _write_dense(loaded: Loaded, tensors: dict[str, Tensor], folder: Path) -> di
     copy_companions(loaded.folder, folder)
     dense_format.prove(folder, weight_files(folder), tensors.items(), loaded.dtype)
     return {"format": dense_format.NAME, "verified": True, "layers": 0, "bits_per_weight": float(torch.finfo(loaded.dtype).bits)}
+
+
+def is_sparse(loaded: Loaded) -> bool:
+    """Whether the folder that it came from stores single weights that were pruned; the sparse format holds tuned zeros, too."""
+    method = (loaded.config.get("quantization_config") or {}).get("quant_method")
+    packed = [layer.packed() for layer in linear.packed_linears(loaded.model).values()]
+    return method == sparse_format.METHOD and not any(weight.float_zeros for weight in packed)
 
 
 def tensor_bytes(loaded: Loaded) -> int:

@@ -97,6 +97,10 @@ REFUSED = {
 }
 
 
+def save(model: Any, folder: Path) -> int:
+    return attach.write(folder, attach.plain(model) | {attach.BASE: "base"}, adapters.state(model))
+
+
 def logits(model: Any, ids: Tensor = IDS, **more: Tensor) -> Tensor:
     model.eval()
     with torch.no_grad():
@@ -198,11 +202,12 @@ def test_every_kind_trains_in_the_loop_and_comes_off_again(packed_llama, windows
     assert log.curve[-1]["loss"] < log.curve[0]["loss"] and log.notes == []
     tuned = logits(model)
     assert error(tuned, start) > 1e-3
-    size = adapters.save(tuner.model, tmp_path / "adapter", "base")
+    size = save(tuner.model, tmp_path / "adapter")
     assert size == sum(p.stat().st_size for p in (tmp_path / "adapter").iterdir())
     assert json.loads((tmp_path / "adapter" / adapters.CONFIG).read_text())["base_model_name_or_path"] == "base"
     assert torch.equal(logits(peft.PeftModel.from_pretrained(packed_llama(), tmp_path / "adapter")), tuned), "peft itself reads the folder"
-    assert tuner.remove() is model and torch.equal(logits(model), start)
+    adapters.strip(model)
+    assert torch.equal(logits(model), start)
     assert packed_linears(model).keys() == packed_linears(base).keys()
     attach.load(base, tmp_path / "adapter")
     assert torch.equal(logits(base), tuned)
@@ -285,7 +290,7 @@ def change(folder: Path, how: Any) -> None:
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_adapters_give_one_sentence(packed_llama, windows, tmp_path: Path, name: str) -> None:
-    adapters.save(run(packed_llama(), "lora", windows, steps=2)[0].model, tmp_path / "a", "base")
+    save(run(packed_llama(), "lora", windows, steps=2)[0].model, tmp_path / "a")
     DAMAGES[name](tmp_path / "a")
     base = packed_llama()
     with pytest.raises(ModelError) as caught:
@@ -297,13 +302,13 @@ def test_damaged_adapters_give_one_sentence(packed_llama, windows, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", adapters.KINDS)
 def test_half_an_adapter_is_refused(packed_llama, windows, tmp_path: Path, kind: str) -> None:
-    adapters.save(run(packed_llama(), kind, windows, steps=2, **{} if kind != "ia3" else {"rank": 8})[0].model, tmp_path / "a", "base")
+    save(run(packed_llama(), kind, windows, steps=2, **{} if kind != "ia3" else {"rank": 8})[0].model, tmp_path / "a")
     change(tmp_path / "a", lambda t: [t.pop(key) for key in sorted(t)[::2]])
     with pytest.raises(ModelError, match="does not fit this model"):
         attach.load(packed_llama(), tmp_path / "a")
 
 
 def test_an_adapter_of_another_model_is_refused(packed_llama, windows, tmp_path: Path) -> None:
-    adapters.save(run(packed_llama(), "lora", windows, steps=2)[0].model, tmp_path / "a", "base")
+    save(run(packed_llama(), "lora", windows, steps=2)[0].model, tmp_path / "a")
     with pytest.raises(ModelError, match="cannot attach this adapter|does not fit this model"):
         attach.load(packed_llama(num_key_value_heads=4), tmp_path / "a")

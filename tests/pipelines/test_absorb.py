@@ -33,7 +33,7 @@ def paths(model: nn.Module, share: float = 0.1) -> dict[str, tuple[Tensor, Tenso
 
 
 def deltas(model: nn.Module, share: float = 0.1) -> dict[str, absorb.Delta]:
-    return {name: absorb.product(*path) for name, path in paths(model, share).items()}
+    return {name: lambda a=a, b=b, gamma=gamma: gamma * (b.float() @ a.float()) for name, (a, b, gamma) in paths(model, share).items()}
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

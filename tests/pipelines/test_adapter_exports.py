@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from compressor.errors import ModelError, UserError
+from compressor.errors import DataError, ModelError, RecipeError, UserError
 from compressor.export import dense
 from compressor.integrations import peft
 from compressor.linear import find_blocks, linears, packed_linears
@@ -84,7 +84,7 @@ def test_every_kind_folds_exactly(packed: Path, tmp_path: Path, kind: str) -> No
     assert error(logits(theirs(tmp_path / "out"), IDS), wanted) < RELATIVE[torch.float32]
     assert error(alone(packed), wanted) > 100 * RELATIVE[torch.float32]
     assert document["exact"] and document["verified"] and shown.row_count == len(packed_linears(load.load(str(packed), "cpu").model))
-    assert document["adapter"]["kind"] == {"rslora": "LORA"}.get(kind, kind.upper())
+    assert document["adapter"]["kind"] == kind
     assert "is folded into the weights" in (tmp_path / "out" / "README.md").read_text()
     assert not (tmp_path / "out" / "adapter").exists()
 
@@ -214,10 +214,26 @@ def test_options_of_the_folders_own_recipe_are_heeded(packed: Path, tmp_path: Pa
     assert seen[0] == ("gptq", 0.5, 3, 8) and seen[1][:2] == ("gptq", 0.01) and seen[1][3] == 16
 
 
+def test_the_text_is_the_one_that_the_adapter_learnt(packed: Path, tmp_path: Path) -> None:
+    beside(packed, "lora")
+    with pytest.raises(RecipeError, match="no report says what text the adapter was trained on: name it with --data"):
+        export.export(str(packed), tmp_path / "out", absorbing(data=None))
+    for name, words in (("text.txt", ""), ("gone.txt", "trained on gone.txt, and .*: name that text with --data")):
+        recipe = {"data": {"data": name}, "tune": {"method": "lora"}}
+        (packed / "report.json").write_text(json.dumps({"compressor": "1", "keys": "k", "recipe": recipe}))
+        if not words:
+            document, _ = export.export(str(packed), tmp_path / "out", absorbing(data=None))
+            assert document["perplexity"]["protocol"]["name"] == "text.txt [test]"
+            assert document["adapter"]["calibration"]["name"] == "text.txt [train]"
+            continue
+        with pytest.raises(DataError, match=words):
+            export.export(str(packed), tmp_path / "none", absorbing(data=None))
+
+
 @pytest.mark.parametrize(("args", "words"), [
     (["--bits", "4"], "--bits is for the projection of tables, and packed holds scales, whose grids an absorbed adapter keeps"),
     (["--asym"], "--sym or --asym is for the projection of tables"),
-    (["--data", "missing.txt"], "there is no file or folder 'missing.txt'"), (["--window", "9999"], "window=9999 is more than"),
+    (["--data", "missing.txt"], "there is no file or folder 'missing.txt'"), (["--data", "text.txt", "--window", "9999"], "window=9999 is more than"),
     (["--data", "short.txt", "--window", "64"], "an adapter is absorbed on calibration windows, and short.txt [train] has"),
     (["--max-loss", "-1"], "max-loss=-1"),
 ])  # fmt: skip

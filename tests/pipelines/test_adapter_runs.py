@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft as library
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,8 +12,9 @@ from transformers import AutoModelForSequenceClassification
 
 import compressor
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations import attach
 from compressor.integrations import peft as adapters
-from compressor.pipelines import encoder_data, encoder_load, encoder_run, evaluate, tuners
+from compressor.pipelines import api, encoder_data, encoder_load, encoder_run, evaluate, tuners
 from compressor.pipelines.run import Run, dry_run
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe, Tune
@@ -122,6 +124,57 @@ def test_python_refuses_what_only_a_run_does() -> None:
     with pytest.raises(RecipeError, match="adapter=absorb is of runs"):
         model.tune(method="lora", adapter="absorb", steps=1, seqlen=32)
     assert model._loaded.adapter is None
+
+
+def test_an_adapter_that_peft_attached_is_not_lost(tmp_path: Path) -> None:
+    model = compressor.load("tiny", "cpu").compress(bits=4, packer="rtn")
+    model.save_task(tmp_path / "t")
+    theirs = library.get_peft_model(model.model, library.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        before = theirs(torch.arange(8)[None]).logits
+    for call in (
+        lambda: model.save(tmp_path / "x"), lambda: model.save_task(tmp_path / "y"), lambda: model.load_task(tmp_path / "t"), model.unload_task,
+        lambda: model.tune(method="lora", steps=1, seqlen=32), lambda: model.prune(0.3, "magnitude"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match="has an adapter that peft attached: save it with save_pretrained"):
+            call()
+    with torch.no_grad():
+        assert torch.equal(theirs(torch.arange(8)[None]).logits, before)
+    theirs.unload()
+    model.load_task(tmp_path / "t")
+
+
+def test_python_says_what_layers_cannot_have_and_gives_up_cleanly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compressor.load("tiny", "cpu").compress(bits=4, packer="rtn")
+    with pytest.raises(RecipeError, match="rank=200 is above the smaller side"):
+        model.tune(method="miss", rank=200, steps=1, seqlen=32)
+
+    def failing(*a: Any, **k: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(api, "train", failing)
+        model.tune(method="lora", steps=1, seqlen=32)
+    assert model._loaded.adapter is None and not attach.wrapped(model.model)
+    model.tune(method="peqa", steps=1, seqlen=32)
+
+
+def test_a_task_carries_the_recipe_of_its_own_tuning(tmp_path: Path) -> None:
+    model = compressor.load("tiny", "cpu").compress(bits=4, packer="rtn")
+    model.tune(method="peqa", lr=7e-3, steps=1, seqlen=32)
+    model.tune(method="lora", rank=2, steps=1, seqlen=32)
+    model.unload_task()
+    assert model.save_task(tmp_path / "t")["recipe"]["lr"] == 7e-3
+
+
+def test_a_pruned_folder_keeps_its_zeros_in_python(tmp_path: Path) -> None:
+    model = compressor.load("tiny", "cpu")
+    model.prune(0.5, "magnitude", pattern="unstructured")
+    model.compress(bits=4, packer="rtn").save(tmp_path / "sparse")
+    again = compressor.load(str(tmp_path / "sparse"), "cpu")
+    with pytest.raises(RecipeError, match="would bring pruned weights back"):
+        again.tune(method="qalora", steps=1, seqlen=32)
+    assert again.save(tmp_path / "again")["format"] == "compressor sparse"
 
 
 @pytest.mark.parametrize("packer", ["rtn", "sketch"])
