@@ -25,7 +25,7 @@ from rows import write_rows
 from torch import nn
 
 from compressor import __version__
-from compressor.integrations.peft import KINDS, Adapters, state
+from compressor.integrations.peft import KINDS, Adapters, set_aside, state
 from compressor.linear import block_weights, swap
 from compressor.pipelines import compress, data, evaluate, load, write
 from compressor.pipelines.packers import PACKERS
@@ -84,6 +84,7 @@ class Bench:
         if recipe.tune.method != "none":
             facts = self.tuned(loaded, recipe, starts, base, before)
             found = self.measure(loaded)
+            size = packed_bits(loaded) if packer != "none" else size
         return {
             "model": Path(self.a.model).name, "arm": arm, "bits": bits, "base": base, "tune": recipe.tune.method, "start": recipe.tune.start,
             "rank": recipe.tune.rank if " r" in arm else "", "lr": recipe.tune.lr, "untuned_ppl": round(untuned["domain"]["perplexity"], 4),
@@ -104,7 +105,7 @@ class Bench:
         compress.compress(
             loaded.model, recipe.quant, load.scale_dtype("auto", loaded.dtype), ids, start=recipe.tune.start, rank=recipe.tune.rank, starts=starts
         )
-        return starts, round(write.bits_per_weight(load.packed_weights(loaded.model)), 4)
+        return starts, packed_bits(loaded)
 
     def tuned(self, loaded: load.Loaded, recipe: Recipe, starts: dict[str, Any], base: str, before: int) -> dict[str, Any]:
         options, windows = recipe.tune, data.windows(self.domain.train, loaded.tokenizer, self.window)
@@ -135,6 +136,12 @@ class Bench:
         return evaluate.measure(loaded.model, loaded.tokenizer, {"domain": self.domain.test, "outside": self.outside}, self.window, self.a.max_tokens)
 
 
+def packed_bits(loaded: load.Loaded) -> float:
+    """Bits per weight of the base, with scales, tables or zeros."""
+    with set_aside(loaded):
+        return round(write.bits_per_weight(load.packed_weights(loaded.model)), 4)
+
+
 @torch.no_grad()
 def held_loss(model: nn.Module, objective: CausalLM) -> float:
     """Mean loss a token of all windows."""
@@ -154,6 +161,7 @@ def nf4(model: nn.Module, names: list[str]) -> float:
         dense = model.get_submodule(name)
         layer = bnb.nn.Linear4bit(dense.in_features, dense.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer.weight = bnb.nn.Params4bit(dense.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        layer.support_avx512bf16_for_cpu = False  # the kernel that it takes once evaluated in eval mode has no backward pass (bitsandbytes 0.50.2)
         swap(model, name, layer.to("cpu"))
         quant = layer.weight.quant_state
         stored += layer.weight.numel() * 8 + quant.absmax.nbytes * 8 + quant.state2.absmax.nbytes * 8
