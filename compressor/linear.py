@@ -46,12 +46,13 @@ class PackedLinear(nn.Linear):
         self.tuned: nn.Module | None = None
         self.tuned_zero: nn.Module | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, low: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """input [..., k] -> [..., n], in its dtype; low: (u [..., r], b [n, r]), whose product u b^T is added in the same pass."""
         if input.shape[-1] != self.in_features:
             raise ModelError(f"a packed linear of {self.in_features} inputs was given {input.shape[-1]}")
         learned = self.learned if self.tuned is None else self.tuned()
         zero = self.zero if self.tuned_zero is None else self.tuned_zero()
-        return dispatch.linear(input, self.words, learned, zero, self.bias, self.bits, self.group, self.out_features)
+        return dispatch.linear(input, self.words, learned, zero, self.bias, self.bits, self.group, self.out_features, low)
 
     def __getattr__(self, name: str) -> Any:
         """`weight` for who asks: [n, k], decoded when read, never written; float32 on CPUs, else in the dtype of the values."""

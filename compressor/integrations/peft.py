@@ -2,8 +2,8 @@
 
     y = packed(x) + gamma (x A^T) B^T          LoRA, Hu et al., 2021, arXiv 2106.09685; the other kinds are named at KINDS
 
-A PackedLinear is an nn.Linear, so peft wraps it like any other and nothing of peft is copied or changed here. What peft would write into a weight is
-refused by the weight itself (compressor.view). Codes and values stay as they are: the base of an adapter is bit for bit the untuned model.
+A PackedLinear is an nn.Linear, so peft wraps it like any other; plain LoRA paths run in one pass with it (fused.py). What peft would write into a
+weight is refused by the weight itself (compressor.view). Codes and values stay as they are: the base of an adapter is bit for bit the untuned model.
 
 AdaLoRA takes ranks away while it trains. In peft that hangs on a model's own loss and on a call after each step; here the one training loop calls
 `Ranks` at the same points as a pruner, and its averages are in the checkpoint.
@@ -112,12 +112,14 @@ class Adapters:
         """Freeze the model and put adapters beside the linears of these names, of whatever kind; their parameters by their name in the model."""
         import peft
 
+        from compressor.integrations.fused import fuse
+
         config = self.kind.config(peft, self.options, {"target_modules": names, "task_type": _task(model)})
         if self.kind.name == "adalora":
             config.total_step, config.tinit, config.tfinal = max(steps, 1), round(WARM * steps), round(FINAL * steps)
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.model = peft.get_peft_model(model, config)
+            self.model = peft.get_peft_model(model, fuse(config))
         if self.kind.name == "adalora":
             self.pruner = Ranks(self.model.base_model)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -238,9 +240,11 @@ def beside(model: nn.Module, config: Callable[[Any], Any], tensors: Mapping[str,
     """
     import peft
 
+    from compressor.integrations.fused import fuse
+
     try:
         with torch.random.fork_rng():
-            made: Any = peft.PeftModel(model, config(peft))
+            made: Any = peft.PeftModel(model, fuse(config(peft)))
         held = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"{where}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None

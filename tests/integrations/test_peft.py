@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
-from compressor.integrations import attach
+from compressor.integrations import attach, fused
 from compressor.integrations import peft as adapters
 from compressor.linear import packed_linears
 from compressor.packed import PackedWeight
@@ -183,6 +183,42 @@ def test_lora_of_a_packed_weight_is_that_of_the_decoded_one(packed_llama) -> Non
 
 
 # --- the tuner ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paths_in_one_pass_are_those_of_peft(packed_llama, sketched_llama, monkeypatch, tables: bool, dtype: torch.dtype) -> None:
+    passes, found, real = [], [], fused.PackedLinear.forward
+    monkeypatch.setattr(fused.PackedLinear, "forward", lambda self, x, low=None: passes.append(low is not None) or real(self, x, low))
+    for fuse in (True, False):
+        model = (sketched_llama if tables else packed_llama)().to(dtype)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, **SAME)
+        torch.manual_seed(5)
+        made = peft.get_peft_model(model, fused.fuse(config) if fuse else config).eval()
+        passes.clear()
+        loss = made(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert sum(passes) == (8 if fuse else 0) and len(passes) == 14
+        found.append([loss.detach().float(), *(p.grad.float() for p in made.parameters() if p.requires_grad)])
+    assert len(found[0]) == 17 and all(error(a, b) < (1e-5 if dtype == torch.float32 else 0.1) for a, b in zip(*found, strict=True))
+
+
+def test_what_is_no_plain_path_goes_the_way_of_peft(packed_llama) -> None:
+    for config in ({"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}, {}):
+        both = []
+        for fuse in (fused.fuse, lambda c: c):
+            torch.manual_seed(5)
+            made = peft.get_peft_model(packed_llama(), fuse(peft.LoraConfig(r=4, init_lora_weights=not config, **config, **SAME))).train()
+            torch.manual_seed(6)
+            with torch.no_grad():
+                both.append(made(input_ids=IDS).logits)
+                if not config:
+                    made.add_adapter("second", peft.LoraConfig(r=2, init_lora_weights=False, **SAME))
+                    made.base_model.set_adapter(["default", "second"])
+                    both[-1] = made(input_ids=IDS).logits
+                    with made.disable_adapter():
+                        assert torch.equal(made(input_ids=IDS).logits, logits(packed_llama()))
+        assert error(*both) < 1e-5
 
 
 def run(model: Any, kind: str, windows: tuple[Tensor, Tensor], folder: Path | None = None, on_step: Any = None, **keys: Any) -> tuple[Any, Any]:

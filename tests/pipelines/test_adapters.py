@@ -53,7 +53,7 @@ def test_what_loads_the_folder_has_the_adapter(kept: tuple[Path, dict[str, Any]]
     assert error(logits(stock, IDS), logits(base.model, IDS)) < RELATIVE[torch.float32]
     assert error(logits(ours.model, IDS), logits(base.model, IDS)) > 1e-3
     on_ours = peft.PeftModel.from_pretrained(base.model, kept[0] / "adapter")
-    assert torch.equal(logits(on_ours, IDS), logits(ours.model, IDS))
+    assert error(logits(on_ours, IDS), logits(ours.model, IDS)) < RELATIVE[torch.float32], "two passes, as peft alone computes it, and one"
 
 
 def test_eval_measures_with_the_adapter(
