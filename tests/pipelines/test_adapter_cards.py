@@ -95,7 +95,7 @@ def test_an_absorbed_adapter_is_said_to_be(tmp_path: Path) -> None:
     whole(tmp_path / "out", **TUNED | {"tune__adapter": "absorb", "tune__absorb_limit": 1e9})
     facts = json.loads((tmp_path / "out" / "report.json").read_text())["training"]["absorb"]
     said = card(tmp_path / "out")
-    assert "the codes stayed" not in said and "the adapter was then absorbed by packing anew" in said
+    assert "the codes stayed" not in said and "the packed weights then took it up" in said
     assert f"{facts['before']:,.3f} with the adapter beside, {facts['after']:,.3f} absorbed ({facts['rise']:+.1%})" in said
     assert f"logits change by {facts['max_logit_change']:.3f} at most" in said and "PeftModel" not in said
 
