@@ -8,7 +8,7 @@ thread, which other work on the machine does not lengthen. An arm that is there 
 
     python bench/lora.py --model tiny
     python bench/lora.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32
-    python bench/lora.py --bits 4 --only "nf4, lora r8" "lora r8"
+    python bench/lora.py --bits 16 4 --epochs 0.25 --rates 1 --max-tokens 1000 --only "dense, lora r8" peqa "lora r8" --out bench/results/lora_speed.csv
 """
 
 import argparse
