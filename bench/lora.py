@@ -4,11 +4,11 @@ Every arm of a model sees the same windows for the same number of steps, at seve
 dense or NF4 base: that of LoRA on a packed one). The row is that of the rate with the least loss on the last WINDOWS windows of the training text,
 which no arm trains on; the texts that are reported choose nothing. Each run has a process of its own, so that its memory is its own: `growth` is the
 peak resident size while it trained less what the process took before it loaded a model. `steps_per_second` counts seconds of processor time of one
-thread, which other work on the machine does not lengthen. An arm that is there is not run again.
+thread, which other work on the machine lengthens little. An arm that is there is not run again.
 
     python bench/lora.py --model tiny
     python bench/lora.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32
-    python bench/lora.py --bits 16 4 --epochs 0.25 --rates 1 --max-tokens 1000 --only "dense, lora r8" peqa "lora r8" --out bench/results/lora_speed.csv
+    python bench/lora.py --bits 16 4 --epochs 0.25 --rates 1 --max-tokens 1000 --only "dense, lora r8" peqa "lora r8" --out lora_speed.csv
 """
 
 import argparse
