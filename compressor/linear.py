@@ -1,12 +1,12 @@
 """PackedLinear, and the walk that finds the linears of a model's decoder blocks and swaps them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import ModelError
+from compressor.errors import ModelError, RecipeError
 from compressor.kernels import dispatch
 from compressor.packed import Affine, PackedWeight, Table
 from compressor.view import WeightView
@@ -123,6 +123,16 @@ def block_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def packed_linears(module: nn.Module) -> dict[str, PackedLinear]:
     """All PackedLinear layers inside `module` by dotted name."""
     return {name: m for name, m in module.named_modules() if isinstance(m, PackedLinear)}
+
+
+def targeted(names: Iterable[str], targets: str | None) -> list[str]:
+    """Of the names of packed linears those whose last part is in `targets`, by comma; None: all. RecipeError for a target that names none."""
+    found = list(names)
+    leaves = {name.rpartition(".")[2] for name in found}
+    wanted = leaves if targets is None else {part.strip() for part in targets.split(",")}
+    if strange := sorted(wanted - leaves):
+        raise RecipeError(f"no packed linear is named {strange[0]}: choose targets among {', '.join(sorted(leaves))}")
+    return [name for name in found if name.rpartition(".")[2] in wanted]
 
 
 def swap(module: nn.Module, name: str, new: nn.Module) -> None:

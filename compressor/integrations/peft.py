@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor.errors import ModelError, RecipeError
-from compressor.linear import packed_linears, swap
+from compressor.errors import ModelError
+from compressor.linear import packed_linears, swap, targeted
 from compressor.recipe import Tune
 
 NAME = "default"  # peft's name of an adapter that got none
@@ -99,11 +99,7 @@ class Adapters:
         names = packed_linears(model)
         if not names:
             raise ModelError(f"{type(model).__name__} has no packed linear layers: compress it before tuning adapters beside them")
-        leaves = {name.rpartition(".")[2] for name in names}
-        wanted = named(self.options.targets) or leaves
-        if strange := sorted(wanted - leaves):
-            raise RecipeError(f"no packed linear is named {strange[0]}: choose targets among {', '.join(sorted(leaves))}")
-        parameters = self.wrap(model, [name for name in names if name.rpartition(".")[2] in wanted], steps)
+        parameters = self.wrap(model, targeted(names, self.options.targets), steps)
         if starts:
             self._start(model, starts)
         return parameters

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compressor import tune
 from compressor.errors import ModelError, RecipeError
-from compressor.integrations.peft import KINDS, Adapters, named, strip
-from compressor.linear import packed_linears
+from compressor.integrations.peft import KINDS, Adapters, strip
+from compressor.linear import packed_linears, targeted
 from compressor.pipelines.load import Loaded
 from compressor.quant.starts import STARTS, check
 from compressor.recipe import Tune
@@ -52,11 +52,7 @@ def check_layers(options: Tune, shapes: Mapping[str, tuple[int, ...]], sums: tup
 
     shapes: [n, k] of what will be packed, by name; sums: the statistics that the packer collects.
     """
-    leaves = {name.rpartition(".")[2] for name in shapes}
-    wanted = named(options.targets) or leaves
-    if strange := sorted(wanted - leaves):
-        raise RecipeError(f"no packed linear is named {strange[0]}: choose targets among {', '.join(sorted(leaves))}")
-    chosen = {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] in wanted}
+    chosen = {name: shapes[name] for name in targeted(shapes, options.targets)}
     if options.start != "zero":
         check(options.start, options.rank, sums, chosen)
     if options.method in KINDS and options.method != "lokr" and "rank" in KINDS[options.method].keys:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, NumericError, RecipeError
-from compressor.linear import PackedLinear, packed_linears, same_dtype
+from compressor.linear import PackedLinear, packed_linears, same_dtype, targeted
 from compressor.packed import zeros_as_floats
 from compressor.recipe import Tune
 from compressor.tune.snapped import Snap
@@ -118,11 +118,7 @@ class QaLora:
         layers = packed_linears(model)
         if not layers:
             raise ModelError(f"{type(model).__name__} has no packed linear layers: compress it before tuning its zeros")
-        leaves = {name.rpartition(".")[2] for name in layers}
-        wanted = leaves if self.targets is None else {part.strip() for part in self.targets.split(",")}
-        if strange := sorted(wanted - leaves):
-            raise RecipeError(f"no packed linear is named {strange[0]!r}: choose targets among {', '.join(sorted(leaves))}")
-        return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in wanted}
+        return {name: layers[name] for name in targeted(layers, self.targets)}
 
 
 def float_zeros(layer: PackedLinear) -> Tensor:

@@ -170,7 +170,7 @@ def test_targets(packed_llama, chosen) -> None:
     QaLora(chosen()).detach(model)
     zeros = {name: layer.zero is not None for name, layer in packed_linears(model).items()}
     assert all(held == name.endswith(("q_proj", "down_proj")) for name, held in zeros.items())
-    with pytest.raises(RecipeError, match="no packed linear is named 'w1': choose targets among down_proj"):
+    with pytest.raises(RecipeError, match="no packed linear is named w1: choose targets among down_proj"):
         QaLora(chosen(targets="w1")).attach(model)
 
 
