@@ -34,6 +34,7 @@ class PackedLinear(nn.Linear):
     words: Tensor
     learned: Tensor
     zero: Tensor | None
+    columns: Tensor | None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None):
         nn.Module.__init__(self)
@@ -42,6 +43,7 @@ class PackedLinear(nn.Linear):
         self.register_buffer("words", weight.words)
         self.register_buffer("learned", weight.learned)
         self.register_buffer("zero", weight.zero)
+        self.register_buffer("columns", weight.columns)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False))
         self.tuned: nn.Module | None = None
         self.tuned_zero: nn.Module | None = None
@@ -52,6 +54,8 @@ class PackedLinear(nn.Linear):
             raise ModelError(f"a packed linear of {self.in_features} inputs was given {input.shape[-1]}")
         learned = self.learned if self.tuned is None else self.tuned()
         zero = self.zero if self.tuned_zero is None else self.tuned_zero()
+        if self.columns is not None:
+            input = input.index_select(-1, self.columns)
         return dispatch.linear(input, self.words, learned, zero, self.bias, self.bits, self.group, self.out_features, low)
 
     def __getattr__(self, name: str) -> Any:
@@ -67,7 +71,7 @@ class PackedLinear(nn.Linear):
         learned = self.learned if self.tuned is None else self.tuned().detach().to(self.learned.dtype)
         zero = self.zero if self.zero is None or self.tuned_zero is None else self.tuned_zero().detach().to(self.zero.dtype)
         values = Table(learned) if self.table else Affine(learned, zero)
-        return PackedWeight(self.words, values, self.bits, self.group, (self.out_features, self.in_features))
+        return PackedWeight(self.words, values, self.bits, self.group, (self.out_features, self.in_features), self.columns)
 
     @property
     def table(self) -> bool:

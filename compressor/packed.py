@@ -4,7 +4,7 @@ Packers choose codes and values, tuners move values, exporters write both; codes
 kernels' tile64x256 layout (see kernels/layout.py); on disk every format has its own stream, reached through `codes()`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ class Table:
 class PackedWeight:
     """Codes of `bits` bits for a weight of `shape` (n out features, k in features); `group` columns of a row share a scale or a table.
 
-    `group` divides k for affine weights. The last segment of a table may be shorter: S = ceil(k / group).
+    `group` divides k for affine weights. The last segment of a table may be shorter: S = ceil(k / group). Where the columns of a group do not lie
+    side by side (GPTQ's act-order), they are stored in an order in which they do, and `columns` says which column of the layer each one is.
     """
 
     words: Tensor  # int32, tile64x256
@@ -44,13 +45,15 @@ class PackedWeight:
     bits: int
     group: int
     shape: tuple[int, int]
+    columns: Tensor | None = None  # int64 [k], a permutation; None: as they are in the layer
 
     @classmethod
-    def pack(cls, codes: Tensor, values: Affine | Table, bits: int, group: int | None = None) -> "PackedWeight":
-        """codes uint8 [n, k], each below 2**bits; the group size follows from the shape of the scales, and must be given for several tables."""
+    def pack(cls, codes: Tensor, values: Affine | Table, bits: int, group: int | None = None, columns: Tensor | None = None) -> "PackedWeight":
+        """codes uint8 [n, k], each below 2**bits, in the order of `columns`; the group size follows from the shape of the scales, and must be
+        given for several tables."""
         n, k = codes.shape
-        if bits not in layout.BITS:
-            raise RecipeError(f"{bits} bits cannot be packed; choose one of {layout.BITS}")
+        if bits not in layout.STORED:
+            raise RecipeError(f"{bits} bits cannot be packed; choose one of {layout.STORED}")
         learned = learned_of(values)
         count = learned.shape[1] if learned.dim() > 1 else 0
         group = group or k // max(count, 1)
@@ -62,7 +65,9 @@ class PackedWeight:
             raise ModelError(f"{kind} of shape {tuple(learned.shape)} do not fit a weight of shape {(n, k)}, {bits} bits and groups of {group}")
         if codes.numel() and int(codes.max()) >= 1 << bits:
             raise ModelError(f"code {int(codes.max())} does not fit {bits} bits")
-        return cls(layout.pack_tiles(codes, bits, reference.order(learned)), values, bits, group, (n, k))
+        if columns is not None and not torch.equal(columns.sort().values.cpu(), torch.arange(k)):
+            raise ModelError(f"columns of shape {tuple(columns.shape)} are no permutation of the {k} columns of a weight")
+        return cls(layout.pack_tiles(codes, bits, reference.order(learned)), values, bits, group, (n, k), columns)
 
     @property
     def learned(self) -> Tensor:
@@ -82,20 +87,33 @@ class PackedWeight:
     def with_learned(self, learned: Tensor) -> "PackedWeight":
         """The same codes with another scale or table of the same shape."""
         values = Affine(learned, self.zero) if isinstance(self.values, Affine) else Table(learned)
-        return PackedWeight(self.words, values, self.bits, self.group, self.shape)
+        return replace(self, values=values)
 
     def codes(self) -> Tensor:
-        """uint8 [n, k]."""
+        """uint8 [n, k], in the order in which they are stored."""
         return layout.unpack_tiles(self.words, self.bits, *self.shape, reference.order(self.learned))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [n, k]: an affine product is formed in float32; rounded once to `dtype`."""
-        return reference.dequantize(self.words, self.learned, self.zero, self.bits, self.group, *self.shape, dtype)
+        return self.in_order(reference.dequantize(self.words, self.learned, self.zero, self.bits, self.group, *self.shape, dtype))
+
+    def in_order(self, stored: Tensor) -> Tensor:
+        """Codes or weights [.., k] in the layer's order of columns, from the stored one."""
+        if self.columns is None:
+            return stored
+        out = torch.empty_like(stored)
+        out[..., self.columns] = stored
+        return out
+
+    def g_idx(self) -> Tensor:
+        """int32 [k]: the group, or segment, of every column of the layer."""
+        return self.in_order((torch.arange(self.shape[1], device=self.words.device) // self.group).to(torch.int32))
 
     def stored_bits(self) -> int:
         """Bits this weight costs on disk: codes, scales or tables and, if asymmetric, zeros."""
         n, k = self.shape
-        return n * k * self.bits + self.learned.numel() * self.learned.element_size() * 8 + self.zero_bits()
+        ordered = 0 if self.columns is None else 32 * k
+        return n * k * self.bits + self.learned.numel() * self.learned.element_size() * 8 + self.zero_bits() + ordered
 
     def zero_bits(self) -> int:
         """Bits the zeros cost on disk: `bits` each, as floats those of their dtype."""
@@ -109,15 +127,30 @@ class PackedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """Flat tensors for safetensors; `from_tensors` with the same bits, group and shape is the inverse."""
+        out = {"words": self.words} | ({} if self.columns is None else {"columns": self.columns})
         if isinstance(self.values, Table):
-            return {"words": self.words, "table": self.values.table}
-        out = {"words": self.words, "scale": self.values.scale}
-        return out if self.values.zero is None else out | {"zero": self.values.zero}
+            return out | {"table": self.values.table}
+        return out | {"scale": self.values.scale} | ({} if self.values.zero is None else {"zero": self.values.zero})
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], bits: int, group: int, shape: tuple[int, int]) -> "PackedWeight":
         values = Table(tensors["table"]) if "table" in tensors else Affine(tensors["scale"], tensors.get("zero"))
-        return cls(tensors["words"], values, bits, group, shape)
+        return cls(tensors["words"], values, bits, group, shape, tensors.get("columns"))
+
+
+def by_groups(g_idx: Tensor, groups: int) -> Tensor | None:
+    """The columns of a weight, int64 [k], in the order of their groups g_idx [k]; None where they are in it already.
+
+    ModelError unless `groups` groups of the same size come out.
+    """
+    k = g_idx.numel()
+    if g_idx.dim() != 1 or g_idx.is_floating_point():
+        raise ModelError(f"an index of shape {tuple(g_idx.shape)} and {g_idx.dtype}, which is none")
+    counts = torch.bincount(g_idx.long(), minlength=groups) if k and int(g_idx.min()) >= 0 else torch.zeros(1)
+    if len(counts) != groups or k % groups or not bool((counts == k // groups).all()):
+        raise ModelError(f"an index that does not put {k} columns into {groups} groups of {k / groups:g}")
+    columns = torch.argsort(g_idx.long(), stable=True)
+    return None if torch.equal(columns, torch.arange(k, device=columns.device)) else columns
 
 
 def learned_of(values: Affine | Table) -> Tensor:

@@ -81,7 +81,8 @@ def dense_rows(packed: PackedWeight, rows: slice) -> Tensor:
     """The rows [start, stop) of the dense weight, float32; start is a multiple of a tile's rows."""
     words = packed.words[rows.start // layout.ROWS : -(-rows.stop // layout.ROWS)]
     learned, zero = packed.learned[rows], None if packed.zero is None else packed.zero[rows]
-    return reference.dequantize(words, learned, zero, packed.bits, packed.group, rows.stop - rows.start, packed.shape[1], torch.float32)
+    stored = reference.dequantize(words, learned, zero, packed.bits, packed.group, rows.stop - rows.start, packed.shape[1], torch.float32)
+    return packed.in_order(stored)
 
 
 def _difference(w: Tensor, packed: PackedWeight, rows: slice, path: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -277,7 +277,7 @@ def _check(r: Recipe) -> None:
         (f.when in ("auto", "always", "never"), f"finetune.when={f.when!r}: choose auto, always or never"),
         (f.steps is None or f.steps > 0, f"finetune.steps={f.steps} must be positive"),
         (0 < f.epochs < math.inf and 0 < f.lr < math.inf and f.batch > 0, "finetune.epochs, lr and batch must be positive"),
-        (q.bits in (2, 3, 4), f"bits={q.bits} is not supported; choose 2, 3 or 4"),
+        (q.bits in (2, 3, 4, 8), f"bits={q.bits} is not supported; choose 2, 3 or 4, or 8 for scales"),
         (q.group == -1 or q.group > 0, f"group={q.group} is not a group size; give a positive number, or -1 for one scale per row"),
         (q.scale_dtype in ("auto", "float16", "bfloat16", "float32"), f"scale_dtype={q.scale_dtype!r}: choose auto, float16, bfloat16 or float32"),
         (q.gpr is None or q.gpr > 0, f"gpr={q.gpr} must be positive"),

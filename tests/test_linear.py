@@ -27,6 +27,23 @@ def test_matches_a_dense_linear_forward_and_backward(bias: bool) -> None:
     assert (y - z).norm() <= 1e-5 * y.norm()
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_columns_in_another_order_and_8_bits(bits: int) -> None:
+    """The inputs follow the stored order; gradients of x and of the scale are those of the dense weight."""
+    columns = torch.randperm(160)
+    codes = torch.randint(0, 1 << bits, (96, 160), dtype=torch.uint8)
+    packed = PackedLinear(PackedWeight.pack(codes, Affine(torch.rand(96, 5)), bits, columns=columns))
+    weight, x = packed.packed().dequantize().requires_grad_(), torch.randn(7, 160, requires_grad=True)
+    assert torch.allclose(packed(x), x @ weight.T, rtol=1e-4, atol=1e-3)
+    packed.learned.requires_grad_()
+    mine = torch.autograd.grad(packed(x).square().sum(), (x, packed.learned))
+    theirs = torch.autograd.grad((x @ weight.T).square().sum(), (x, weight))
+    steps = packed.packed().with_learned(torch.ones(96, 5)).dequantize()
+    dense = (theirs[1] * steps)[:, columns].view(96, 5, 32).sum(-1)
+    for found, wanted in zip(mine, (theirs[0], dense), strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 def test_16_bit_inputs_are_computed_in_float32_on_a_cpu() -> None:
     dense, packed = layer()
     x = torch.randn(3, 160).bfloat16()

@@ -3,7 +3,8 @@
 Per packed linear: `weight_packed` int32 [n, ceil(k*bits/32)], the dense bit stream along k of codes 0..2**bits-1 (the format calls them
 signed codes plus 2**(bits-1), which is the same number); `weight_scale` [n, G]; `weight_shape` int64 (n, k); for asymmetric weights
 `weight_zero_point` int32 [ceil(n*bits/32), G], packed along n with the same offset, hence equal to our zeros. All bytes are documented in
-docs/format.md. Exact for every affine weight of 2, 3 and 4 bits whose zeros are integers. Readers older than compressed-tensors 0.18 know only a
+docs/format.md. Exact for every affine weight of 2, 3, 4 and 8 bits whose zeros are integers. `weight_g_idx` int32 [k], of groups that are not of
+neighbours, is read and never written: the library refuses `actorder: group` since 0.20. Readers older than compressed-tensors 0.18 know only a
 padded 3-bit stream (ten codes a word): this module reads that too and never writes it.
 """
 
@@ -20,20 +21,24 @@ from compressor.errors import ModelError
 from compressor.export import shards
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
-from compressor.packed import Affine, PackedWeight, Table
+from compressor.packed import Affine, PackedWeight, Table, by_groups
 
 NAME = "compressed-tensors pack-quantized"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+Schemes = dict[tuple[int, int, bool], list[str]]  # modules by bits, group, symmetric
 
 
 def fits(packed: dict[str, PackedWeight]) -> str | None:
-    """Why this model cannot be written in this format, or None: affine weights of 2, 3 and 4 bits can, unless their zeros are floats."""
+    """Why this model cannot be written in this format, or None: affine weights can, unless zeros are floats or columns out of order."""
     tables = sum(isinstance(weight.values, Table) for weight in packed.values())
     if tables:
         return f"{tables} of its {len(packed)} packed layers hold tables, which the format does not know"
     floats = sum(weight.float_zeros for weight in packed.values())
     if floats:
         return f"{floats} of its {len(packed)} packed layers have tuned zeros, and the format's are integers"
+    ordered = sum(weight.columns is not None for weight in packed.values())
+    if ordered:
+        return f"{ordered} of its {len(packed)} packed layers have columns in another order (act-order), which the format's library no longer reads"
     return None if packed else "no layer is packed"
 
 
@@ -57,7 +62,7 @@ def write(
     `weights` yields dotted tensor names with tensors and dotted module names with packed weights; it is consumed as a stream. `ignore` lists
     the nn.Linear modules that stay dense. Every file is written to a temporary name and renamed.
     """
-    schemes: dict[tuple[int, int, bool], list[str]] = defaultdict(list)
+    schemes: Schemes = defaultdict(list)
 
     def encode(name: str, weight: PackedWeight) -> dict[str, Tensor]:
         group = -1 if weight.group == weight.shape[1] else weight.group
@@ -68,13 +73,14 @@ def write(
     shards.write_json(folder / "config.json", config | {"quantization_config": quantization_config(schemes, ignore)})
 
 
-def quantization_config(schemes: dict[tuple[int, int, bool], list[str]], ignore: list[str]) -> dict[str, Any]:
+def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
     """The `quantization_config` of config.json; one scheme targets every Linear, several name their modules."""
     groups = {}
     for index, ((bits, group, symmetric), names) in enumerate(sorted(schemes.items())):
         weights = {
             "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
-            "group_size": None if group == -1 else group, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+            "group_size": None if group == -1 else group, "dynamic": False, "actorder": None,
+            "observer": "minmax", "observer_kwargs": {},
         }  # fmt: skip
         targets = ["Linear"] if len(schemes) == 1 else _targets(names, [n for s in schemes.values() if s is not names for n in s])
         groups[f"group_{index}"] = {
@@ -104,8 +110,8 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     widths: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}
     if any(g.get("input_activations") for g in groups):
         raise ModelError(f"{folder} quantises activations too, which compressor does not run")
-    if not widths or not widths <= set(layout.BITS):
-        raise ModelError(f"{folder} holds weights of {', '.join(map(str, widths)) or 'unknown'} bits; compressor reads 2, 3 and 4")
+    if not widths or not widths <= set(layout.STORED):
+        raise ModelError(f"{folder} holds weights of {', '.join(map(str, widths)) or 'unknown'} bits; compressor reads 2, 3, 4 and 8")
     dense, parts = shards.read_weights(folder, files, PARTS)
     packed = {module: _decode(parts.pop(module), f"{folder}: {module}", sorted(widths)) for module in list(parts)}
     return dense, packed
@@ -113,8 +119,6 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
 
 def _decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWeight:
     """`widths`: the bits that the configuration names; which of them a module has follows from its number of words."""
-    if "weight_g_idx" in parts:
-        raise ModelError(f"{where} has an activation-order group index, which is not supported; re-export it without actorder=group")
     words, scale, shape = (parts.get(key) for key in PARTS[:3])
     if words is None or scale is None or shape is None or shape.numel() != 2 or words.ndim != 2 or scale.ndim != 2:
         raise ModelError(f"{where} is incomplete or damaged: weight_packed, weight_scale and weight_shape must be there with two dimensions")
@@ -133,7 +137,13 @@ def _decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWe
         if zero.shape != (-(-n * bits // 32), scale.shape[1]):
             raise ModelError(f"{where} is damaged: zero points of shape {tuple(zero.shape)} do not fit {n} rows and {scale.shape[1]} groups")
         zero = layout.unpack_stream(zero.T.contiguous(), bits, n).T.contiguous()
-    return PackedWeight.pack(codes, Affine(scale, zero), bits)
+    g_idx, columns = parts.get("weight_g_idx"), None
+    if g_idx is not None and not bool((g_idx == -1).all()):  # that is how the library says: none yet
+        try:
+            columns = by_groups(g_idx, scale.shape[1])
+        except ModelError as error:
+            raise ModelError(f"{where} is damaged: {error}") from None
+    return PackedWeight.pack(codes if columns is None else codes[:, columns], Affine(scale, zero), bits, columns=columns)
 
 
 def _unpack_padded(words: Tensor, k: int) -> Tensor:

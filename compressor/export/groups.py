@@ -5,8 +5,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from compressor.errors import ModelError
+from compressor.kernels import layout
+from compressor.packed import PackedWeight
 
 Scheme = TypeVar("Scheme")
+
+
+def unlike_ours(packed: Mapping[str, PackedWeight]) -> str | None:
+    """Why our own formats cannot hold a weight that came from others: 8 bits, or columns in another order; else None."""
+    for name, weight in packed.items():
+        if weight.bits not in layout.BITS:
+            return f"{name} has {weight.bits} bits, and the format knows 2, 3 and 4"
+        if weight.columns is not None:
+            return f"the columns of {name} are in another order (act-order), and the format knows none"
+    return None
 
 
 def read_groups(

@@ -9,6 +9,8 @@ Every z' from 0 to 2**bits - 1 is tried, from the sums of q and of q^2 of the gr
 common with itself, its mean, moves by up to half a step and is no noise; docs/methods.md says what that costs. Source: ours.
 """
 
+from dataclasses import replace
+
 import torch
 
 from compressor.errors import ModelError
@@ -26,7 +28,7 @@ def with_integers(weight: PackedWeight, refit: bool = True) -> PackedWeight:
         return weight
     top, scale, zero = (1 << weight.bits) - 1, weight.learned, weight.zero.double()
     if not refit:
-        return PackedWeight(weight.words, Affine(scale, zero.round().clamp_(0, top).to(torch.uint8)), weight.bits, weight.group, weight.shape)
+        return replace(weight, values=Affine(scale, zero.round().clamp_(0, top).to(torch.uint8)))
     codes = weight.codes().view(*zero.shape, weight.group)
     first, second = codes.sum(-1, dtype=torch.float64), codes.int().square_().sum(-1, dtype=torch.float64)
     best, factor, chosen = torch.full_like(zero, -1.0), torch.ones_like(zero), torch.zeros_like(zero, dtype=torch.uint8)
@@ -40,4 +42,4 @@ def with_integers(weight: PackedWeight, refit: bool = True) -> PackedWeight:
         chosen.masked_fill_(better, candidate)
     limits = torch.finfo(scale.dtype)
     fitted = (scale.double() * factor).clamp(min=limits.tiny, max=limits.max).to(scale.dtype)
-    return PackedWeight(weight.words, Affine(fitted, chosen), weight.bits, weight.group, weight.shape)
+    return replace(weight, values=Affine(fitted, chosen))

@@ -22,7 +22,7 @@ from torch import Tensor
 from compressor.errors import ModelError
 from compressor.export import bitmask, shards
 from compressor.export.bitmask import DTYPES, PARTS, Scheme, estimate_bytes, stored_bits
-from compressor.export.groups import read_groups
+from compressor.export.groups import read_groups, unlike_ours
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
 from compressor.packed import PackedWeight, Table
@@ -39,6 +39,8 @@ def fits(packed: Mapping[str, PackedWeight]) -> str | None:
     tables = sum(isinstance(weight.values, Table) for weight in packed.values())
     if tables:
         return f"{tables} of its {len(packed)} packed layers hold tables, of which no entry is exactly zero"
+    if why := unlike_ours(packed):
+        return why
     for name, weight in packed.items():
         if weight.learned.dtype not in DTYPES or not bool(torch.isfinite(weight.learned).all()):
             return f"the scales of {name} are not finite numbers in float16, bfloat16 or float32"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.export import shards
-from compressor.export.groups import read_groups
+from compressor.export.groups import read_groups, unlike_ours
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
 from compressor.packed import PackedWeight, Table
@@ -33,6 +33,8 @@ def fits(packed: Mapping[str, PackedWeight]) -> str | None:
     affine = sum(not isinstance(weight.values, Table) for weight in packed.values())
     if affine:
         return f"{affine} of its {len(packed)} packed layers hold scales, which the format does not know"
+    if why := unlike_ours(packed):
+        return why
     for name, weight in packed.items():
         if weight.learned.dtype not in DTYPES:
             return f"the tables of {name} are {_plain(weight.learned.dtype)}, and the format knows {_choices()}"

@@ -104,7 +104,7 @@ def digest(dense: Mapping[str, Tensor], packed: Mapping[str, PackedWeight], kind
     for name, weight in sorted(packed.items()):
         values = kind if kind in ("zero", ADAPTER) else _kind(weight)
         head = {"module": name, "kind": values, "bits": weight.bits, "group": weight.group, "shape": list(weight.shape)}
-        tensors = [weight.codes()]
+        tensors = [weight.codes(), *([] if weight.columns is None else [weight.columns])]
         if values in ("zero", ADAPTER):
             head["values"] = _dtype(weight.learned)
             tensors.append(weight.learned)

@@ -29,8 +29,10 @@ PATHS = ("auto", "triton", "cpu", "reference")
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto") -> Any:
+def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto", bits: int = 4) -> Any:
     """The module whose functions take this call."""
+    if bits not in layout.BITS and path in PATHS:
+        return reference
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
     unsupported = ""
     if path in ("auto", "triton") and _TRITON and (x.is_cuda or interpreted):
@@ -74,7 +76,7 @@ def _forward(
     x: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, u: Tensor | None, b: Tensor | None, bits: int, group: int, n: int, path: str
 ) -> Tensor:
     check(x, words, values, zero, bits, group, n, x.shape[1], values.dim() == 3)
-    ops = choose(x, values.dim(), group, x.shape[1], path)
+    ops = choose(x, values.dim(), group, x.shape[1], path, bits)
     with _as_given(x):
         if u is None or b is None:
             return ops.forward(x, words, values, zero, bits, group, n)
@@ -103,7 +105,7 @@ def _(
 def _grad_input(dy: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int, group: int, k: int, path: str) -> Tensor:
     check(dy, words, values, zero, bits, group, dy.shape[1], k, values.dim() == 3)
     with _as_given(dy):
-        return choose(dy, values.dim(), group, k, path).grad_input(dy, words, values, zero, bits, group, k)
+        return choose(dy, values.dim(), group, k, path, bits).grad_input(dy, words, values, zero, bits, group, k)
 
 
 @_grad_input.register_fake
@@ -114,7 +116,7 @@ def _(dy: Tensor, words: Tensor, values: Tensor, zero: Tensor | None, bits: int,
 @torch.library.custom_op("compressor::grad_values", mutates_args=())
 def _grad_values(x: Tensor, dy: Tensor, words: Tensor, zero: Tensor | None, bits: int, group: int, table: bool, path: str) -> Tensor:
     check(x, words, None, zero, bits, group, dy.shape[1], x.shape[1], table)
-    ops = choose(x, 3 if table else 2, group, x.shape[1], path)
+    ops = choose(x, 3 if table else 2, group, x.shape[1], path, bits)
     with _as_given(x):
         return ops.grad_table(x, dy, words, bits, group) if table else ops.grad_scale(x, dy, words, zero, bits, group)
 

@@ -7,10 +7,12 @@ meets a contiguous stretch of x:
 
     4 bits  word j of 32, bits 4p+16h .. +3    hold code 64p + 2j + h            p 0..3, h 0..1
     2 bits  word j of 16, bits 2i+16h .. +1    hold code 32i + 2j + h            i 0..7, h 0..1
+    8 bits  word j of 64, byte b                hold code 4j + b
     3 bits  16 words as at 2 bits with the low two bits of each code, then 8 words of high bits:
             word j of 8, bit 4(p+4h)+2c+h'     holds bit 2 of code 32(2p+h') + 2(8c+j) + h     p 0..3, c, h, h' 0..1
 
-Density is exact: 2, 3 and 4 bits cost 2, 3 and 4 bits (beyond the padding, which LLM shapes do not need).
+Density is exact: 2, 3, 4 and 8 bits cost that many (beyond the padding, which LLM shapes do not need). 8 bits are for folders of others: the plain
+versions run them, no kernel does.
 
 That is the order `pair`, which affine weights use. Tables use the order `prmt`, the same with the eight nibbles of every word permuted: nibble
 p + 4h moves to 2(p%2) + h + 4(p//2), so that one byte-permute instruction, which looks up the four nibbles of the low half of a register, meets
@@ -29,7 +31,8 @@ from torch import Tensor
 
 ROWS, COLS = 64, 256
 PANEL = 256  # rows at a time, a multiple of ROWS
-BITS = (2, 3, 4)
+BITS = (2, 3, 4)  # that kernels know
+STORED = (*BITS, 8)
 ORDERS = ("pair", "prmt")
 _TO_PRMT = tuple(2 * (p % 2) + h + 4 * (p // 2) for h in range(2) for p in range(4))  # nibble p + 4h of `pair` -> nibble of `prmt`
 
@@ -75,7 +78,10 @@ def _pack_panel(codes: Tensor, bits: int) -> Tensor:
     down, across = tiles(n, k)
     full = codes.new_zeros(down * ROWS, across * COLS)
     full[:n, :k] = codes
-    rows = full.view(down, ROWS, across, COLS).transpose(1, 2).to(torch.int32)
+    tiled = full.view(down, ROWS, across, COLS).transpose(1, 2)
+    if bits == 8:
+        return tiled.contiguous().view(torch.int32)
+    rows = tiled.to(torch.int32)
     if bits == 4:
         return _planes(rows, 4)
     low = _planes(rows & 3, 2)
@@ -98,7 +104,9 @@ def unpack_tiles(words: Tensor, bits: int, n: int, k: int, order: str = "pair") 
 
 def _unpack_panel(words: Tensor, bits: int) -> Tensor:
     down, across = words.shape[:2]
-    if bits == 4:
+    if bits == 8:
+        rows = words.contiguous().view(torch.uint8)
+    elif bits == 4:
         rows = _unplanes(words, 4)
     else:
         rows = _unplanes(words[..., :16], 2)

@@ -10,7 +10,7 @@ through, never taken off, so a model can serve meanwhile. Price: a copy of the v
 import json
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def weights(model: nn.Module, own: Values | None = None) -> dict[str, PackedWeig
         zero = given["zero"][name] if "zero" in given else held.zero
         assert learned is not None
         values = Table(learned) if layer.table else Affine(learned, zero)
-        out[name] = PackedWeight(held.words, values, held.bits, held.group, held.shape)
+        out[name] = replace(held, values=values)
     return out
 
 

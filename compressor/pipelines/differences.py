@@ -113,7 +113,7 @@ def _packed_difference(a: PackedWeight | None, b: PackedWeight | None, kind: str
     schemes = [f"{w.shape[0]}x{w.shape[1]} {w.bits} bits groups of {w.group} {'tables' if w.learned.dim() == 3 else 'scales'}" for w in (a, b)]
     if schemes[0] != schemes[1]:
         return f"{schemes[0]}, and {schemes[1]}"
-    if not torch.equal(a.codes(), b.codes()):
+    if not torch.equal(a.codes(), b.codes()) or not torch.equal(a.g_idx(), b.g_idx()):
         return "codes"
     if kind in ("zero", task.ADAPTER) and not _equal(a.learned, b.learned):
         return "tables" if a.learned.dim() == 3 else "scales"

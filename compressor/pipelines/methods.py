@@ -18,6 +18,8 @@ def check_names(recipe: Recipe) -> None:
         if idle := [key for key, value in asdict(Quant()).items() if key != "packer" and getattr(recipe.quant, key) != value]:
             raise RecipeError(f"{idle[0]}={getattr(recipe.quant, idle[0])} says how to pack, and nothing is packed: add --quant, for example 3bit")
         return
+    if recipe.quant.bits == 8 and PACKERS[recipe.quant.packer].table:
+        raise RecipeError(f"packer {recipe.quant.packer} makes tables of 4, 8 or 16 entries: choose 2, 3 or 4 bits")
     given, usual = asdict(recipe.quant), asdict(Quant())
     heeded = PACKERS[recipe.quant.packer].heeds
     idle = [key for key in given if key not in heeded and given[key] != usual[key]]

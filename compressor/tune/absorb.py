@@ -14,6 +14,8 @@ step of the grid that is not a change of scale moves few codes on its own, so ho
 loses least is measured by layer (docs/log.md).
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -32,8 +34,23 @@ FLOOR = 0.1  # of a scale: none falls below, as none does in tuning
 ROUNDS = 3
 DAMP = 0.01  # share of the mean diagonal of H that descents and tables see added to it; judged is without
 PANEL = 1 << 24
+Fit = Callable[[PackedWeight, Tensor, Tensor | None], PackedWeight]
 
 
+def _in_stored_order(fit: Fit) -> Fit:
+    """The same for weights whose columns are stored in another order than the layer's: target and H follow them."""
+
+    @functools.wraps(fit)
+    def fitted(packed: PackedWeight, target: Tensor, hessian: Tensor | None) -> PackedWeight:
+        at = packed.columns
+        if at is None:
+            return fit(packed, target, hessian)
+        return replace(fit(replace(packed, columns=None), target[:, at], None if hessian is None else hessian[at][:, at]), columns=at)
+
+    return fitted
+
+
+@_in_stored_order
 @torch.no_grad()
 def refit_values(packed: PackedWeight, target: Tensor, hessian: Tensor | None) -> PackedWeight:
     """The same codes with values that are nearest to target float32 [n, k] under H [k, k]; None: in the plain norm."""
@@ -44,6 +61,7 @@ def refit_values(packed: PackedWeight, target: Tensor, hessian: Tensor | None) -
     return better(packed, packed.with_learned(learned), target, hessian)
 
 
+@_in_stored_order
 @torch.no_grad()
 def move(packed: PackedWeight, target: Tensor, hessian: Tensor | None) -> PackedWeight:
     """Codes and values that are nearer to target float32 [n, k] under H than those of `refit_values`; codes of tuned zeros stay."""

@@ -31,7 +31,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, PackedWeight]
     return ct.read(folder, sorted(folder.glob("*.safetensors")), config)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_round_trip_in_one_file_and_in_shards(tmp_path: Path, bits: int, symmetric: bool) -> None:
     weights = {f"layers.{i}.q_proj": weight(72, 352, bits, 32, symmetric) for i in range(3)}
@@ -48,7 +48,7 @@ def test_round_trip_in_one_file_and_in_shards(tmp_path: Path, bits: int, symmetr
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_library_unpacks_the_same_weights(bits: int, symmetric: bool) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
@@ -59,6 +59,20 @@ def test_the_library_unpacks_the_same_weights(bits: int, symmetric: bool) -> Non
     if packed.zero is not None:
         zero = helpers.unpack_from_int32(tensors["a.weight_zero_point"], bits, torch.Size((64, 3)), packed_dim=0)
         assert torch.equal(zero.to(torch.int16) + (1 << (bits - 1)), packed.zero.to(torch.int16))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_act_order_of_older_writers_is_read_and_not_written(tmp_path: Path, bits: int) -> None:
+    plain, columns = weight(64, 96, bits, 32, symmetric=True), torch.randperm(96).view(3, 32).sort(1).values.flatten()
+    packed = PackedWeight.pack(plain.codes(), plain.values, bits, columns=columns)
+    assert "act-order" in str(ct.fits({"a": packed}))
+    write(tmp_path, {"a": PackedWeight.pack(packed.in_order(packed.codes()), plain.values, bits)})
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"a.weight_g_idx": packed.g_idx()}, tmp_path / "model.safetensors")
+    again = read(tmp_path)[1]["a"]
+    assert torch.equal(again.dequantize(), packed.dequantize())
+    assert again.columns is not None
+    assert torch.equal(again.columns, columns)
 
 
 def test_reads_the_padded_3_bit_stream_of_old_writers(tmp_path: Path) -> None:
@@ -85,7 +99,7 @@ def test_mixed_schemes_name_their_modules() -> None:
         (lambda t: t.update({"a.weight_shape": torch.tensor([8, 127])}), "damaged"),
         (lambda t: t.update({"a.weight_shape": torch.tensor([-8, 128])}), "damaged"),
         (lambda t: t.update({"a.weight_packed": torch.zeros(8, 99, dtype=torch.int32)}), "no stream of 3 bits"),
-        (lambda t: t.update({"a.weight_g_idx": torch.zeros(128, dtype=torch.int32)}), "group index"),
+        (lambda t: t.update({"a.weight_g_idx": torch.zeros(128, dtype=torch.int32)}), "damaged: an index"),
         (lambda t: t.update({"a.weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)}), "zero points"),
     ],
 )
@@ -98,7 +112,7 @@ def test_damaged_tensors_give_one_sentence(tmp_path: Path, damage, words: str) -
         read(tmp_path)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_narrow_layers_keep_their_bits(tmp_path: Path, bits: int) -> None:
     """Sixteen columns fill two words at 3 and at 4 bits: the configuration decides."""
     packed = weight(8, 16, bits, 16, symmetric=True)
