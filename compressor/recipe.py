@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from compressor.errors import RecipeError
 
 STAGES = ("prune", "compress", "tune")
+KEPT = "kept"  # the packer of a model that is packed already, and tuned as it is
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Tune:
     targets: str | None = None  # adapters: names of the linears that get one, by comma; None: all packed ones
     start: str = "zero"  # LoRA: zero, the product is 0 at first | residual | loftq | principal | eva: found while packing (docs/methods.md)
     adapter: str = "keep"  # keep, beside the packed base | absorb, by packing anew with it
+    grid: str = "none"  # PEQA: scales stay on the two-level grid of a type of GGUF, q4_k | q3_k | q2_k, so that its export is exact
     absorb_limit: float = 0.02  # absorbing may raise the perplexity of the domain by this share; beyond it the adapter stays
 
 

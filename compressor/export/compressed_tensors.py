@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.export import shards
+from compressor.export import foreign, shards
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
 from compressor.packed import Affine, PackedWeight, Table, by_groups
 
 NAME = "compressed-tensors pack-quantized"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-Schemes = dict[tuple[int, int, bool], list[str]]  # modules by bits, group, symmetric
+Schemes = defaultdict[tuple[int, int, bool], list[str]]  # modules by bits, group (-1: whole rows), symmetric
 
 
 def fits(packed: dict[str, PackedWeight]) -> str | None:
@@ -40,6 +40,11 @@ def fits(packed: dict[str, PackedWeight]) -> str | None:
     if ordered:
         return f"{ordered} of its {len(packed)} packed layers have columns in another order (act-order), which the format's library no longer reads"
     return None if packed else "no layer is packed"
+
+
+def held(weight: PackedWeight) -> PackedWeight:
+    """What the format stores of a weight that fits: all of it."""
+    return weight
 
 
 def tensors_of(name: str, weight: PackedWeight) -> dict[str, Tensor]:
@@ -62,15 +67,25 @@ def write(
     `weights` yields dotted tensor names with tensors and dotted module names with packed weights; it is consumed as a stream. `ignore` lists
     the nn.Linear modules that stay dense. Every file is written to a temporary name and renamed.
     """
-    schemes: Schemes = defaultdict(list)
+    schemes, sizes = Schemes(list), set[tuple[int, int]]()
 
     def encode(name: str, weight: PackedWeight) -> dict[str, Tensor]:
-        group = -1 if weight.group == weight.shape[1] else weight.group
-        schemes[weight.bits, group, weight.zero is None].append(name)
+        schemes[weight.bits, weight.group, weight.zero is None].append(name)
+        sizes.add((weight.group, weight.shape[1]))
         return tensors_of(name, weight)
 
     shards.write_weights(folder, weights, encode, shard_bytes)
+    if all(group == k for group, k in sizes):  # else rows of one group get its size: readers fail on two strategies (dequantize=True)
+        schemes = by_rows(schemes)
     shards.write_json(folder / "config.json", config | {"quantization_config": quantization_config(schemes, ignore)})
+
+
+def by_rows(schemes: Schemes) -> Schemes:
+    """The same schemes, of weights with one scale a row."""
+    out = Schemes(list)
+    for (bits, _, symmetric), names in schemes.items():
+        out[bits, -1, symmetric] += names
+    return out
 
 
 def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def _decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWe
     if bits is not None:
         codes = layout.unpack_stream(words, bits, k)
     elif 3 in widths and words.shape[1] == -(-k // 10):
-        bits, codes = 3, _unpack_padded(words, k)
+        bits, codes = 3, foreign.unpack_fields(words, 3)[:, :k].contiguous()  # before compressed-tensors 0.18: ten codes a word
     else:
         raise ModelError(f"{where} has {words.shape[1]} words for {k} codes, which is no stream of {' or '.join(map(str, widths))} bits")
     zero = parts.get("weight_zero_point")
@@ -144,9 +159,3 @@ def _decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWe
         except ModelError as error:
             raise ModelError(f"{where} is damaged: {error}") from None
     return PackedWeight.pack(codes if columns is None else codes[:, columns], Affine(scale, zero), bits, columns=columns)
-
-
-def _unpack_padded(words: Tensor, k: int) -> Tensor:
-    """The 3-bit stream of compressed-tensors before 0.18: ten codes in the low 30 bits of each word."""
-    shifts = torch.arange(0, 30, 3, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & 7).to(torch.uint8).flatten(1)[:, :k].contiguous()

@@ -45,6 +45,11 @@ def fits(packed: Mapping[str, PackedWeight]) -> str | None:
     return None if packed else "no layer is packed"
 
 
+def held(weight: PackedWeight) -> PackedWeight:
+    """What the format stores of a weight that fits: all of it."""
+    return weight
+
+
 def tensors_of(name: str, weight: PackedWeight) -> dict[str, Tensor]:
     """The format's tensors of one packed linear, in CPU memory."""
     values = (layout.pack_stream(weight.codes(), weight.bits), weight.learned.detach().contiguous(), torch.tensor(weight.shape, dtype=torch.int64))

@@ -74,12 +74,12 @@ def _task(report: Report) -> tuple[str, str]:
     return next((found for head, found in TASKS.items() if name.endswith(head)), ("AutoModelForCausalLM", "text-generation"))
 
 
-def write_card(report: Report, path: str | os.PathLike[str]) -> None:
-    """README.md of the output folder."""
-    write_text(path, card(report))
+def write_card(report: Report, path: str | os.PathLike[str], serving: str = "") -> None:
+    """README.md of the output folder; serving: who loads it (card_serving.py)."""
+    write_text(path, card(report, serving))
 
 
-def card(report: Report) -> str:
+def card(report: Report, serving: str = "") -> str:
     plan = scheme(report)
     source = str(report.model.get("source") or "")
     hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source)
@@ -94,6 +94,7 @@ def card(report: Report) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)}---\n# {_md(_title(report))}, {_what(report, plan)}\n",
         _about(report, plan),
         "## Load\n\n" + _load(report, plan),
+        serving,
         _part("Results", _grid(heads(report), results(report)) + _measured(report)),
         _part("Sizes", _sizes(report, plan)),
         _part("Recipe", _fence(recipe_yaml(report), "yaml") if report.recipe else ""),
@@ -205,7 +206,7 @@ def _load(report: Report, plan: dict[str, Any]) -> str:
     if report.export.get("format") == "dense safetensors":
         return LOAD.format(auto=auto, package="", first="", config_import="", config="") + "Or with compressor itself:\n\n" + own
     if _other_format(report):
-        return f"The folder is in the format {_md(report.export.get('format'))}; use a reader of that format.\n\n" + own
+        return f"The folder is in the format {_md(report.export.get('format'))}, which its software reads as it is.\n\n" + own
     asym, three = plan["asymmetric"], 3 in plan["widths"]
     config_import = ", CompressedTensorsConfig" if asym else ""
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if asym else ""

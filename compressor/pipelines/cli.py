@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.pipelines import cli_tasks
+from compressor.pipelines import cli_folders, cli_tasks
 from compressor.recipe import Prune, Quant, Recipe, parse_prune, parse_quant
 
 ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
@@ -184,10 +184,11 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes, memory and time, and stop")] = False,
 ) -> None:
     """Prune or compress a model or both, tune it in packed form, measure it, and write a folder that servers load."""
-    _run(recipe_of(model, quant, ctx.params), output, overwrite, dry_run)
+    launch(recipe_of(model, quant, ctx.params), output, overwrite, dry_run)
 
 
-def _run(recipe: Recipe, output: Path | None, overwrite: bool, dry_run: bool) -> None:
+def launch(recipe: Recipe, output: Path | None, overwrite: bool, dry_run: bool) -> None:
+    """A run of this recipe, or what it will cost, with its result for people and as the last line."""
     quiet()
     from compressor.pipelines import render
     from compressor.pipelines import run as pipeline
@@ -283,45 +284,9 @@ def tune_kernels(
     emit(tuning.tune(out, list(op) or list(tuning.OPS), list(bits) or [4, 3, 2], device, RichShow(console)))
 
 
-@app.command()
-def doctor() -> None:
-    """Versions, device, and which kernels this machine will use."""
-    from compressor.pipelines.tools import diagnose
-
-    document, table = diagnose()
-    console.print(table)
-    emit(document)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="a packed model folder")],
-    to: Annotated[str, typer.Option("--to", help="compressed-tensors (tables are projected, adapters absorbed), bf16, float16 or float32 (dense)")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder to write; new or empty")],
-    bits: Annotated[Count, typer.Option(help="projection: bits of a weight; default: those of each layer")] = None,
-    group: Annotated[Count, typer.Option("--group", "--group-size", help="projection: weights that share a scale; default 128; -1: a row")] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="projection: symmetric (default) or asymmetric grids")] = None,
-    data: Annotated[
-        Text,
-        typer.Option("--data", "--dataset", help="text to measure a loss on; default: the one an adapter learnt, else Python's manual"),
-    ] = None,
-    window: Annotated[Count, typer.Option(help="tokens of its windows; default: what the model was made for, at most 2048")] = None,
-    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="stop measuring after this many tokens; default: never")] = None,
-    max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share (0.05)")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-) -> None:
-    """Write a packed folder for servers that know no tables or adapters, and say what is lost by it."""
-    quiet()
-    from compressor.pipelines import export as exporting
-    from compressor.pipelines.projection import Target
-    from compressor.pipelines.show import RichShow
-
-    target = Target(to, bits, group, sym, data, window, max_tokens, max_loss, device)
-    document, table = exporting.export(model, output, target, RichShow(console))
-    console.print(table)
-    emit(document)
-
-
+app.command()(cli_folders.tune)
+app.command()(cli_folders.export)
+app.command()(cli_folders.doctor)
 app.command()(cli_tasks.task)
 app.command()(cli_tasks.apply)
 app.command()(cli_tasks.merge_tasks)

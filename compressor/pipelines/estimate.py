@@ -141,6 +141,24 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     }  # fmt: skip
 
 
+def retuning(
+    recipe: Recipe, model: nn.Module, packed: list[compress.Target], values: int, packed_bytes: int, counts: Counts, source: Path
+) -> dict[str, Any]:
+    """As `estimate`, of a packed model that is tuned as it is. values: scales or table entries that it will hold in `packed_bytes`."""
+    recipe = recipe.with_(quant=Quant(packer="rtn"))  # packs nothing; what the stages after packing take is the same
+    weights, adapter, device = sum(t.shape[0] * t.shape[1] for t in packed), added(recipe.tune, packed), load.pick_device(recipe.device)
+    parameters, now = _parameters(model), load.model_bytes(source)
+    trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
+    memory = _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, [packed]))
+    memory["load"] = memory.pop("compress") - parameters * (4 if device.type == "cpu" else 2) + 2 * now
+    seconds = _seconds(recipe, packed, device, counts, parameters)
+    seconds.pop("compress")
+    return {
+        "packed_layers": len(packed), "left_dense": [], "bits_per_weight": packed_bytes * 8 / weights, "peak_bytes": memory,
+        "seconds": seconds, "notes": [], "ratio": 2 * parameters / now,
+    }  # fmt: skip
+
+
 def _values(target: compress.Target, quant: Quant) -> int:
     """Scales or table entries of a layer."""
     n, k = target.shape

@@ -1,8 +1,8 @@
-"""Folders for servers that know no tables, and folders of a base with tasks: a tuned model in other clothes, with its loss measured and stated.
+"""Folders in the formats of others, and folders of a base with tasks: a tuned model in other clothes, with its loss measured and stated.
 
-Dense folders are rounded, with an adapter folded in layer by layer, affine folders are written again exactly; what compressed-tensors cannot hold,
-tables, tuned zeros and adapters, is projected or absorbed (pipelines/projection.py), and perplexity is measured before and after. Price: such a model
-has lost part of what its tables, zeros or adapter had won.
+Dense folders are rounded, with an adapter folded in layer by layer; packed formats (pipelines/writers.py) get what they can hold, the rest is
+projected, absorbed or rounded (pipelines/projection.py), and perplexity is measured before and after wherever a weight changes. Every folder is read
+back by our reader and compared with what was to be written, and by the software that people use for it, where that is installed (pipelines/proof.py).
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from compressor import __version__, linear
 from compressor.errors import ModelError, OutputError
-from compressor.export import compressed_tensors, dense, merge, shards, sparse, table, task
+from compressor.export import compressed_tensors, dense, merge, shards, table, task
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import adapters, load, tasks, write
+from compressor.pipelines import adapters, card_serving, formats, load, proof, tasks, write, writers
 from compressor.pipelines.job import source_name
 from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, check_room, disk_full, publish
-from compressor.pipelines.projection import DTYPES, PACKED, Target, fitted
+from compressor.pipelines.projection import Target, fitted, settled
 from compressor.pipelines.report import plain
 from compressor.pipelines.show import Show
 from compressor.pipelines.tasks import RECORD, load_source, outside
@@ -42,6 +42,7 @@ import compressor
 """
 LICENSE = "\nThe license and the terms of use of the base model apply.\n"
 PARTS = (*compressed_tensors.PARTS, *table.PARTS)
+STREAMED = ("compressed-tensors", table.METHOD)
 
 
 def export(source: str, output: Path, target: Target, show: Show | None = None) -> tuple[dict[str, Any], Table]:
@@ -51,49 +52,71 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     above `max_loss`.
     """
     target.check()
-    show, place = show or Show(), new_place(output)
+    writer, show, place = writers.of(target.to), show or Show(), new_place(output)
     loaded = load_source(source, target.device, adapters=True)
     outside(place, loaded)
     shapes = [weight.shape for weight in load.packed_weights(loaded.model).values()]
-    need = load.model_bytes(loaded.folder) + (0 if target.to == PACKED else sum(n * k * DTYPES[target.to].itemsize for n, k in shapes))
+    need = load.model_bytes(loaded.folder) + (sum(n * k * writers.DTYPES[target.to].itemsize for n, k in shapes) if writer is None else 0)
     check_room(place, need)  # before anything slow
     record, wrappers = opening(source, loaded, target.to), {}
-    if target.to == PACKED:
-        record |= fitted(loaded, source, target, show)
+    if writer is not None:
+        record |= fitted(loaded, source, target, writer, show)
     elif loaded.adapter is not None:
         kind = adapters.kind(loaded)
         record |= {"adapter": {"kind": kind, "note": f"the adapter ({kind}) is folded into the weights beside which it was trained"}}
         wrappers = adapters.take_off(loaded)
     packed = load.packed_weights(loaded.model)
+    if writer is not None:
+        record = settled(loaded, target, writer, record, show)
     with published(place, need) as folder:
-        if target.to == PACKED:
-            record |= write_packed(loaded, packed, folder, _biases(loaded) if "adapter" in record else None)
-            rows = record.get("layers") or [{"name": name, "error": 0.0} for name in packed]
-            record = {"exact": True} | record | {"layers": [_scheme(row["name"], packed[row["name"]]) | row for row in rows]}
+        if writer is not None:
+            record |= write_as(writer, loaded, packed, folder, _biases(loaded) if "adapter" in record else None)
+            types = {row["name"].removesuffix(".weight"): f"{row['type']} {row['note']}".strip() for row in record.get("types", [])}
+            noted = [row | {"note": "; ".join(filter(None, (row["note"], types.get(row["name"]))))} for row in record["layers"]]
+            record |= {"layers": [_scheme(row["name"], packed[row["name"]]) | row for row in noted]}
         else:
-            record |= write_dense(loaded, packed, wrappers, folder, DTYPES[target.to], show)
+            record |= write_dense(loaded, packed, wrappers, folder, writers.DTYPES[target.to], show)
+        if not any(folder.glob("*.gguf")):  # which has its tokenizer inside
+            write.copy_companions(loaded.folder, folder)
+        record |= {"proof": proof.seen_by(writer.readers if writer else ("dense",), folder, loaded, show)}
         record = finish(record, loaded, folder, output)
-    return {k: v for k, v in record.items() if k not in ("layers", "others")}, losses(record)
+    return {k: v for k, v in record.items() if k not in ("layers", "others", "types")}, losses(record)
 
 
 def stored_dense(loaded: load.Loaded) -> Iterable[tuple[str, Tensor]]:
-    """The tensors of the source that are not packed, as it stores them; those of a sparse folder all at once, with their zeros."""
-    if loaded.config["quantization_config"].get("quant_method") == sparse.METHOD:
-        return load.read_packed(loaded.folder, loaded.config)[0].items()
-    return dense.unpacked(loaded.folder, load.weight_files(loaded.folder), PARTS)
+    """The tensors of the source that are not packed, as it stores them; those of formats with dense weights of their own all at once."""
+    if loaded.config["quantization_config"].get("quant_method") in STREAMED:
+        return dense.unpacked(loaded.folder, load.weight_files(loaded.folder), PARTS)
+    return load.read_packed(loaded.folder, loaded.config)[0].items()
 
 
-def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path, moved: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """The weights in the format that holds them, what is dense as it is stored in the source, proven; returns facts for the record.
-
-    moved: tensors that take the place of dense ones of the source, whose dtypes they get.
-    """
-    kept = {key: tensor if moved is None or key not in moved else moved[key].to("cpu", tensor.dtype) for key, tensor in stored_dense(loaded)}
-    native = write.pick_format(packed)
+def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path) -> dict[str, Any]:
+    """The weights in a format of ours, what is dense as it is stored in the source, proven; returns facts for the record."""
+    kept = dict(stored_dense(loaded))
+    native = formats.pick(packed)
     weights: Iterable[tuple[str, Tensor | PackedWeight]] = chain(kept.items(), packed.items())
     native.write(folder, _config(loaded), weights, sorted(linear.linears(loaded.model)))
     write.prove(folder, kept, packed)
     return {"format": native.NAME, "bits_per_weight": write.bits_per_weight(packed), "verified": True}
+
+
+def write_as(
+    writer: writers.Writer, loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path, moved: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """The weights as the writer holds them, what is dense as it is stored in the source, proven; returns facts for the record.
+
+    packed: the weights before the format rounded them; the model holds them after. moved: tensors that take the place of dense ones of the source,
+    whose dtypes they get.
+    """
+    kept = {key: tensor if moved is None or key not in moved else moved[key].to("cpu", tensor.dtype) for key, tensor in stored_dense(loaded)}
+    ignore = sorted(name for name in linear.linears(loaded.model) if name not in packed)
+    terms = ((name, held if isinstance(held := writer.held(weight), PackedWeight) else weight) for name, weight in packed.items())
+    notes = writer.write(folder, loaded.folder, _config(loaded), chain(kept.items(), terms), ignore)
+    proof.read_back(writer, folder, kept, {name: loaded.model.get_submodule(name) for name in packed})
+    stored = load.packed_weights(loaded.model)
+    if notes:
+        return {"format": writer.NAME, "verified": True, "bits_per_weight": writers.bits_of(notes, packed), "types": notes}
+    return {"format": writer.NAME, "verified": True, "bits_per_weight": write.bits_per_weight(packed | stored)}
 
 
 def _biases(loaded: load.Loaded) -> dict[str, Tensor]:
@@ -133,31 +156,37 @@ def finish(record: dict[str, Any], loaded: load.Loaded, folder: Path, output: Pa
 
     `error` in it sums up the layers: the largest, and the mean over weights of mean errors or of layers' relative errors.
     """
-    write.copy_companions(loaded.folder, folder)
     held = " and ".join(f"`{tasks.line(each['file'])}`" for each in record.get("tasks", []))
     became = f"with {held}" if held else f"as {record['to']}"
     note = f"{tasks.line(record['source'])} {became}, made by compressor {__version__}; what was done is in `{RECORD}`.\n"
     note += f"\n{told[0].upper()}{told[1:]}.\n" if (told := record.get("adapter", {}).get("note")) else ""
+    note += f"\n{card_serving.section(folder)}\n## Proof\n\n" + "".join(f"- {tasks.line(line)}\n" for line in proof.lines(record))
     (folder / "README.md").write_text(note + (TABLES if record.get("format") == table.NAME else "") + LICENSE, "utf-8")
     found = [(row.get("largest", row.get("error")), row.get("mean", row.get("error")), math.prod(row["shape"])) for row in record["layers"]]
     if found and found[0][0] is not None:
         average = sum(mean * size for _, mean, size in found) / sum(size for _, _, size in found)
         record |= {"error": {"largest": max(largest for largest, _, _ in found), "mean": average}}
-    record = plain(record | {"folder_bytes": load.model_bytes(folder)}, "export", [])
+    record = plain(record | {"folder_bytes": _bytes(folder)}, "export", [])
     shards.write_json(folder / RECORD, record)
     return {"output": str(output)} | record
 
 
+def _bytes(folder: Path) -> int:
+    """Bytes of what a server needs."""
+    return sum(path.stat().st_size for path in folder.glob("*.gguf")) or load.model_bytes(folder)
+
+
 def losses(record: dict[str, Any]) -> Table:
     """One row a layer, for people."""
-    rounded = record["to"] in DTYPES
+    rounded = record["to"] in writers.DTYPES
     heads = ("largest error", "mean error") if rounded else ("grid", "group", "error", "note")
     shown = Table("layer", "bits", *heads, title=f"{record['source']} as {record['to']}: relative error of every packed layer")
     for row in record["layers"]:
         if rounded:
             cells = [f"{row['largest']:.2e}", f"{row['mean']:.2e}"]
         else:
-            cells = ["sym" if row["symmetric"] else "asym", str(row["group"]), f"{row['error']:.4f}", row.get("note", "")]
+            grid = {None: "table", True: "sym", False: "asym"}[row.get("symmetric")]
+            cells = [grid, str(row["group"]), f"{row['error']:.4f}", row.get("note", "")]
         shown.add_row(row["name"], str(row["bits"]), *cells)
     return shown
 
@@ -224,6 +253,7 @@ def apply(base: str, paths: Sequence[Path], output: Path, show: Show | None = No
         record |= write_packed(loaded, packed, folder)
         if beside:
             record["adapter_bytes"] = attach.write(folder / peft.FOLDER, found[0].config, found[0].values)
+        write.copy_companions(loaded.folder, folder)
         record = finish(record, loaded, folder, output)
     return record | {"layers": len(packed), "notes": notes}
 
@@ -240,7 +270,7 @@ def _scheme(name: str, weight: PackedWeight) -> dict[str, Any]:
 
 def _config(loaded: load.Loaded) -> dict[str, Any]:
     """The model's configuration without what packing added to it."""
-    config = {key: value for key, value in loaded.config.items() if key not in ("torch_dtype", "quantization_config")}
+    config = {key: value for key, value in loaded.config.items() if key not in ("torch_dtype", *formats.KEYS)}
     stored = loaded.config.get("dtype") or loaded.config.get("torch_dtype") or str(loaded.dtype)
     return config | {"dtype": str(stored).removeprefix("torch.")}
 

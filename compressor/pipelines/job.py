@@ -16,14 +16,14 @@ import yaml
 
 from compressor.errors import OutputError
 from compressor.integrations.peft import named
-from compressor.pipelines import card, compress, load, render, write
+from compressor.pipelines import card, card_serving, compress, load, render, write
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.output import check_output, disk_full, finished
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
-from compressor.recipe import Recipe
+from compressor.recipe import KEPT, Recipe
 from compressor.tune.loop import OnStep
 
 
@@ -41,7 +41,7 @@ class Job:
         self.work = self.place.with_name(self.place.name + ".partial")
         self.device = load.pick_device(recipe.device)
         self.starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of adapters, found while packing
-        self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer != "none", recipe.tune.method != "none"
+        self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer not in ("none", KEPT), recipe.tune.method != "none"
         self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
 
     def done(self, key: str, overwrite: bool) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ class Job:
             beside = write.write_adapter(loaded, folder, self.place.name)
             self.report.export = write.write_folder(loaded, folder, self.sparse) | ({"adapter_bytes": beside} if beside else {})
         size, bits = load.model_bytes(folder), self.report.export["bits_per_weight"]
-        for name in ("packed", "tuned") if self.packs else ("pruned",):
+        for name in ("packed", "tuned") if self.packs else ("pruned", "tuned"):
             if getattr(self.report, name):
                 self.record(name, bits_per_weight=bits, folder_bytes=size + (beside if name == "tuned" else 0))
         more = sum(weight.zero_bits() for weight in load.packed_weights(loaded.model).values()) - self.zero_bits
@@ -131,7 +131,7 @@ class Job:
         self.report.resumed, self.report.keys = journal.resumed, key
         self.report.save(folder / "report.json")
         render.write_html(self.report, folder / "report.html")
-        card.write_card(self.report, folder / "README.md")
+        card.write_card(self.report, folder / "README.md", card_serving.section(folder))
         (folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), "utf-8")
 
 
@@ -145,8 +145,8 @@ def default_output(recipe: Recipe) -> Path:
     name, quant, prune = source_name(recipe.model).rpartition("/")[2].lower(), recipe.quant, recipe.prune
     if prune.method != "none":
         name += f"-{prune.method}{100 * prune.ratio:.3g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else "")
-    if quant.packer == "none":
-        return Path(name)
+    if quant.packer in ("none", KEPT):
+        return Path(name if recipe.tune.method == "none" else f"{name}-{recipe.tune.method}")
     table = quant.packer in PACKERS and PACKERS[quant.packer].table
     group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
     tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"

@@ -9,19 +9,19 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import ModelError, RecipeError, UserError
-from compressor.export import compressed_tensors, shards, sparse, table
+from compressor.export import conversions, shards
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
+from compressor.pipelines.formats import FORMATS, described
 from compressor.prune import slicing
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -48,28 +48,13 @@ ALIASES = {
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     "pythia-410m": "EleutherAI/pythia-410m",
 }
-FILES = ["model*.safetensors", "adapter/*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+FILES = ["model*.safetensors", "gptq_model*.safetensors", "adapter/*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
 SHAPES = ("num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
-
-
-class Format(Protocol):
-    """What a module of export/ offers that writes and reads folders of packed weights."""
-
-    NAME: str
-
-    def fits(self, packed: dict[str, PackedWeight], /) -> str | None: ...
-
-    def write(self, folder: Path, config: dict[str, Any], weights: Iterable[tuple[str, Tensor | PackedWeight]], ignore: list[str], /) -> None: ...
-
-    def read(self, folder: Path, files: list[Path], config: dict[str, Any], /) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]: ...
-
-
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, table.METHOD: table, sparse.METHOD: sparse}  # by quant_method
 
 
 @dataclass
@@ -141,15 +126,14 @@ def any_config(folder: Path) -> dict[str, Any]:
     for key in ("vocab_size", "hidden_size", "max_position_embeddings"):
         if key in config and (not isinstance(config[key], int) or config[key] < 1):
             raise ModelError(f"{folder}/config.json is damaged: {key} is {config[key]!r}")
-    if not isinstance(config.get("quantization_config") or {}, dict):
-        raise ModelError(f"{folder}/config.json is damaged: quantization_config is no mapping")
-    kinds = config.get("architectures") or []
-    return config | {"architectures": kinds if isinstance(kinds, list) else [kinds]}
+    kinds, packed = config.get("architectures") or [], described(folder, config)
+    return config | {"architectures": kinds if isinstance(kinds, list) else [kinds]} | ({"quantization_config": packed} if packed else {})
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, each checked to be whole."""
     names = ["model.safetensors"] if (folder / "model.safetensors").exists() else _indexed(folder / INDEX)
+    names = names or [path.name for path in folder.glob("gptq_model*.safetensors")][:1]  # AutoGPTQ's own name
     if not names:
         old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         hint = "only pickled weights, which are not read; convert them to safetensors" if old else "no safetensors files"
@@ -291,18 +275,20 @@ def load(name: str, device: str = "auto") -> Loaded:
 
 
 def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name: str) -> Loaded:
-    """A folder of ours (or any compressed-tensors pack-quantized one of 2, 3 or 4 bits) with its linears packed, never dense; or a dense one whose
-    blocks differ in width, which transformers cannot build."""
+    """A folder of a format that `formats` knows with its linears packed, never dense; or a dense one whose blocks differ in width, which transformers
+    cannot build."""
     tensors, packed = read_packed(folder, config)
     model = empty_model(folder)
     for module_name, weight in packed.items():
         layer = _linear_at(model, module_name, folder)
         bias = tensors.pop(f"{module_name}.bias", None)
+        if bias is not None and layer.bias is None and not bool(bias.any()):
+            bias = None  # AutoGPTQ wrote zeros where the architecture has none
         if (bias is None) != (layer.bias is None):
             raise ModelError(f"{folder}: {module_name} {'lacks its' if bias is None else 'has a foreign'} bias")
         if weight.shape != (layer.out_features, layer.in_features):
             raise ModelError(f"{folder}: {module_name} has shape {weight.shape}, the model wants {(layer.out_features, layer.in_features)}")
-        linear.swap(model, module_name, linear.PackedLinear(weight, bias))
+        linear.swap(model, module_name, linear.PackedLinear(conversions.positive(weight), bias))
     _fill(model, tensors, folder)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
     compute = torch.float32 if device.type == "cpu" else dtype

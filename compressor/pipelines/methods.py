@@ -5,16 +5,16 @@ from dataclasses import asdict
 from compressor.errors import RecipeError
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.tuners import TUNERS
-from compressor.recipe import Prune, Quant, Recipe
+from compressor.recipe import KEPT, Prune, Quant, Recipe
 
 
 def check_names(recipe: Recipe) -> None:
     """RecipeError for a packer or tuner that does not exist, and for an option that the packer would ignore."""
-    if recipe.quant.packer not in (*PACKERS, "none"):
+    if recipe.quant.packer not in (*PACKERS, "none", KEPT):
         raise RecipeError(f"packer {recipe.quant.packer!r} is unknown; choose {' or '.join(PACKERS)}, or none with --prune")
     if recipe.tune.method not in ("none", *TUNERS):
         raise RecipeError(f"tuner {recipe.tune.method!r} is unknown; choose none, {', '.join(TUNERS)}")
-    if recipe.quant.packer == "none":
+    if recipe.quant.packer in ("none", KEPT):
         if idle := [key for key, value in asdict(Quant()).items() if key != "packer" and getattr(recipe.quant, key) != value]:
             raise RecipeError(f"{idle[0]}={getattr(recipe.quant, idle[0])} says how to pack, and nothing is packed: add --quant, for example 3bit")
         return
@@ -51,7 +51,9 @@ def check_methods(recipe: Recipe) -> None:
         raise RecipeError("nothing is asked for: give --quant, for example 3bit, or --prune, for example loraprune:30%")
     if packer == "none" and tuner != "none":
         raise RecipeError(f"tuner {tuner} trains what a packer makes, and nothing is packed: add --quant, for example 3bit")
-    if packer == "none":
+    if packer == KEPT and (tuner == "none" or recipe.prune.method != "none"):
+        raise RecipeError("a packed model that keeps its weights is tuned and not pruned: give --tune, for example peqa, and no --prune")
+    if packer in ("none", KEPT):
         return
     if tuner == "none" or TUNERS[tuner].table in (None, PACKERS[packer].table):
         return

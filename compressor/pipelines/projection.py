@@ -1,30 +1,30 @@
-"""What an export needs that compressed-tensors cannot hold: tables and tuned zeros projected onto grids, adapters absorbed, each measured.
+"""What an export does to a model that its format cannot hold as it is: projected, absorbed, widened or rounded, and what that costs, measured.
 
 A table holds any 2**bits values and an even grid does not, so its layer is packed anew by round-to-nearest on its dequantised weight. Tuned zeros:
 codes stay and zeros are rounded (export/integers.py), unless other grids are asked for. An adapter is absorbed (pipelines/adapters.py) with GPTQ, on
-the training part of a text, and measured on its held-out part. Limits: a projection is blind to the inputs, it uses no calibration text; an adapter
-beside tables or tuned zeros is refused.
+the training part of a text, and measured on its held-out part. What a format then still rounds (scales in float16, products of scales and zeros, the
+two-level grids of K-quants) is put in the place of each weight and measured too. Limits: a projection is blind to the inputs, it uses no calibration
+text; an adapter beside tables or tuned zeros is refused; weights that a format holds as no packed weight of ours are dense while they are measured.
 """
 
 import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import DataError, ModelError, RecipeError, UserError
-from compressor.export import dense, integers, sparse, task
+from compressor.export import conversions, dense, integers, sparse
+from compressor.packed import PackedWeight
 from compressor.packing import relative_error
-from compressor.pipelines import adapters, data, evaluate, load
+from compressor.pipelines import adapters, data, evaluate, load, writers
 from compressor.pipelines.output import read_report
 from compressor.pipelines.show import Show
+from compressor.pipelines.sources import Corpus
 from compressor.quant import resolve_group, rtn
 from compressor.recipe import Quant, Recipe
 
-PACKED = "compressed-tensors"
-DTYPES = dense.DTYPES | {"float32": torch.float32}  # by the name that users write
-TARGETS = (PACKED, *DTYPES)
 GRID, MEASURING = ("bits", "group", "symmetric"), ("data", "window", "max_tokens", "max_loss")  # fields of Target
 
 
@@ -44,11 +44,10 @@ class Target:
 
     def check(self) -> None:
         """RecipeError for values that cannot work."""
-        if self.to not in TARGETS:
-            raise RecipeError(f"--to {self.to!r} is unknown; choose {', '.join(TARGETS)}")
+        writer = writers.of(self.to)
         if self.max_loss is not None and not 0 <= self.max_loss < math.inf:
             raise RecipeError(f"max-loss={self.max_loss} is a share by which perplexity may grow: 0 or more, for example 0.05")
-        if self.to != PACKED:
+        if writer is None:
             self.refuse(f"--to {self.to} has none")
         Recipe().with_(quant=self.quant(3), eval__window=self.window, eval__max_tokens=self.max_tokens or 0)
 
@@ -62,7 +61,7 @@ class Target:
 
     def keeps(self, layer: linear.PackedLinear) -> bool:
         """Whether a projection leaves the codes of a layer: those on a grid, where no other grid is asked for."""
-        return not layer.table and self.bits is None and self.group is None and self.symmetric is None
+        return not layer.table and layer.columns is None and self.bits is None and self.group is None and self.symmetric is None
 
     def quant(self, bits: int) -> Quant:
         """Options of round-to-nearest for a layer of `bits` bits."""
@@ -71,25 +70,95 @@ class Target:
         return chosen if self.symmetric is None else replace(chosen, symmetric=self.symmetric)
 
 
-def fitted(loaded: load.Loaded, source: str, target: Target, show: Show) -> dict[str, Any]:
-    """Makes the model one that compressed-tensors can hold, in place; what was done, for the record: nothing where it is one already.
+def fitted(loaded: load.Loaded, source: str, target: Target, writer: writers.Writer, show: Show) -> dict[str, Any]:
+    """Makes the model one that the format of `writer` can hold, in place; what was done, for the record: nothing where it is one already.
 
-    RecipeError for options of what is not done, ModelError for tables or tuned zeros beside an adapter, UserError if the loss is too large.
+    RecipeError for options of what is not done, ModelError for what cannot be done, UserError if the loss is too large.
     """
     held = load.packed_weights(loaded.model)
-    zeros = any(weight.float_zeros for weight in held.values())
-    projects = zeros or task.kind_of(held, source) == "table"
+    lacking = writers.lacks(writer, held)
     if loaded.adapter is not None:
-        if projects:
-            raise ModelError(
-                f"{source} holds {'tuned zeros' if zeros else 'tables'} with an adapter beside them: export --to bf16, which folds it in"
-            )
+        if lacking:
+            kind = next(kind for kind in (writers.TABLES, writers.FLOATS, writers.COLUMNS) if kind in lacking)
+            raise ModelError(f"{source} holds {kind} with an adapter beside them: export --to bf16, which folds it in")
         target.refuse(f"{source} holds scales, whose grids an absorbed adapter keeps", GRID)
-        return measured_absorbing(loaded, target, show)
-    if projects:
-        return {"exact": False} | measured_projection(loaded, target, show)
-    target.refuse(f"{source} holds scales, which are written as they are")
-    return {}
+        done = measured_absorbing(loaded, target, show)
+    elif lacking:
+        done = {"exact": False} | measured_projection(loaded, target, show)
+    else:
+        fixed = [key for key in GRID if key != "bits"]
+        target.refuse(f"{source} holds no tables, and its grids are written as they are", tuple(fixed))
+        done = {}
+    bits = writer.bits if target.bits is None else target.bits
+    if bits is not None:
+        _widen(loaded, bits, source)
+    if why := writer.fits(loaded.config, load.packed_weights(loaded.model)):
+        raise ModelError(f"{source} cannot be written as {writer.NAME}: {why}")
+    return done
+
+
+def _widen(loaded: load.Loaded, bits: int, source: str) -> None:
+    """Every packed layer in fields of `bits` bits; RecipeError where it has more, or tables."""
+    for name, layer in linear.packed_linears(loaded.model).items():
+        try:
+            weight = conversions.widened(layer.packed(), bits)
+        except ModelError as error:
+            raise RecipeError(f"{source}: {name} holds {error}") from None
+        linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
+
+
+def settled(loaded: load.Loaded, target: Target, writer: writers.Writer, done: dict[str, Any], show: Show) -> dict[str, Any]:
+    """Puts what the format holds in the place of every weight, measured before and after if any changes; the record so far, `done`, with that.
+
+    UserError if the loss is too large. What is to be written are the weights from before.
+    """
+    layers, changed = linear.packed_linears(loaded.model), dict[str, nn.Module]()
+    rows = {row["name"]: row for row in done.get("layers", [])}
+    with show.task(f"fit to {writer.NAME}", len(layers)) as advance:
+        for name, layer in layers.items():
+            weight = layer.packed()
+            held = writer.held(weight)
+            error = writers.loss(weight, held)
+            if error:
+                changed[name] = _as_layer(held, layer)
+            rows[name] = {"name": name, "error": error, "note": ""} | rows.get(name, {}) | ({"rounding": error} if error else {})
+            advance(1, f"{name} error {error:.4f}")
+    out = done | {"layers": list(rows.values())}
+    if not changed:
+        return {"exact": True} | out
+    corpus, window = data.load_text("python" if target.data is None else target.data), load.context(loaded.config, target.window)
+    before = _perplexity(loaded, corpus, window, target, "evaluate as it is", show)
+    for name, module in changed.items():
+        linear.swap(loaded.model, name, module)
+    after = _perplexity(loaded, corpus, window, target, f"evaluate as {writer.NAME}", show)
+    first, last = before["text"]["perplexity"], after["text"]["perplexity"]
+    show.say(f"perplexity {first:.3f} as it is, {last:.3f} as {writer.NAME}: {last / first - 1:+.2%}")
+    first = done["perplexity"]["before"] if "perplexity" in done and "adapter" not in done else first
+    _check_loss(first, last, target, "try another --to")
+    return out | {"exact": False, "perplexity": {"before": first, "after": last, "growth": last / first - 1, "protocol": after["protocol"]["text"]}}
+
+
+def _as_layer(held: PackedWeight | Tensor, layer: linear.PackedLinear) -> nn.Module:
+    """A linear of what a format holds."""
+    if isinstance(held, PackedWeight):
+        return linear.PackedLinear(held, layer.bias).train(layer.training)
+    dense = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None, device=held.device)
+    dense.weight, dense.bias = nn.Parameter(held, requires_grad=False), layer.bias
+    return dense.train(layer.training)
+
+
+def _perplexity(loaded: load.Loaded, corpus: Corpus, window: int, target: Target, label: str, show: Show) -> dict[str, Any]:
+    with show.task(label, 1) as advance:
+        found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, target.max_tokens or 0)
+        advance(1, "")
+    return found
+
+
+def _check_loss(first: float, last: float, target: Target, hint: str) -> None:
+    """UserError where perplexity grows by more than the target allows."""
+    if target.max_loss is not None and last / first - 1 > target.max_loss:
+        grown = f"perplexity would grow from {first:.3f} to {last:.3f}, by {last / first - 1:.2%}, and --max-loss allows {target.max_loss:.2%}"
+        raise UserError(f"{grown}; nothing was written: {hint}")
 
 
 def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict[str, Any]:
@@ -98,27 +167,19 @@ def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict
     layers = linear.packed_linears(loaded.model)
     chosen = {name: _group(name, layer, target) for name, layer in layers.items()}  # before anything slow
     old, new = ("tables", "even grids") if any(layer.table for layer in layers.values()) else ("tuned zeros", "integer zeros")
-
-    def measure(label: str) -> dict[str, Any]:
-        with show.task(label, 1) as advance:
-            found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, target.max_tokens or 0)
-            advance(1, "")
-        return found
-
-    before = measure(f"evaluate {old}")
+    if any(layer.columns is not None for layer in layers.values()):
+        old, new = "columns in the order of groups", "groups of neighbours"
+    before = _perplexity(loaded, corpus, window, target, f"evaluate {old}", show)
     with show.task("project", len(chosen)) as advance:
         rows = []
         for name, (group, note) in chosen.items():
             rows.append(project(loaded, name, target, group) | {"note": note})
             advance(1, f"{name} error {rows[-1]['error']:.4f}")
-    after = measure(f"evaluate {new}")
+    after = _perplexity(loaded, corpus, window, target, f"evaluate {new}", show)
     first, last = before["text"]["perplexity"], after["text"]["perplexity"]
-    growth = last / first - 1
-    show.say(f"perplexity {first:.3f} with {old}, {last:.3f} with {new}: {growth:+.2%}")
-    if target.max_loss is not None and growth > target.max_loss:
-        grown = f"perplexity would grow from {first:.3f} to {last:.3f}, by {growth:.2%}, and --max-loss allows {target.max_loss:.2%}"
-        raise UserError(f"{grown}; nothing was written: try more --bits, a smaller --group or --asym")
-    return {"layers": rows, "perplexity": {"before": first, "after": last, "growth": growth, "protocol": after["protocol"]["text"]}}
+    show.say(f"perplexity {first:.3f} with {old}, {last:.3f} with {new}: {last / first - 1:+.2%}")
+    _check_loss(first, last, target, "try more --bits, a smaller --group or --asym")
+    return {"layers": rows, "perplexity": {"before": first, "after": last, "growth": last / first - 1, "protocol": after["protocol"]["text"]}}
 
 
 def _group(name: str, layer: linear.PackedLinear, target: Target) -> tuple[int, str]:

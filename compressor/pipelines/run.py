@@ -22,7 +22,7 @@ from compressor.pipelines.output import check_output, check_room, contract, publ
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
-from compressor.recipe import AFTER, Finetune, Recipe
+from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
 
@@ -43,16 +43,22 @@ class Run(Job):
             check_zeros_stay(recipe.tune.method)
         self.source = load.resolve(recipe.model)
         self.config = load.read_config(self.source)
-        if self.config.get("quantization_config") and not self.prunes:
-            raise ModelError(f"{self.source} is already quantised; `run` starts from a dense model, or prunes a packed one with --prune")
-        if (self.source / ADAPTER).is_dir() and self.config.get("quantization_config"):
-            raise ModelError(f"{self.source} has an adapter beside its packed weights: export it with --to bf16, and run on that")
+        self.check_source()
         self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
         self.window = load.context(self.config, recipe.eval.window or self.seqlen)
         self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
         self.outside = data.load_text("python-source" if recipe.data.outside is None else recipe.data.outside)
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self._fingerprints(load.fingerprint(self.source))
+
+    def check_source(self) -> None:
+        """ModelError for a model that this run cannot start from."""
+        quantised = self.config.get("quantization_config")
+        if quantised and not self.prunes:
+            told = "`compressor tune` tunes it as it is; `run` starts from a dense model, or prunes a packed one with --prune"
+            raise ModelError(f"{self.source} is already quantised: {told}")
+        if (self.source / ADAPTER).is_dir() and quantised:
+            raise ModelError(f"{self.source} has an adapter beside its packed weights: export it with --to bf16, and run on that")
 
     def _fingerprints(self, model: str) -> None:
         """One key a stage: the model, the texts it reads, the recipe up to it, the kind of device and the version of this program."""
@@ -73,14 +79,14 @@ class Run(Job):
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
         with open_work(self.work) as journal, self.safe_report():
-            loaded = self._load()
+            loaded = self.read()
             calibration, windows = self.texts(loaded.tokenizer)
-            self._dense(loaded, journal)
+            self.dense(loaded, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
             if self.packs:
                 self.pack(loaded, calibration, self.key_compress, journal)
-                self._measured("packed", self.key_packed, loaded, journal)
+                self.measured("packed", self.key_packed, loaded, journal)
             if self.tunes and windows is not None:
                 self._tune(loaded, calibration, windows, journal)
             if self.recipe.save == "task":
@@ -92,7 +98,7 @@ class Run(Job):
         shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output)
 
-    def _load(self) -> load.Loaded:
+    def read(self) -> load.Loaded:
         after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work
         with self.stage("load"):
             loaded = load.load(self.recipe.model, self.recipe.device)
@@ -121,6 +127,12 @@ class Run(Job):
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, PACKERS[quant.packer].needs)
         return found
 
+    def cost(self, model: torch.nn.Module, counts: estimate.Counts, before: torch.nn.Module | None) -> dict[str, Any]:
+        """Sizes, memory and time; model: a shell of what is packed and tuned; before: of what is pruned to that."""
+        self.targets(model)
+        folder = load.folder_dtype(load.stored_dtype(self.source), self.config)
+        return estimate.estimate(self.recipe, model, folder, counts, self.source, before)
+
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
         recipe, ids, windows = self.recipe, None, None
@@ -130,14 +142,14 @@ class Run(Job):
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
         return ids, windows
 
-    def _dense(self, loaded: load.Loaded, journal: Journal) -> None:
+    def dense(self, loaded: load.Loaded, journal: Journal) -> None:
         found = journal.get("dense", self.key_dense)
         if found is None:
-            found = self._measure(loaded, "dense")
+            found = self.measure(loaded, "dense")
             journal.put("dense", self.key_dense, found)
         bits = torch.finfo(getattr(torch, self.report.model["dense_dtype"])).bits
         packed = load.packed_weights(loaded.model)  # a base that is packed, to be pruned
-        self._record("dense", found)
+        self.measured_as("dense", found)
         bits_per_weight = write.bits_per_weight(packed) if packed else float(bits)
         self.record("dense", bits_per_weight=bits_per_weight, folder_bytes=self.report.model["dense_bytes"])
         self.report.protocol = found["protocol"]
@@ -154,7 +166,7 @@ class Run(Job):
         weights = write.block_weights(loaded)
         bits, full = write.bits_per_weight(weights, self.sparse), float(torch.finfo(loaded.dtype).bits)
         saved = (full - bits) * sum(w.shape[0] * w.shape[1] for w in weights.values()) / 8
-        self._measured("pruned", self.key_pruned, loaded, journal)
+        self.measured("pruned", self.key_pruned, loaded, journal)
         self.record("pruned", bits_per_weight=bits, folder_bytes=round(write.tensor_bytes(loaded) - saved))
 
     def _tune(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, journal: Journal) -> None:
@@ -170,26 +182,32 @@ class Run(Job):
         }  # fmt: skip
         if options.adapter == "absorb":
             self._absorb(loaded, ids, windows, evaluate)
-        self._measured("tuned", self.key_tuned, loaded, journal)
+        self.measured("tuned", self.key_tuned, loaded, journal)
 
     def _absorb(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, perplexity: Callable[[], float]) -> None:
         layers, limit = len(load.packed_weights(loaded.model)), self.recipe.tune.absorb_limit
         with self.stage("absorb"), self.show.task("absorb", layers) as advance:
             facts = adapters.take_up(
-                loaded, self.recipe.quant, ids, windows.ids, perplexity, limit, self.sparse, lambda row: advance(1, f"{row['name']} {row['way']}")
+                loaded, self.absorber(), ids, windows.ids, perplexity, limit, self.sparse, lambda row: advance(1, f"{row['name']} {row['way']}")
             )
         self.report.training["absorb"] = facts
         self.report.notes.append(adapters.sentence(facts))
         self.show.say(adapters.sentence(facts))
 
-    def _measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> None:
+    def absorber(self) -> Quant:
+        """How linears that take up an adapter are packed anew."""
+        return self.recipe.quant
+
+    def measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> dict[str, Any]:
+        """What the journal knows of a model, or a measurement of it now; in the report, and returned."""
         found = journal.get(name, key)
         if found is None:
-            found = self._measure(loaded, name)
+            found = self.measure(loaded, name)
             journal.put(name, key, found)
-        self._record(name, found)
+        self.measured_as(name, found)
+        return found
 
-    def _measure(self, loaded: load.Loaded, name: str) -> dict[str, Any]:
+    def measure(self, loaded: load.Loaded, name: str) -> dict[str, Any]:
         corpora = {"domain": self.domain.test, "outside": self.outside}
         with self.stage(f"evaluate {name}"), self.show.task(f"evaluate {name}", 2) as advance:
 
@@ -217,12 +235,21 @@ class Run(Job):
             ids, labels = evaluate.stream(self.domain.test, loaded.tokenizer), None
         return lambda: evaluate.perplexity(loaded.model, ids, self.window, self.recipe.eval.max_tokens, labels=labels)["perplexity"]
 
-    def _record(self, name: str, found: dict[str, Any]) -> None:
+    def measured_as(self, name: str, found: dict[str, Any]) -> None:
         self.record(name, **{k: found[k] for k in ("domain", "outside") if k in found})
         for i, prompt in enumerate(found.get("prompts", [])):
             if len(self.report.samples) <= i:
                 self.report.samples.append({"prompt": prompt})
             self.report.samples[i][name] = found["samples"][i]
+
+
+def _kind(recipe: Recipe) -> type[Run]:
+    """The class of the run that a recipe asks for."""
+    if recipe.quant.packer != KEPT:
+        return Run
+    from compressor.pipelines.retune import Retune  # which is a Run
+
+    return Retune
 
 
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
@@ -232,7 +259,7 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
         if recipe.save != "folder":
             raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
         return encoder_run.run(recipe, output, overwrite, show, command)
-    job = Run(recipe, output or default_output(recipe), show, command)
+    job = _kind(recipe)(recipe, output or default_output(recipe), show, command)
     done = job.done(job.key_written, overwrite)
     if done is not None:
         return done
@@ -244,7 +271,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
     if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
         return encoder_run.dry_run(recipe, output, show)
-    job = Run(recipe, output or default_output(recipe), show)
+    job = _kind(recipe)(recipe, output or default_output(recipe), show)
     check_output(job.place, overwrite=True)
     tokenizer = load.load_tokenizer(job.source)
     cap = recipe.eval.max_tokens or 1 << 62
@@ -262,9 +289,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
         calibration=0 if ids is None else ids.numel(), tuning=steps * recipe.tune.batch * recipe.tune.accumulate * job.seqlen,
         step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, count) for count in read), pruning=tokens, prune_steps=heals,
     )  # fmt: skip
-    job.targets(model)
-    folder = load.folder_dtype(load.stored_dtype(job.source), job.config)
-    found = estimate.estimate(recipe, model, folder, counts, job.source, before if job.prunes else None)
+    found = job.cost(model, counts, before if job.prunes else None)
     if job.prunes:
         found |= {"pruning": pruning.plan(before, recipe.prune).facts()}
         show.say(f"{found['pruning']['ratio']:.1%} of the {found['pruning']['prunable']:,} prunable weights go")

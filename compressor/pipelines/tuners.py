@@ -16,7 +16,7 @@ from compressor.recipe import Tune
 from compressor.tune import Offered, Tuner
 
 TUNERS: dict[str, Offered] = {**tune.TUNERS, **KINDS}
-OWN = ("rank", "alpha", "dropout", "targets", "start", "adapter", "absorb_limit")  # keys of recipe.Tune that only some tuners heed
+OWN = ("rank", "alpha", "dropout", "targets", "start", "adapter", "absorb_limit", "grid")  # keys of recipe.Tune that only some tuners heed
 Starts = Mapping[str, tuple[Tensor, Tensor]]
 
 

@@ -15,7 +15,8 @@ from compressor.export import dense as dense_format
 from compressor.export import sparse as sparse_format
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines.load import COMPANIONS, FORMATS, Format, Loaded, model_bytes, read_packed, weight_files
+from compressor.pipelines import formats
+from compressor.pipelines.load import COMPANIONS, Loaded, model_bytes, read_packed, weight_files
 
 
 def round_to_folder(loaded: Loaded, packed: set[str]) -> None:
@@ -58,13 +59,14 @@ def _write_base(loaded: Loaded, folder: Path, sparse: bool) -> dict[str, Any]:
     dense = dense_tensors(loaded)
     if not packed and not sparse:
         return _write_dense(loaded, dense, folder)
-    native = pick_format(packed, sparse)
+    native = formats.same(loaded.config, packed) or formats.pick(packed, sparse)
+    packed = formats.stored(native, packed)
 
     def stream() -> Iterator[tuple[str, Tensor | PackedWeight]]:
         yield from ((name, t.to(loaded.dtype) if t.is_floating_point() else t) for name, t in dense.items())
         yield from packed.items()
 
-    config = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", "quantization_config")}
+    config = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", *formats.KEYS)}
     config["dtype"] = str(loaded.dtype).removeprefix("torch.")
     native.write(folder, config, stream(), sorted(linear.linears(loaded.model)))
     copy_companions(loaded.folder, folder)
@@ -104,19 +106,6 @@ def tensor_bytes(loaded: Loaded) -> int:
     """Bytes of all tensors of a dense model as its folder would store them, and of the files beside them."""
     beside = model_bytes(loaded.folder) - sum(path.stat().st_size for path in weight_files(loaded.folder))
     return beside + sum(t.numel() * loaded.dtype.itemsize for t in dense_tensors(loaded).values())
-
-
-def pick_format(packed: dict[str, PackedWeight], sparse: bool = False) -> Format:
-    """The format that can hold these weights, the sparse one only if asked for or zeros are floats; CompressorError with every reason if none can."""
-    reasons, sparse = [], sparse or any(weight.float_zeros for weight in packed.values())
-    for choice in FORMATS.values():
-        if (choice is sparse_format) != sparse:
-            continue
-        why = choice.fits(packed)
-        if why is None:
-            return choice
-        reasons.append(f"{choice.NAME}: {why}")
-    raise CompressorError(f"no format can hold the model; {'; '.join(reasons)}")
 
 
 def copy_companions(source: Path, folder: Path) -> None:

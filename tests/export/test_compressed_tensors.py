@@ -85,8 +85,21 @@ def test_reads_the_padded_3_bit_stream_of_old_writers(tmp_path: Path) -> None:
     assert torch.equal(read(tmp_path)[1]["a"].codes(), packed.codes())
 
 
+def test_rows_of_one_group_are_no_scheme_of_their_own(tmp_path: Path) -> None:
+    """Readers take one strategy; whole rows are one only where all are."""
+    for name, widths, groups in (
+        ("mixed", (128, 384), {("group", 128)}),
+        ("rows", (128, 384), {("channel", None)}),
+        ("same", (128, 128), {("channel", None)}),
+    ):
+        weights = {f"l.{k}.{i}": weight(8, k, 3, k if name == "rows" else 128, symmetric=True) for i, k in enumerate(widths)}
+        write(tmp_path / name, weights)
+        found = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["config_groups"].values()
+        assert {(group["weights"]["strategy"], group["weights"]["group_size"]) for group in found} == groups
+
+
 def test_mixed_schemes_name_their_modules() -> None:
-    config = ct.quantization_config({(3, 128, True): ["l.0.q", "l.0.k"], (4, 64, True): ["l.0.v", "l.1.q"]}, ["lm_head"])
+    config = ct.quantization_config(ct.Schemes(list, {(3, 128, True): ["l.0.q", "l.0.k"], (4, 64, True): ["l.0.v", "l.1.q"]}), ["lm_head"])
     groups = config["config_groups"].values()
     targets = {t: g["weights"]["num_bits"] for g in groups for t in g["targets"]}
     assert targets == {r"re:.*\.k$": 3, r"re:^l\.0\.q$": 3, r"re:.*\.v$": 4, r"re:^l\.1\.q$": 4}

@@ -66,3 +66,10 @@ def model() -> LlamaForCausalLM:
         max_position_embeddings=128, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def no_consumers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports start no process of other software, but in tests that are marked `consumers`: each takes seconds."""
+    if request.node.get_closest_marker("consumers") is None:
+        monkeypatch.setattr("compressor.integrations.consumers.installed", lambda kind: False)

@@ -15,7 +15,7 @@ from compressor.errors import DataError, ModelError, RecipeError, UserError
 from compressor.export import dense
 from compressor.integrations import peft
 from compressor.linear import find_blocks, linears, packed_linears
-from compressor.pipelines import adapters, compress, export, load, projection, write
+from compressor.pipelines import adapters, compress, export, load, projection, write, writers
 from compressor.recipe import Quant, Tune
 from tests.pipelines.commands import call
 from tests.pipelines.pruned import logits, source, text, theirs
@@ -283,4 +283,4 @@ def test_what_was_pruned_stays_zero(tmp_path: Path, tokenizer: Any, monkeypatch:
 
 
 def test_names_of_dense_formats() -> None:
-    assert set(dense.DTYPES) < set(projection.TARGETS) and projection.TARGETS == ("compressed-tensors", "bf16", "float16", "float32")
+    assert set(dense.DTYPES) < set(writers.DTYPES) and set(writers.DTYPES) == {"bf16", "float16", "float32"}

@@ -14,7 +14,7 @@ from compressor.errors import CompressorError, ModelError, NumericError, RecipeE
 from compressor.export import compressed_tensors, integers
 from compressor.linear import PackedLinear, linears, packed_linears
 from compressor.packed import Affine, PackedWeight
-from compressor.pipelines import load, write
+from compressor.pipelines import formats, load, write
 from compressor.pipelines.export import Target, export
 from compressor.pipelines.run import Run
 from compressor.pipelines.show import Show
@@ -324,7 +324,7 @@ def test_formats_of_integers_refuse_them(loaded: load.Loaded) -> None:
     assert "24 of its 28 packed layers have tuned zeros, and the format's are integers" in str(compressed_tensors.fits(packed))
     broken = PackedWeight.pack(torch.zeros(8, 64, dtype=torch.uint8), Affine(torch.ones(8, 2), torch.full((8, 2), float("nan"))), 3)
     with pytest.raises(CompressorError, match="zeros of a are not finite"):
-        write.pick_format({"a": broken})
+        formats.pick({"a": broken})
 
 
 # --- integer zeros ---------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,23 @@
+"""The part of a model card that says who loads the folder, with which command; the rules are those of `compressor doctor` (servers.py)."""
+
+from pathlib import Path
+
+from compressor.errors import ModelError
+from compressor.pipelines import folder_facts, servers
+
+
+def section(folder: Path) -> str:
+    """Markdown: one line a server that loads the folder, FOLDER standing for its place; nothing for a folder that the rules are not about."""
+    try:
+        found = folder_facts.facts(folder)
+    except ModelError:
+        return ""
+    rows = [servers.judge(name, found, folder) for name in servers.SERVERS]
+    lines = []
+    for row in rows:
+        if row.command is not None:
+            needs = "; ".join([*row.reasons, f"{row.versions}, {row.cards}"])
+            lines.append(f"- {row.server} ({needs}):\n\n  ```sh\n  {row.command.replace(str(folder), 'FOLDER')}\n  ```\n")
+    refused = ", ".join(row.server for row in rows if row.command is None)
+    rest = f"\n`compressor doctor FOLDER` says why not with {refused}.\n" if refused else ""
+    return "## Serve\n\n" + "\n".join(lines) + rest if lines else ""

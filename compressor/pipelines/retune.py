@@ -1,0 +1,113 @@
+"""`compressor tune`: a model that is packed already, by us or by others, tuned as it is and written back in its own format.
+
+Codes stay, whoever chose them; scales, zeros, or what is put beside them learn. A GPTQ folder comes out as a GPTQ folder that the same software
+loads. With `--tune table` every group of an affine weight gets a table of its own values (export/conversions.py), which no format but ours holds. The
+model before tuning takes the place of the dense one as what the result is compared with. Limits: causal language models; zeros that `qalora` tuned
+fit our sparse format, and HQQ's and MLX's.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from compressor import linear
+from compressor.errors import ModelError
+from compressor.export import conversions, shards
+from compressor.integrations.peft import FOLDER as ADAPTER
+from compressor.pipelines import compress, estimate, load, tools, write
+from compressor.pipelines.job import plain, source_name
+from compressor.pipelines.journal import Journal
+from compressor.pipelines.run import Run
+from compressor.pipelines.tuners import TUNERS, check_layers
+from compressor.recipe import Quant
+
+VALUES = ("weight_scale", "scales", "scale", "weight_table")  # what formats call their scales and tables
+
+
+class Retune(Run):
+    """One run that tunes a packed model."""
+
+    def check_source(self) -> None:
+        """ModelError for a model that is not packed, or has an adapter already."""
+        if not self.config.get("quantization_config"):
+            raise ModelError(f"{self.source} is not packed: `compressor run` packs and tunes a dense model")
+        if (self.source / ADAPTER).is_dir():
+            raise ModelError(f"{self.source} has an adapter beside its packed weights: export it with --to compressed-tensors, and tune that")
+
+    def read(self) -> load.Loaded:
+        with self.stage("load"):
+            loaded = load.load(self.recipe.model, self.recipe.device)
+        if self.recipe.tune.method == "table":
+            to_tables(loaded)
+        packed = load.packed_weights(loaded.model)
+        if not packed:
+            raise ModelError(f"{self.source} has no packed linears, of which values could be tuned")
+        table = TUNERS[self.recipe.tune.method].table
+        if table is False and any(layer.table for layer in linear.packed_linears(loaded.model).values()):
+            raise ModelError(f"{self.source} holds tables, which {self.recipe.tune.method} cannot train: use --tune table")
+        check_layers(self.recipe.tune, {name: weight.shape for name, weight in packed.items()}, ())
+        method = str(self.config["quantization_config"]["quant_method"])
+        loaded.rows = [
+            {
+                "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "packer": f"{method} as it was",
+                "symmetric": None if weight.learned.dim() == 3 else weight.zero is None, "note": "act-order" if weight.columns is not None else "",
+            }
+            for name, weight in packed.items()
+        ]  # fmt: skip
+        size = sum(n * k for n, k in (weight.shape for weight in packed.values()))
+        self.report.layers = loaded.rows
+        self.report.model = {
+            "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
+            "architecture": self.config["architectures"][0], "parameters": size + sum(p.numel() for p in loaded.model.parameters()),
+            "packed_parameters": size, "dense_bytes": tools.dense_bytes(loaded), "dense_dtype": plain(loaded.dtype),
+            "folder_dtype": plain(loaded.dtype), "scale_dtype": plain(next(iter(packed.values())).learned.dtype),
+        }  # fmt: skip
+        return loaded
+
+    def dense(self, loaded: load.Loaded, journal: Journal) -> None:
+        """Measures the model as it came, which is all that there is to compare with."""
+        found = self.measured("packed", self.key_dense, loaded, journal)
+        self.report.protocol = found["protocol"]
+        self.report.protocol["domain"]["split"] = self.domain.rule
+        self.record("packed", bits_per_weight=write.bits_per_weight(load.packed_weights(loaded.model)), folder_bytes=load.model_bytes(self.source))
+
+    def absorber(self) -> Quant:
+        """GPTQ: how the linears were packed is not known."""
+        return Quant(packer="gptq")
+
+    def cost(self, model: torch.nn.Module, counts: estimate.Counts, before: torch.nn.Module | None) -> dict[str, Any]:
+        packed, values, stored = self._stored(model)
+        check_layers(self.recipe.tune, {t.name: t.shape for t in packed}, ())
+        size = load.model_bytes(self.source) + estimate.added(self.recipe.tune, packed).bytes
+        found = estimate.retuning(self.recipe, model, packed, values, stored, counts, self.source)
+        note = "" if self.recipe.tune.method not in ("table", "qalora") else "tables or tuned zeros take more than the values that they replace"
+        return found | {"folder_bytes": size, "notes": [note] if note else []}
+
+    def _stored(self, model: torch.nn.Module) -> tuple[list[compress.Target], int, int]:
+        """(packed linears, their values, the bytes that they take) from the headers of the folder, whatever its format."""
+        headers = shards.read_headers(self.source, load.weight_files(self.source))
+        parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, tensor in headers.items():
+            module, _, leaf = key.rpartition(".")
+            parts[module][leaf] = tensor
+        found, values, stored = [], 0, 0
+        for name, layer in linear.linears(model).items():
+            held = next((parts[name][leaf] for leaf in VALUES if leaf in parts[name]), None)
+            if held is not None:
+                count = held.numel() // (layer.out_features * (held.shape[2] if held.dim() == 3 else 1))
+                found.append(compress.Target(name, (layer.out_features, layer.in_features), layer.in_features // max(count, 1)))
+                values, stored = values + held.numel(), stored + sum(t.numel() * t.element_size() for t in parts[name].values())
+        if not found:
+            raise ModelError(f"{self.source} has no packed linears, of which values could be tuned")
+        return found, values, stored
+
+
+def to_tables(loaded: load.Loaded) -> None:
+    """Every affine layer with a table for each of its groups, in place. ModelError for act-order and 8 bits."""
+    for name, layer in linear.packed_linears(loaded.model).items():
+        try:
+            weight = conversions.as_tables(layer.packed())
+        except ModelError as error:
+            raise ModelError(f"{loaded.name}: {name} cannot get tables: {error}") from None
+        linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
