@@ -299,6 +299,7 @@ def _check(r: Recipe) -> None:
         (t.batch > 0 and t.accumulate > 0, f"batch={t.batch} and accumulate={t.accumulate} must be positive"),
         (0 <= t.warmup < 1, f"warmup={t.warmup} is a share of the steps, from 0 to below 1"),
         (0 <= t.clip < math.inf and 0 <= t.weight_decay < math.inf, "clip and weight_decay must not be negative"),
+        (t.grid in ("none", "q4_k", "q3_k", "q2_k"), f"tune.grid={t.grid!r}: choose none, q4_k, q3_k or q2_k"),
         (t.checkpoint_every > 0 and t.eval_every >= 0, "checkpoint_every must be positive and eval_every not negative"),
         (e.window is None or e.window > 1, f"window={e.window} must be at least 2"),
         (e.max_tokens >= 0, f"max_tokens={e.max_tokens} must not be negative"),

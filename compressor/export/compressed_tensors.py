@@ -128,12 +128,12 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     if not widths or not widths <= set(layout.STORED):
         raise ModelError(f"{folder} holds weights of {', '.join(map(str, widths)) or 'unknown'} bits; compressor reads 2, 3, 4 and 8")
     dense, parts = shards.read_weights(folder, files, PARTS)
-    packed = {module: _decode(parts.pop(module), f"{folder}: {module}", sorted(widths)) for module in list(parts)}
+    packed = {module: decode(parts.pop(module), f"{folder}: {module}", sorted(widths)) for module in list(parts)}
     return dense, packed
 
 
-def _decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWeight:
-    """`widths`: the bits that the configuration names; which of them a module has follows from its number of words."""
+def decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWeight:
+    """One linear. `widths`: the bits that the configuration names; which of them a module has follows from its number of words."""
     words, scale, shape = (parts.get(key) for key in PARTS[:3])
     if words is None or scale is None or shape is None or shape.numel() != 2 or words.ndim != 2 or scale.ndim != 2:
         raise ModelError(f"{where} is incomplete or damaged: weight_packed, weight_scale and weight_shape must be there with two dimensions")

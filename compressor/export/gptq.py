@@ -150,7 +150,7 @@ V1, V2 = Gptq(1), Gptq(2)
 
 def same(config: Mapping[str, Any]) -> Gptq:
     """The writer of the version that a quantization_config names, so that a folder is written back as it was."""
-    return V2 if _label(config) == LABELS[2] else V1
+    return V2 if label(config) == LABELS[2] else V1
 
 
 def without_zero(weight: PackedWeight) -> PackedWeight:
@@ -214,11 +214,12 @@ def unlabelled(folder: Path, files: Iterable[Path]) -> dict[str, Any] | None:
     return {"quant_method": METHOD} | config
 
 
-def _label(config: Mapping[str, Any]) -> str:
+def label(config: Mapping[str, Any]) -> str:
+    """The version that a folder says its zeros are of, one of LABELS for those that are read."""
     return str(config.get("checkpoint_format") or config.get("format") or LABELS[1]).lower()
 
 
-def _makers(config: Mapping[str, Any]) -> list[str]:
+def makers(config: Mapping[str, Any]) -> list[str]:
     """The programs that a folder says it comes from, without their versions."""
     meta = config.get("meta")
     named = meta.get("quantizer") if isinstance(meta, dict) else None
@@ -250,19 +251,19 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
 
     Scales keep the dtype they have; a weight whose zeros all are 2**(bits-1) is symmetric. ModelError for what is damaged or of another form.
     """
-    form, words = _label(config), str(config.get("pack_dtype") or "int32").removeprefix("torch.")
+    form, words = label(config), str(config.get("pack_dtype") or "int32").removeprefix("torch.")
     if form not in LABELS.values() or config.get("is_marlin_format"):
         form = form if form not in LABELS.values() else "marlin"
         raise ModelError(f"{folder} is a GPTQ folder in the form {form}, which is not read: save it as checkpoint_format gptq or gptq_v2")
     if words != "int32":
         raise ModelError(f"{folder} is a GPTQ folder of {words} words, which is not read: save it with pack_dtype int32")
     dense, parts = shards.read_weights(folder, files, PARTS)
-    widths, makers = _widths(config, folder), _makers(config)
+    widths, made_by = _widths(config, folder), makers(config)
     layers = {
-        name: _decode(parts.pop(name), f"{folder}: {name}", widths, bool(config.get("desc_act")), "gptqmodel" in makers) for name in list(parts)
+        name: decode(parts.pop(name), f"{folder}: {name}", widths, bool(config.get("desc_act")), "gptqmodel" in made_by) for name in list(parts)
     }
     version = 2 if form == LABELS[2] else 1
-    if "compressor" not in makers and _evident(layers.values(), config) == 3 - version:
+    if "compressor" not in made_by and evident(layers.values(), config) == 3 - version:
         warnings.warn(f"{folder} is labelled {form}, but its zeros are stored as {LABELS[3 - version]} stores them, and are read so", stacklevel=2)
         version = 3 - version
     out = {}
@@ -272,7 +273,7 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     return dense, out
 
 
-def _evident(layers: Iterable[Layer], config: Mapping[str, Any]) -> int | None:
+def evident(layers: Iterable[Layer], config: Mapping[str, Any]) -> int | None:
     """The version that the stored zeros speak for, or None where they tell nothing."""
     layers = list(layers)
     for version in (1, 2):
@@ -290,7 +291,7 @@ def _evident(layers: Iterable[Layer], config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _decode(parts: Mapping[str, Tensor], where: str, widths: set[int], desc_act: bool, whole_words: bool) -> Layer:
+def decode(parts: Mapping[str, Tensor], where: str, widths: set[int], desc_act: bool, whole_words: bool) -> Layer:
     """One linear. whole_words: its zeros minus one were made by subtracting from whole words."""
     words, stored, scales = foreign.parts_of(parts, PARTS[:3], where)
     foreign.check_words(words, "qweight", where)

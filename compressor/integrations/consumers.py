@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -108,6 +108,28 @@ def check(kind: str, folder: Path, ids: Tensor, expected: Tensor, seconds: float
 def installed(kind: str) -> bool:
     """Whether the libraries for a kind are here; nothing is imported."""
     return all(find_spec(name) is not None for name in _consumer(kind).modules)
+
+
+def rounds(kind: str, folder: Path) -> bool:
+    """Whether the library forms the weights of this folder in 16 bits."""
+    return _consumer(kind, folder).limit in (HALF, AWQ)
+
+
+def blind(kind: str, config: Mapping[str, Any]) -> str | None:
+    """What of a model's config the library ignores without a word, so that its logits would say nothing of the folder; None: nothing known."""
+    if kind != "gguf":
+        return None
+    rope, family = config.get("rope_parameters") or config.get("rope_scaling") or {}, str(config.get("model_type"))
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default":
+        return "the scaling of rotary positions"
+    if family == "llama" and (config.get("attention_bias") or config.get("mlp_bias")):
+        return "biases of LLaMA"
+    if family.startswith("gemma"):
+        return "Gemma's attention scale and window"
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if family == "qwen3" and heads and hidden and config.get("head_dim", hidden // heads) * heads != hidden:
+        return "heads whose sizes do not add up to the hidden size"
+    return None
 
 
 def needs(kind: str) -> str:

@@ -18,7 +18,7 @@ N, K = 256, 512
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "hidden_size": K}
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | HEADS
 GGUF = tuple(f"gguf:{kind}" for kind in ("q4_0", "q4_1", "q8_0", "q4_k", "q3_k", "q2_k"))
-SHOWN = ("compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "hqq", "table", *GGUF)
+SHOWN = ("compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "table", *GGUF)
 Cell = tuple[str, Callable[[], PackedWeight]]
 
 

@@ -74,7 +74,7 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "prune_steps": "prune__steps", "prune_lr": "prune__lr", "unit": "prune__unit", "multiple": "prune__multiple", "per_layer": "prune__uniform",
     "one_shot": "prune__one_shot", "recompute": "prune__recompute", "gradients": "prune__gradients",
     "rank": "tune__rank", "alpha": "tune__alpha", "dropout": "tune__dropout", "targets": "tune__targets", "adapter_start": "tune__start",
-    "adapter": "tune__adapter", "absorb_limit": "tune__absorb_limit",
+    "adapter": "tune__adapter", "absorb_limit": "tune__absorb_limit", "grid": "tune__grid",
     "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device", "save": "save",
 }  # fmt: skip
 
@@ -172,6 +172,7 @@ def run(
     adapter_start: Annotated[Text, typer.Option(help="LoRA starts at zero, or from the dense weight: residual, loftq, principal, eva")] = None,
     adapter: Annotated[Text, typer.Option(help="keep it beside the packed base, or absorb it")] = None,
     absorb_limit: Annotated[Number, typer.Option(help="absorbing may raise perplexity by this share; default 0.02")] = None,
+    grid: Annotated[Text, typer.Option(help="peqa: keep scales on the grid of a GGUF type, q4_k, q3_k or q2_k, so that its export is exact")] = None,
     absolute: Annotated[bool | None, typer.Option("--absolute/--relative", help="learning rate on the scale or entry, or on its change")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
     train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,

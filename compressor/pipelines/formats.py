@@ -6,6 +6,7 @@ long as that holds what the tuning made of it.
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, ModelError
 from compressor.export import awq, compressed_tensors, dense, gptq, hqq, mlx, shards, sparse, table
-from compressor.packed import PackedWeight
+from compressor.packed import Affine, PackedWeight
 
 
 class Format(Protocol):
@@ -50,24 +51,39 @@ def described(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"quant_method": "mlx"} | found if found and mlx.describes(found) else found or {}
 
 
-def same(config: dict[str, Any], packed: dict[str, PackedWeight]) -> Format | None:
-    """The format that somebody else's folder of this config is in, if it holds these weights exactly; else None, as for a folder of ours."""
+def home(config: dict[str, Any], packed: dict[str, PackedWeight]) -> Format | None:
+    """The format that somebody else's folder of this config is in, if it has a place for these weights; else None, as for a folder of ours."""
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method"))
     if method in NATIVE or method not in FORMATS:
         return None
-    forms = [gptq.same(quantization), gptq.V2] if method == gptq.METHOD else [FORMATS[method]]
-    return next((form for form in forms if form.fits(packed) is None and all(_exact(form, weight) for weight in packed.values())), None)
+    form = gptq.same(quantization) if method == gptq.METHOD else FORMATS[method]
+    return form if form.fits(packed) is None else None
+
+
+def same(config: dict[str, Any], packed: dict[str, PackedWeight]) -> Format | None:
+    """`home`, if it holds these weights exactly."""
+    form = home(config, packed)
+    return form if form is not None and all(nearest(form, weight) is weight for weight in packed.values()) else None
 
 
 def stored(form: Any, packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
     """The same weights in the terms in which somebody else's format stores them; ours takes them as they are."""
-    return packed if form in NATIVE.values() else {name: form.held(weight) for name, weight in packed.items()}
+    return packed if form in NATIVE.values() or form is mlx else {name: form.held(weight) for name, weight in packed.items()}
 
 
-def _exact(form: Any, weight: PackedWeight) -> bool:
-    held = form.held(weight)
-    return held is weight or (isinstance(held, PackedWeight) and torch.equal(dense.dequantize(held), dense.dequantize(weight)))
+def nearest(form: Any, weight: PackedWeight) -> PackedWeight:
+    """What somebody else's format makes of a weight that fits, as it will be read again; the same object where not a bit of the model changes.
+
+    MLX stores the product of scale and zero, which is rounded: zeros become what the rounded ones say, and stay so when they are stored again.
+    """
+    if form is mlx:
+        scale, bias = mlx.scales_of(weight)
+        zero, now = mlx.zeros_of(scale, bias, weight.bits), weight.zero
+        alike = zero is now if zero is None or now is None else zero.dtype == now.dtype and torch.equal(zero, now)
+        return weight if alike else replace(weight, values=Affine(scale, zero))
+    held: PackedWeight = form.held(weight)
+    return weight if torch.equal(dense.dequantize(held), dense.dequantize(weight)) else held
 
 
 def pick(packed: dict[str, PackedWeight], sparse_too: bool = False) -> Format:

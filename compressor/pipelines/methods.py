@@ -6,6 +6,7 @@ from compressor.errors import RecipeError
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.tuners import TUNERS
 from compressor.recipe import KEPT, Prune, Quant, Recipe
+from compressor.tune.kgrid import GRIDS
 
 
 def check_names(recipe: Recipe) -> None:
@@ -55,6 +56,8 @@ def check_methods(recipe: Recipe) -> None:
         raise RecipeError("a packed model that keeps its weights is tuned and not pruned: give --tune, for example peqa, and no --prune")
     if packer in ("none", KEPT):
         return
+    if (grid := recipe.tune.grid) != "none" and (not recipe.quant.symmetric or recipe.quant.bits > GRIDS[grid][2]):
+        raise RecipeError(f"grid={grid} holds symmetric weights of at most {GRIDS[grid][2]} bits: give fewer bits and --sym, or another grid")
     if tuner == "none" or TUNERS[tuner].table in (None, PACKERS[packer].table):
         return
     made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")

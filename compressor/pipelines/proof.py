@@ -6,7 +6,10 @@ consumer, where one is installed, must then equal ours within the limit that int
 consumer that refuses the folder a line in its card.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +19,34 @@ from torch import Tensor, nn
 from compressor.errors import CompressorError
 from compressor.export import dense
 from compressor.integrations import consumers
-from compressor.linear import PackedLinear
+from compressor.linear import PackedLinear, packed_linears, swap
 from compressor.pipelines import load
 from compressor.pipelines.show import Show
 from compressor.pipelines.writers import Writer
 
 TOKENS = 64  # of the window whose logits are compared
 ROUNDING = 4e-7  # of the largest weight of a layer: two float32 products in another order
-HALF = 1e-3  # of the largest element: dense tensors that GGUF stores in 16 bits of another kind
 
 
 def read_back(writer: Writer, folder: Path, kept: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> None:
     """Compares what our reader finds with the dense tensors `kept` and with the linears of the model; CompressorError for a difference."""
     others, packed = writer.back(folder)
-    left = set(layers)
-    for name, found in packed:
+    left = {*layers, *kept}
+    for key, found in chain(others.items(), packed):
+        name = key.removesuffix(".weight") if key.removesuffix(".weight") in layers else key
         if name not in left:
-            continue
+            raise CompressorError(f"{folder} was written, but {key} in it belongs to nothing")
         left.remove(name)
-        layer, wanted = layers[name], _weight(layers[name])
-        exact = isinstance(layer, PackedLinear) and not layer.packed().float_zeros
-        if not _same(found, wanted, 0.0 if exact else ROUNDING):
-            raise CompressorError(f"{folder} was written, but {name} reads back with other weights")
+        if name in kept:
+            good = torch.equal(found.cpu().float(), kept[name].cpu().float())
+        else:
+            layer = layers[name]
+            stored = isinstance(layer, PackedLinear) and not layer.packed().float_zeros  # as codes and values, of which nothing is computed
+            good = _same(found, _weight(layer), 0.0 if stored else ROUNDING)
+        if not good:
+            raise CompressorError(f"{folder} was written, but {name} reads back with other values")
     if left:
         raise CompressorError(f"{folder} was written, but {min(left)} is not in it")
-    for name, wanted in kept.items():
-        if name not in others:
-            raise CompressorError(f"{folder} was written, but {name} is not in it")
-        if not _same(others[name], wanted, 0.0 if others[name].dtype == wanted.dtype else HALF):
-            raise CompressorError(f"{folder} was written, but {name} reads back with other values")
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -66,17 +68,24 @@ def _same(found: Tensor, wanted: Tensor, share: float) -> bool:
 def seen_by(readers: Iterable[str], folder: Path, loaded: load.Loaded, show: Show) -> list[str]:
     """One line for every one of these consumers that is installed, of logits beside those of the model; CompressorError if one is too far off.
 
-    A dense folder is compared with itself as we load it, because rounding moved its weights.
+    A consumer that forms weights in 16 bits is compared with the model whose weights are rounded so. A dense folder is compared with itself as we
+    load it, because rounding moved its weights.
     """
-    readers = [reader for reader in readers if consumers.installed(reader)]
+    readers, told = [reader for reader in readers if consumers.installed(reader)], list[str]()
+    need = 8 * sum(n * k for n, k in (weight.shape for weight in load.packed_weights(loaded.model).values()))
+    if readers and need > (room := _room()):
+        return [f"Not run through {' or '.join(readers)}: its dense weights would take {need / 1e9:.1f} GB of memory, and {room / 1e9:.1f} are free."]
     if not readers:
         return []
     model = load.load(str(folder), str(loaded.device)).model if readers == ["dense"] else loaded.model
     vocabulary, window = int(loaded.config["vocab_size"]), load.context(loaded.config)
     ids = torch.randint(vocabulary, (1, min(TOKENS, window)), generator=torch.Generator().manual_seed(0))
-    expected = model(ids.to(loaded.device)).logits[0].float().cpu()
-    told = []
     for reader in readers:
+        if why := consumers.blind(reader, loaded.config):
+            told.append(f"Not run through {reader}, which ignores {why}.")
+            continue
+        with rounded(model) if consumers.rounds(reader, folder) else contextlib.nullcontext():
+            expected = model(ids.to(loaded.device)).logits[0].float().cpu()
         with show.task(f"check with {reader}", 1) as advance:
             check = consumers.check(reader, folder, ids, expected)
             advance(1, "")
@@ -87,6 +96,30 @@ def seen_by(readers: Iterable[str], folder: Path, loaded: load.Loaded, show: Sho
         if check.error is not None and not check.good:
             raise CompressorError(f"{folder.name} was written, but {check.line()}; nothing was kept")
     return told
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module) -> Iterator[None]:
+    """The packed linears as dense ones, whose weights are rounded to the 16 bits of the scales; float32 scales are left alone."""
+    layers = packed_linears(model)
+    try:
+        for name, layer in layers.items():
+            if layer.learned.element_size() == 2:
+                dense_layer = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=False, device=layer.words.device)
+                dense_layer.weight, dense_layer.bias = nn.Parameter(_weight(layer).to(layer.learned.dtype).float()), layer.bias
+                swap(model, name, dense_layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            swap(model, name, layer)
+
+
+def _room() -> int:
+    """Bytes of memory that are free, or can be."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        found = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        return 1024 * int(found.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def lines(record: dict[str, Any]) -> list[str]:

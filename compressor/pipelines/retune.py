@@ -38,11 +38,17 @@ class Retune(Run):
     def read(self) -> load.Loaded:
         with self.stage("load"):
             loaded = load.load(self.recipe.model, self.recipe.device)
+        write.round_to_folder(loaded, set())
+        self.sparse = write.is_sparse(loaded)
+        settle(loaded)
+        if not linear.packed_linears(loaded.model):
+            raise ModelError(f"{self.source} has no packed linears, of which values could be tuned")
+        self.packed_bits = write.bits_per_weight(write.block_weights(loaded) if self.sparse else load.packed_weights(loaded.model), self.sparse)
+        if self.sparse:
+            check_zeros_stay(self.recipe.tune.method)
         if self.recipe.tune.method == "table":
             to_tables(loaded)
         packed = load.packed_weights(loaded.model)
-        if not packed:
-            raise ModelError(f"{self.source} has no packed linears, of which values could be tuned")
         table = TUNERS[self.recipe.tune.method].table
         if table is False and any(layer.table for layer in linear.packed_linears(loaded.model).values()):
             raise ModelError(f"{self.source} holds tables, which {self.recipe.tune.method} cannot train: use --tune table")
@@ -70,7 +76,18 @@ class Retune(Run):
         found = self.measured("packed", self.key_dense, loaded, journal)
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
-        self.record("packed", bits_per_weight=write.bits_per_weight(load.packed_weights(loaded.model)), folder_bytes=load.model_bytes(self.source))
+        self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=load.model_bytes(self.source))
+
+    def measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> dict[str, Any]:
+        """What is tuned is measured as the folder will hold it; a note if that is no longer the format it came in."""
+        if name == "tuned" and loaded.adapter is None:
+            settle(loaded)
+            packed = load.packed_weights(loaded.model)
+            was = formats.FORMATS[str(self.config["quantization_config"]["quant_method"])]
+            now = formats.home(self.config, packed) or formats.pick(packed, self.sparse)
+            if type(now) is not type(was) or now.NAME != was.NAME:
+                pass
+        return super().measured(name, key, loaded, journal)
 
     def absorber(self) -> Quant:
         """GPTQ: how the linears were packed is not known."""

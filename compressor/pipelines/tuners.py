@@ -13,7 +13,7 @@ from compressor.linear import packed_linears, targeted
 from compressor.pipelines.load import Loaded
 from compressor.quant.starts import STARTS, check
 from compressor.recipe import Tune
-from compressor.tune import Offered, Tuner
+from compressor.tune import Offered, Tuner, kgrid
 
 TUNERS: dict[str, Offered] = {**tune.TUNERS, **KINDS}
 OWN = ("rank", "alpha", "dropout", "targets", "start", "adapter", "absorb_limit", "grid")  # keys of recipe.Tune that only some tuners heed
@@ -53,6 +53,8 @@ def check_layers(options: Tune, shapes: Mapping[str, tuple[int, ...]], sums: tup
     shapes: [n, k] of what will be packed, by name; sums: the statistics that the packer collects.
     """
     chosen = {name: shapes[name] for name in targeted(shapes, options.targets)}
+    if options.grid != "none" and not any(k % kgrid.BLOCK == 0 for _, k in chosen.values()):
+        raise RecipeError(f"no linear has rows of a multiple of {kgrid.BLOCK}, which grid={options.grid} wants: leave --grid out")
     if options.start != "zero":
         check(options.start, options.rank, sums, chosen)
     if options.method in KINDS and options.method != "lokr" and "rank" in KINDS[options.method].keys:
@@ -82,7 +84,7 @@ class Tuning:
             self.parameters = self.adapters.attach(loaded.model, starts, steps)
             self.pruner = self.adapters.pruner
         else:
-            self.adapters, self.tuner = None, TUNERS[options.method](options)
+            self.adapters, self.tuner = None, TUNERS[options.method](options) if options.grid == "none" else kgrid.GridPeqa(options, options.grid)
             self.parameters = self.tuner.attach(loaded.model)
 
     def give_up(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ModelError, RecipeError
-from compressor.export import awq, compressed_tensors, conversions, dense, gptq, hqq, mlx, table
+from compressor.export import awq, compressed_tensors, conversions, dense, gptq, mlx, table
 from compressor.export.gguf_types import KINDS
 from compressor.packed import PackedWeight
 from compressor.pipelines import load
@@ -143,17 +143,17 @@ class Gguf:
         return gguf.held(weight, self.type)[0]
 
     def write(self, folder: Path, source: Path, config: dict[str, Any], weights: Weights, ignore: list[str]) -> list[dict[str, Any]]:
-        """model-TYPE.gguf; returns a row a layer with its type and, where it is not the one asked for, why."""
+        """model-TYPE.gguf, other matrices in their own dtype; returns a row a layer with its type and, where it is not the one asked for, why."""
         from compressor.integrations import gguf
 
-        return gguf.write(folder / f"model-{self.type}.gguf", config, weights, source, self.type)
+        return gguf.write(folder / f"model-{self.type}.gguf", config, weights, source, self.type, FLOAT_TYPES[config["dtype"]])
 
     def back(self, folder: Path) -> tuple[dict[str, Tensor], Iterator[tuple[str, Tensor]]]:
-        """Everything as float32 by the names of transformers, dense and packed alike."""
+        """Everything one by one as float32 by the names of transformers' tensors, dense and packed alike."""
         from compressor.integrations import gguf
 
-        found = gguf.read(folder / f"model-{self.type}.gguf")
-        return found, ((name.removesuffix(".weight"), tensor) for name, tensor in found.items())
+        path = folder / f"model-{self.type}.gguf"
+        return {}, ((name, tensor) for name, tensor in gguf.tensors(path))
 
 
 FOLDERS: dict[str, Writer] = {
@@ -162,10 +162,10 @@ FOLDERS: dict[str, Writer] = {
     "gptq_v2": Folder(gptq.V2, ("gptq",), frozenset((COLUMNS,))),
     "awq": Folder(awq, ("awq",), bits=4),
     "mlx": Folder(mlx, ("mlx",), frozenset((FLOATS,))),
-    "hqq": Folder(hqq, (), frozenset((FLOATS,))),
     "table": Folder(AsTables(), ("table",), frozenset((TABLES,))),
 }
 DTYPES = dense.DTYPES | {"float32": torch.float32}  # dense folders, by the name that users write
+FLOAT_TYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 GGUF, TYPES = "gguf", ("auto", *KINDS, "f16", "bf16", "f32")
 
 

@@ -40,7 +40,7 @@ class Peqa(ValueTuner):
     Default learning rates: of the relative change as measured (docs/log.md); of the scale itself that of the paper for Alpaca, 7B and 13B.
     """
 
-    table, what = False, "scale"
+    table, what, heeds = False, "scale", ("grid",)
     rates = {"relative": 5e-3, "absolute": 2e-5}
 
     def snapped(self, start: Tensor) -> ScaleTuning:

@@ -16,7 +16,7 @@ from tests.pipelines.commands import call
 from tests.pipelines.packed import logits, table_folder
 
 pytest.importorskip("gguf")
-FOLDERS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "hqq", "table")
+FOLDERS = ("compressed-tensors", "gptq", "gptq_v2", "awq", "mlx", "table")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,6 @@ def test_what_each_format_is_for() -> None:
         "gptq": ["3 bits, asymmetric, groups of 32", "4 bits, asymmetric, act-order"],
         "awq": ["4 bits, asymmetric, groups of 128", "3 bits, symmetric, groups of 128"],
         "mlx": ["3 bits, symmetric, groups of 128"],
-        "hqq": ["3 bits, tuned zeros"],
         "table": ["3 bits, one table a row"],
         "gguf:q4_0": ["4 bits, symmetric, groups of 32", "3 bits, asymmetric, groups of 32"],
         "gguf:q8_0": ["8 bits, symmetric, groups of 128"],
