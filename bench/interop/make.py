@@ -1,8 +1,9 @@
 """Writes the folders of one step of run.py with our package: OUT/NAME/ with the export, cell.json (what it is) and reference.npz (what it computes).
 
 reference.npz: ids int64 [T]; logits float32 [T, V] and greedy int64 [N] of our packed forward, in float32 on a CPU, on the weights that the format
-holds. served.json, of models that write text: a prompt, and what our greedy generation appends to it. Weights are packed by round-to-nearest: what is
-checked is the way to other software, not the quality of grids.
+holds. served.json, of models that write text: a prompt, and what our greedy generation appends to it. Weights are packed by round-to-nearest, tables
+by k-means: what is checked is the way to other software, not the quality of grids. Exports do not prove themselves by consumers that happen to be
+installed here, because the readers do.
 
     python bench/interop/make.py STEP OUT [--fast]
 """
@@ -15,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,14 +25,16 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.errors import CompressorError
 from compressor.export import gptq as gptq_format
-from compressor.packed import PackedWeight
+from compressor.integrations import consumers
+from compressor.packed import Affine, PackedWeight
 from compressor.pipelines import compress, load, projection, write, writers
 from compressor.pipelines.export import export
 from compressor.quant import rtn
 from compressor.recipe import Quant
+from compressor.sketch import learned
 
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
-NATIVE = "compressed-tensors"
+NATIVE = ("compressed-tensors", "table", "sparse")
 RANDOM, SHORT, IDS, GREEDY = "random256", "stories260K", 24, 12  # SHORT: rows of 64 and of 172
 TOKENS = 2048  # that an export measures a loss on: not what is looked at here
 PROMPTS = {"tiny": "The value of", "babyllama": "Once upon a time", SHORT: "Once upon a time"}
@@ -42,19 +46,19 @@ SHAPE = {  # rows of 256 and 768, as K-quants want them
 
 @dataclass(frozen=True)
 class Cell:
-    """One folder. cannot: what our export must answer where it refuses."""
+    """One folder. to: a target of our export, or of NATIVE; cannot: what our export must answer where it refuses."""
 
     model: str
     to: str
     bits: int
     group: int  # -1: whole rows
-    symmetric: bool
+    symmetric: bool | None  # None: tables
     act_order: bool = False
     cannot: str = ""
 
     @property
     def name(self) -> str:
-        grid = ("sym" if self.symmetric else "asym") + ("-act" if self.act_order else "")
+        grid = {True: "sym", False: "asym", None: "values"}[self.symmetric] + ("-act" if self.act_order else "")
         return f"{self.model}-{self.to.replace(':', '-')}-{self.bits}bit-g{self.group if self.group > 0 else 'row'}-{grid}"
 
 
@@ -89,7 +93,8 @@ def gguf(fast: bool) -> list[Cell]:
     if fast:
         return cells
     cells += [Cell(RANDOM, "gguf:q8_0", 4, 64, True), Cell(RANDOM, "gguf:auto", 3, 64, False), Cell(RANDOM, "gguf:q4_0", 3, 64, True)]
-    cells += [Cell("babyllama", f"gguf:{kind}", 4, 32, kind == "q4_0") for kind in ("q4_0", "q4_1")] + [Cell(SHORT, "gguf:q4_0", 4, -1, True)]
+    cells += [Cell("tiny", "gguf:q8_0", 4, 32, True), Cell(SHORT, "gguf:q4_0", 4, -1, True)]
+    cells += [Cell("babyllama", f"gguf:{kind}", 4, 32, kind != "q4_1") for kind in ("f16", "q8_0", "q4_0", "q4_1")]
     return [cell for cell in cells if cell.model in models(fast)]
 
 
@@ -103,8 +108,12 @@ def mlx_cells(fast: bool) -> list[Cell]:
 
 
 def vllm(fast: bool) -> list[Cell]:
-    cells = [Cell(RANDOM, "gptq", 4, 128, True), Cell(RANDOM, "compressed-tensors", 4, 32, False), Cell(RANDOM, "compressed-tensors", 4, 128, True)]
-    return [*cells, Cell(RANDOM, "gptq", 3, 128, True), Cell(RANDOM, "gptq", 4, 128, False), Cell(RANDOM, "compressed-tensors", 3, 128, True)]
+    grids = [("table", 3, -1, None), (NATIVE[0], 4, 128, True), (NATIVE[0], 3, 128, True), ("gptq", 4, 128, True), ("gptq", 3, 128, True)]
+    more = [("table", 2, -1, None), ("table", 4, -1, None), ("sparse", 3, 64, False), ("gptq", 4, 128, False), ("gptq", 2, 64, False)]
+    more += [(NATIVE[0], bits, group, symmetric) for bits, group, symmetric in ((4, 32, False), (3, 32, False), (2, 32, True), (2, 64, False))]
+    cells = [Cell(model, *grid) for model in (RANDOM, "tiny") for grid in grids] + [Cell(RANDOM, *grid) for grid in more]
+    narrow = [Cell("babyllama", "table", 3, -1, None), Cell("babyllama", NATIVE[0], 4, 32, True)] if "babyllama" in models(fast) else []
+    return [*cells, Cell("tiny", NATIVE[0], 2, 32, False), *narrow]
 
 
 CELLS = {
@@ -146,14 +155,19 @@ def packed(cell: Cell, source: Path) -> load.Loaded:
         k = w.shape[1]
         group = k if cell.group < 0 else cell.group
         columns = torch.randperm(k, generator=random) if cell.act_order else None
-        weight, _ = rtn.pack(w if columns is None else w[:, columns], None, dataclasses.replace(quant, bits=cell.bits), group, dtype)
+        if cell.to == "table":
+            weight, _ = learned.pack(w, None, dataclasses.replace(quant, packer="sketch"), group, dtype)
+        else:
+            weight, _ = rtn.pack(w if columns is None else w[:, columns], None, dataclasses.replace(quant, bits=cell.bits), group, dtype)
+        if cell.to == "sparse":  # zeros between the integers, as tuning leaves them
+            weight = dataclasses.replace(weight, values=Affine(weight.learned, (weight.zero + 0.25).to(dtype)))
         linear.swap(loaded.model, name, linear.to_packed(layer, dataclasses.replace(weight, columns=columns)))
     return loaded
 
 
 def exported(loaded: load.Loaded, cell: Cell, work: Path, out: Path) -> None:
     """The packed model as a folder of ours, act-order as one of GPTQ, and that exported."""
-    if cell.to == NATIVE and not cell.act_order:
+    if cell.to in NATIVE:
         write.write_folder(loaded, out)
         return
     source = work / "packed"
@@ -162,8 +176,8 @@ def exported(loaded: load.Loaded, cell: Cell, work: Path, out: Path) -> None:
         foreign(loaded, source)
     else:
         write.write_folder(loaded, source)
-    few = None if cell.to == NATIVE else TOKENS
-    export(str(source), out, projection.Target(to=cell.to, max_tokens=few, device="cpu"))
+    with patch.object(consumers, "installed", return_value=False):
+        export(str(source), out, projection.Target(to=cell.to, max_tokens=TOKENS, device="cpu"))
 
 
 def foreign(loaded: load.Loaded, folder: Path) -> None:
@@ -178,7 +192,7 @@ def foreign(loaded: load.Loaded, folder: Path) -> None:
 
 def held(weight: PackedWeight, to: str) -> PackedWeight | Tensor:
     """What a format holds of a weight."""
-    found = writers.of(to)
+    found = None if to in NATIVE else writers.of(to)
     return weight if found is None else found.held(weight)
 
 

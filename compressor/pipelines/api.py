@@ -1,5 +1,6 @@
 """The Python API: a loaded model, and the stages of a run as its methods, each of which changes it in place and returns at the end of it."""
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from compressor.pipelines import data as texts
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
 from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.projection import Target
 from compressor.pipelines.tuners import Tuning, resolved
 from compressor.recipe import Recipe
 from compressor.tune.batches import Batches, CausalLM
@@ -123,6 +125,15 @@ class Model:
         with export.published(path, 0) as place:
             beside = write.write_adapter(self._loaded, place, path.name)
             return write.write_folder(self._loaded, place, self._sparse) | ({"adapter_bytes": beside} if beside else {})
+
+    def export(self, folder: str | Path, to: str, **options: Any) -> dict[str, Any]:
+        """Write the model in the format of a server (see `compressor export`), new or empty folder; returns what is lost by it, and the proof.
+
+        Keys of `options` are those of pipelines.projection.Target (bits, group, symmetric, data, max_loss, …).
+        """
+        with tempfile.TemporaryDirectory() as work:
+            self.save(Path(work) / "packed")
+            return export.export(str(Path(work) / "packed"), Path(folder), Target(to, device=str(self._loaded.device), **options))[0]
 
     def save_task(self, path: str | Path) -> dict[str, Any]:
         """Write what a tuning moved alone, as one new safetensors file bound to the rest of the model (docs/format.md); returns its header.

@@ -1,7 +1,7 @@
 """The commands that start from a packed folder, ours or somebody else's: tune, export, doctor; `cli.py` gives them their names."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,13 +73,18 @@ def export(
 
     quiet()
     from compressor.pipelines import export as exporting
+    from compressor.pipelines import writers
     from compressor.pipelines.projection import Target
     from compressor.pipelines.show import RichShow
 
     names = [name.strip() for part in to for name in part.split(",")]
     if len(set(names)) != len(names):
         raise RecipeError(f"--to names {max(names, key=names.count)} twice: name each format once")
-    wanted = [Target(name, bits, group, sym, data, window, max_tokens, max_loss, device) for name in names]
+    heeded: dict[str, Any] = {
+        "bits": bits, "group": group, "symmetric": sym, "data": data, "window": window, "max_tokens": max_tokens, "max_loss": max_loss,
+    }  # fmt: skip
+    several = len(names) > 1  # options then concern those formats that heed them
+    wanted = [Target(name, device=device, **({} if several and writers.of(name) is None else heeded)) for name in names]
     for target in wanted:
         target.check()
     done = []

@@ -51,14 +51,20 @@ def described(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"quant_method": "mlx"} | found if found and mlx.describes(found) else found or {}
 
 
-def home(config: dict[str, Any], packed: dict[str, PackedWeight]) -> Format | None:
-    """The format that somebody else's folder of this config is in, if it has a place for these weights; else None, as for a folder of ours."""
+def of(config: dict[str, Any], where: Path | str) -> Format:
+    """The format that a packed folder of this config is in; ModelError if it is none of these."""
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method"))
-    if method in NATIVE or method not in FORMATS:
-        return None
-    form = gptq.same(quantization) if method == gptq.METHOD else FORMATS[method]
-    return form if form.fits(packed) is None else None
+    if method not in FORMATS:
+        raise ModelError(f"{where} is quantised as {method}; compressor reads folders of {' and '.join(FORMATS)}, and dense ones")
+    return gptq.same(quantization) if method == gptq.METHOD else FORMATS[method]
+
+
+def home(config: dict[str, Any], packed: dict[str, PackedWeight]) -> Format | None:
+    """The format of somebody else that a folder of this config is in, if it has a place for these weights; else None, as for ours."""
+    method = str((config.get("quantization_config") or {}).get("quant_method"))
+    form = None if method in NATIVE or method not in FORMATS else of(config, "")
+    return form if form is not None and form.fits(packed) is None else None
 
 
 def same(config: dict[str, Any], packed: dict[str, PackedWeight]) -> Format | None:

@@ -7,17 +7,20 @@ fit our sparse format, and HQQ's and MLX's.
 """
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from compressor import linear
-from compressor.errors import ModelError
+from compressor.errors import CompressorError, ModelError
 from compressor.export import conversions, shards
 from compressor.integrations.peft import FOLDER as ADAPTER
-from compressor.pipelines import compress, estimate, load, tools, write
+from compressor.packed import Affine, PackedWeight, zeros_as_floats
+from compressor.pipelines import compress, estimate, formats, load, tools, write
 from compressor.pipelines.job import plain, source_name
 from compressor.pipelines.journal import Journal
+from compressor.pipelines.methods import check_zeros_stay
 from compressor.pipelines.run import Run
 from compressor.pipelines.tuners import TUNERS, check_layers
 from compressor.recipe import Quant
@@ -29,9 +32,10 @@ class Retune(Run):
     """One run that tunes a packed model."""
 
     def check_source(self) -> None:
-        """ModelError for a model that is not packed, or has an adapter already."""
+        """ModelError for a model that is not packed, or in no format that is read, or has an adapter already."""
         if not self.config.get("quantization_config"):
             raise ModelError(f"{self.source} is not packed: `compressor run` packs and tunes a dense model")
+        formats.of(self.config, self.source)
         if (self.source / ADAPTER).is_dir():
             raise ModelError(f"{self.source} has an adapter beside its packed weights: export it with --to compressed-tensors, and tune that")
 
@@ -49,10 +53,9 @@ class Retune(Run):
         if self.recipe.tune.method == "table":
             to_tables(loaded)
         packed = load.packed_weights(loaded.model)
-        table = TUNERS[self.recipe.tune.method].table
-        if table is False and any(layer.table for layer in linear.packed_linears(loaded.model).values()):
-            raise ModelError(f"{self.source} holds tables, which {self.recipe.tune.method} cannot train: use --tune table")
+        self._check_kind(any(weight.learned.dim() == 3 for weight in packed.values()))
         check_layers(self.recipe.tune, {name: weight.shape for name, weight in packed.items()}, ())
+        self._destine(packed)
         method = str(self.config["quantization_config"]["quant_method"])
         loaded.rows = [
             {
@@ -71,6 +74,26 @@ class Retune(Run):
         }  # fmt: skip
         return loaded
 
+    def _check_kind(self, tables: bool) -> None:
+        """ModelError for a tuner of scales or zeros and a model of tables."""
+        if tables and TUNERS[self.recipe.tune.method].table is False:
+            raise ModelError(f"{self.source} holds tables, which {self.recipe.tune.method} cannot train: use --tune table")
+
+    def _destine(self, packed: dict[str, PackedWeight]) -> None:
+        """A note if the tuned model will not fit the format it came in; ModelError, before any work, if it will fit none."""
+        if self.recipe.tune.method == "qalora":
+            chosen = linear.targeted(packed, self.recipe.tune.targets)
+            zeros = {name: zeros_as_floats(packed[name].learned, packed[name].zero, packed[name].bits) for name in chosen}
+            packed = packed | {name: replace(packed[name], values=Affine(packed[name].learned, zero)) for name, zero in zeros.items()}
+        was = formats.of(self.config, self.source)
+        try:
+            now = formats.home(self.config, packed) or formats.pick(packed, self.sparse)
+        except CompressorError as error:
+            raise ModelError(f"{self.source} cannot be written once it is tuned: {error}") from None
+        if now is not was:
+            self.report.notes.append(f"the folder came as {was.NAME} and is written as {now.NAME}, which holds what {self.recipe.tune.method} tunes")
+            self.show.say(self.report.notes[-1])
+
     def dense(self, loaded: load.Loaded, journal: Journal) -> None:
         """Measures the model as it came, which is all that there is to compare with."""
         found = self.measured("packed", self.key_dense, loaded, journal)
@@ -79,14 +102,9 @@ class Retune(Run):
         self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=load.model_bytes(self.source))
 
     def measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> dict[str, Any]:
-        """What is tuned is measured as the folder will hold it; a note if that is no longer the format it came in."""
+        """As any run; what was tuned is first made what the folder will hold. An adapter leaves its base as it was."""
         if name == "tuned" and loaded.adapter is None:
             settle(loaded)
-            packed = load.packed_weights(loaded.model)
-            was = formats.FORMATS[str(self.config["quantization_config"]["quant_method"])]
-            now = formats.home(self.config, packed) or formats.pick(packed, self.sparse)
-            if type(now) is not type(was) or now.NAME != was.NAME:
-                pass
         return super().measured(name, key, loaded, journal)
 
     def absorber(self) -> Quant:
@@ -112,6 +130,7 @@ class Retune(Run):
         for name, layer in linear.linears(model).items():
             held = next((parts[name][leaf] for leaf in VALUES if leaf in parts[name]), None)
             if held is not None:
+                self._check_kind(held.dim() == 3)
                 count = held.numel() // (layer.out_features * (held.shape[2] if held.dim() == 3 else 1))
                 found.append(compress.Target(name, (layer.out_features, layer.in_features), layer.in_features // max(count, 1)))
                 values, stored = values + held.numel(), stored + sum(t.numel() * t.element_size() for t in parts[name].values())
@@ -120,11 +139,26 @@ class Retune(Run):
         return found, values, stored
 
 
+def settle(loaded: load.Loaded) -> None:
+    """Every weight as the format of somebody else's that it came in will hold it, in place; nothing where that has no place for it."""
+    packed = load.packed_weights(loaded.model)
+    form = formats.home(loaded.config, packed)
+    if form is not None:
+        replace_all(loaded, {name: formats.nearest(form, weight) for name, weight in packed.items()})
+
+
 def to_tables(loaded: load.Loaded) -> None:
     """Every affine layer with a table for each of its groups, in place. ModelError for act-order and 8 bits."""
-    for name, layer in linear.packed_linears(loaded.model).items():
+    found = {}
+    for name, weight in load.packed_weights(loaded.model).items():
         try:
-            weight = conversions.as_tables(layer.packed())
+            found[name] = conversions.as_tables(weight)
         except ModelError as error:
             raise ModelError(f"{loaded.name}: {name} cannot get tables: {error}") from None
-        linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
+    replace_all(loaded, found)
+
+
+def replace_all(loaded: load.Loaded, packed: dict[str, PackedWeight]) -> None:
+    """Other weights for the packed linears of these names, in place."""
+    for name, layer in linear.packed_linears(loaded.model).items():
+        linear.swap(loaded.model, name, linear.PackedLinear(packed[name], layer.bias).train(layer.training))

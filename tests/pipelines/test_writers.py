@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.errors import CompressorError, ModelError, RecipeError, UserError
+import compressor
+from compressor.errors import CompressorError, ModelError, OutputError, RecipeError, UserError
 from compressor.linear import packed_linears
 from compressor.packed import PackedWeight
 from compressor.pipelines import capabilities, compress, export, load, proof, write, writers
@@ -218,3 +219,15 @@ def test_a_consumer_agrees_and_one_that_does_not_stops_the_export(
     with pytest.raises(CompressorError, match="WRONG"):
         export.export(str(folders(3, symmetric)), tmp_path / "bad", target(to, window=8))
     assert not (tmp_path / "bad").exists()
+
+
+def test_in_python(folders: Any, tmp_path: Path) -> None:
+    model = compressor.load(str(folders(3, True)), "cpu")
+    found = model.export(tmp_path / "gptq", to="gptq")
+    assert found["exact"] and found["format"] == "GPTQ (gptq)"
+    again = compressor.load(str(tmp_path / "gptq"), "cpu")
+    assert torch.equal(logits(again.model), logits(model.model))
+    again.tune(data="python", steps=1, batch=2)
+    assert again.save(tmp_path / "tuned")["format"] == "GPTQ (gptq)"
+    with pytest.raises(OutputError, match="already holds files"):
+        model.export(tmp_path / "gptq", to="awq")
