@@ -297,14 +297,38 @@ def exports() -> str:
     return "\n".join([*lines, ""])
 
 
+def through_vllm() -> str:
+    """The section between the marks of docs/vllm.md: what was computed, of folders that a consumer took, and the texts that a server wrote."""
+    rows = [r for r in read("interop.csv") if r["step"] == "vllm"]
+    took = [r for r in rows if r["max_abs_error"]]
+    lines = ["| consumer, its dtype | folder | models | largest error | of the deviation of logits | same tokens |", "|---|---|---|---|---|---|"]
+    for consumer, kind, bits, symmetric in dict.fromkeys((r["consumer"], r["format"], r["bits"], r["symmetric"]) for r in took):
+        own = [r for r in took if (r["consumer"], r["format"], r["bits"], r["symmetric"]) == (consumer, kind, bits, symmetric)]
+        grid = {"True": ", symmetric", "False": ", asymmetric"}.get(symmetric, "")
+        share = max(float(r["max_abs_error"]) / float(r["logit_std"]) for r in own)
+        same = f"{sum(r['greedy_equal'] == 'True' for r in own)} of {len(own)}"
+        names, dtype = ", ".join(dict.fromkeys(r["model"] for r in own)), own[0]["note"].split(", ")[1]
+        error = max(float(r["max_abs_error"]) for r in own)
+        lines.append(f"| {consumer}, {dtype} | {kind}, {bits} bits{grid} | {names} | {error:.1e} | {share:.1e} | {same} |")
+    refused: dict[str, list[str]] = {}
+    for r in rows:
+        if r["verdict"] == "refused, as expected":
+            grid = {"True": " symmetric", "False": " asymmetric"}.get(r["symmetric"], "")
+            narrow = " of babyllama" if r["model"] == "babyllama" else ""
+            refused.setdefault(r["consumer"], []).append(f"{r['format']} {r['bits']} bits{grid}{narrow}")
+    said = [f"{consumer} refused {'; '.join(dict.fromkeys(found))}." for consumer, found in refused.items()]
+    return "\n".join([*lines, "", *(line for each in said for line in (each, ""))]).rstrip()
+
+
 def text() -> str:
     """The section between the marks of README.md."""
     rows = read("quality.csv")
     tiny = [r for r in rows if r["model"] == "tiny" and r["bits"] in ("", "3") and r["group"] in ("", "128") and r["symmetric"] == "True"]
     baby = [r for r in rows if r["model"] == "babyllama" and r["bits"] in ("", "3") and r["symmetric"] == "True"]
-    served, kernels = read("servers.csv"), read("cpu_kernels.csv")
-    worst = {kind: max(float(r["max_abs_logit_error"]) for r in served if r["symmetric"] == str(kind)) for kind in (True, False)}
-    versions = f"transformers {served[0]['transformers']} with compressed-tensors {served[0]['compressed_tensors']}"
+    kernels, served = read("cpu_kernels.csv"), [r for r in read("interop.csv") if r["step"] == "compressed-tensors" and r["max_abs_error"]]
+    worst = {kind: max(float(r["max_abs_error"]) for r in served if r["symmetric"] == str(kind)) for kind in (True, False)}
+    count = f"{len(served)} folders of {len({r['model'] for r in served})} models"
+    versions = f"{served[0]['note']} with compressed-tensors {served[0]['version']}"
     protocol = f"windows of {tiny[0]['window']} tokens that do not overlap, {tiny[0]['tokens']} tokens"
     lines = [
         f"`tiny` at 3 bits, groups of 128, held-out part of Python's language reference ({protocol}); out of domain: standard-library source:", "",
@@ -314,7 +338,7 @@ def text() -> str:
         *table(baby), "",
         "Our GPTQ beside GPTQModel 7.4.0 on `tiny`, groups of 128, same calibration windows, mean of three draws, perplexity in domain:", "",
         *peers(read("gptqmodel_peer.csv")), "",
-        f"Largest difference of logits between our packed forward and {versions}, float32, 2 to 4 bits, `tiny` and babyllama:",
+        f"Largest difference of logits between our packed forward and {versions}, float32, 2 to 4 bits, {count}:",
         f"{worst[True]:.1e} for symmetric folders (equal weights, sums in another order), {worst[False]:.1e} for asymmetric ones, whose",
         "weights transformers forms in the dtype of the scale.", "",
         f"Speed on a CPU ({kernels[0]['cpu']}): a linear of 4096 × 4096, times faster than dense float32 `F.linear` in the same run.",
@@ -334,7 +358,7 @@ def main() -> None:
     check = ap.parse_args().check
     sections = {
         "README.md": text, "docs/sketches.md": sketches, "docs/pruning.md": pruning, "docs/adapters.md": adapters, "docs/tasks.md": merges,
-        "docs/exports.md": exports, "docs/serving.md": servers.section,
+        "docs/exports.md": exports, "docs/serving.md": servers.section, "docs/vllm.md": through_vllm,
     }  # fmt: skip
     for name, make in sections.items():
         path, section = ROOT / name, make()

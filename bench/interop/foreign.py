@@ -15,7 +15,8 @@ float16. Exit code 1 where anything is not as expected.
 
     python bench/interop/foreign.py [--out bench/results/foreign.csv] [--model tiny] [--work DIR] [--jobs 2]
 
---work: where venvs and folders stay for the next run; else they are deleted. It takes some twenty minutes on two cores, beside what pip takes.
+--work: where venvs and folders stay for the next run, which makes no checkpoint again; else they are deleted. It takes some twenty minutes on two
+cores, beside what pip takes.
 """
 
 import argparse
@@ -50,10 +51,11 @@ COLUMNS = (
     "ours", "difference", "steps", "before", "after", "format_after", "same_tensors", "moved", "renumbered", "groups", "theirs_after", "ours_after",
     "difference_after", "limit", "verdict", "note",
 )  # fmt: skip
-WINDOW, TOKENS, STEPS_OF_TUNING = 256, 16384, 60
+WINDOW, TOKENS, STEPS_OF_TUNING, BATCH = 256, 4096, 60, 2
 EXACT, HALF = 1e-6, 1e-3  # relative differences of perplexity: the same weights in float32, weights formed in 16 bits
 SAME_RUN = 1e-6  # between `compressor eval` and the first measure of `compressor tune`
 LABELS = {"gptq": "checkpoint_format", "awq": "version", "compressed-tensors": "format"}  # the key that tells the variant of a format
+SHOWN = {"theirs": ".4f", "ours": ".4f", "difference": ".1e", "theirs_after": ".4f", "ours_after": ".4f", "difference_after": ".1e"}
 Row = dict[str, Any]
 
 
@@ -93,7 +95,6 @@ BATCHES = (
     Batch("gptqmodel-awq", (4,), ("--asym",), ("tiny",)),
     Batch("llmcompressor", (4, 3, 2)),
     Batch("llmcompressor", (4, 3, 2), ("--asym",)),
-    Batch("llmcompressor", (4,), ("--desc-act",)),
     Batch("hqq", (4, 3, 2)),
 )
 
@@ -172,7 +173,7 @@ def start_from(place: Place, made: Row) -> Row:
         measured = ours(place, before)
         row |= {"format": form(before), "theirs": made["perplexity"], "ours": measured["perplexity"], "tokens_of_ours": measured["tokens"]}
         run = compressor(
-            "tune", before, "--tune", "peqa", "--data", place.texts, "--steps", STEPS_OF_TUNING, "--batch", 4, "--window", WINDOW,
+            "tune", before, "--tune", "peqa", "--data", place.texts, "--steps", STEPS_OF_TUNING, "--batch", BATCH, "--window", WINDOW,
             "--max-tokens", TOKENS, "--device", "cpu", "--overwrite", "-o", after,
         )  # fmt: skip
         row |= {"steps": STEPS_OF_TUNING, "before": run["packed"]["domain"]["perplexity"], "after": run["tuned"]["domain"]["perplexity"]}
@@ -230,6 +231,8 @@ def again(place: Place, rows: list[Row]) -> list[Row]:
 
 def judged(row: Row) -> Row:
     """The row with its differences and a verdict: good, or NOT and everything that is wrong."""
+    if "failed" in row:
+        return row | {"verdict": "NOT made"}
     wrong = []
     for suffix in ("", "_after"):
         pair = row.get(f"theirs{suffix}", ""), row.get(f"ours{suffix}", "")
@@ -267,12 +270,9 @@ def shown(rows: list[Row]) -> Table:
     for row in rows:
         grid = ("sym" if row.get("symmetric") else "asym") + (", act-order" if row.get("act_order") else "")
         name = f"{row['model']} {row['library']} {row['version']}: {row.get('format', '')}, {row['bits']} bits, {grid}"
-        numbers = [f"{row[key]:{style}}" if row.get(key, "") != "" else "" for key, style in SHOWN.items()]
-        table.add_row(name, *numbers, row["verdict"], style="red" if row["verdict"] != "good" else None)
+        cells = [f"{row[key]:{style}}" if row.get(key, "") != "" else "" for key, style in SHOWN.items()]
+        table.add_row(name, *cells, row["verdict"], style="red" if row["verdict"] != "good" else None)
     return table
-
-
-SHOWN = {"theirs": ".4f", "ours": ".4f", "difference": ".1e", "theirs_after": ".4f", "ours_after": ".4f", "difference_after": ".1e"}
 
 
 def main() -> int:

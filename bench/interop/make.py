@@ -1,9 +1,9 @@
 """Writes the folders of one step of run.py with our package: OUT/NAME/ with the export, cell.json (what it is) and reference.npz (what it computes).
 
 reference.npz: ids int64 [T]; logits float32 [T, V] and greedy int64 [N] of our packed forward, in float32 on a CPU, on the weights that the format
-holds. served.json, of models that write text: a prompt, and what our greedy generation appends to it. Weights are packed by round-to-nearest, tables
-by k-means: what is checked is the way to other software, not the quality of grids. Exports do not prove themselves by consumers that happen to be
-installed here, because the readers do.
+holds; greedy ends before an end of text, where some readers stop. served.json, of models that write text: a prompt, and what our greedy generation
+appends to it. Weights are packed by round-to-nearest, tables by k-means: what is checked is the way to other software, not the quality of grids.
+Exports do not prove themselves by consumers that happen to be installed here, because the readers do.
 
     python bench/interop/make.py STEP OUT [--fast]
 """
@@ -55,6 +55,7 @@ class Cell:
     symmetric: bool | None  # None: tables
     act_order: bool = False
     cannot: str = ""
+    served: bool = True  # a text, too, of models that write some
 
     @property
     def name(self) -> str:
@@ -111,9 +112,10 @@ def vllm(fast: bool) -> list[Cell]:
     grids = [("table", 3, -1, None), (NATIVE[0], 4, 128, True), (NATIVE[0], 3, 128, True), ("gptq", 4, 128, True), ("gptq", 3, 128, True)]
     more = [("table", 2, -1, None), ("table", 4, -1, None), ("sparse", 3, 64, False), ("gptq", 4, 128, False), ("gptq", 2, 64, False)]
     more += [(NATIVE[0], bits, group, symmetric) for bits, group, symmetric in ((4, 32, False), (3, 32, False), (2, 32, True), (2, 64, False))]
-    cells = [Cell(model, *grid) for model in (RANDOM, "tiny") for grid in grids] + [Cell(RANDOM, *grid) for grid in more]
-    narrow = [Cell("babyllama", "table", 3, -1, None), Cell("babyllama", NATIVE[0], 4, 32, True)] if "babyllama" in models(fast) else []
-    return [*cells, Cell("tiny", NATIVE[0], 2, 32, False), *narrow]
+    cells = [Cell(model, *grid, served=grid[0] != "gptq") for model in (RANDOM, "tiny") for grid in grids] + [Cell(RANDOM, *grid) for grid in more]
+    cells += [Cell("tiny", NATIVE[0], 2, 32, False, served=False)]
+    narrow = [Cell("babyllama", *grid, served=False) for grid in (("table", 3, -1, None), (NATIVE[0], 4, 32, True))]
+    return [*cells, *(narrow if "babyllama" in models(fast) else [])]
 
 
 CELLS = {
@@ -209,13 +211,15 @@ def hold(loaded: load.Loaded, to: str) -> None:
 
 
 def reference(model: Any, vocab: int) -> dict[str, np.ndarray]:
-    """What our forward computes: ids [T], logits [T, V], and the greedy continuation [N] of ids."""
+    """What our forward computes: ids [T], logits [T, V], and the greedy continuation [N] of ids, up to an end of text."""
     ids = torch.randint(1, vocab, (1, IDS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits, longer = model(ids).logits[0].float(), ids
         for _ in range(GREEDY):
             longer = torch.cat([longer, model(longer).logits[:, -1:].argmax(-1)], 1)
-    return {"ids": ids[0].numpy(), "logits": logits.numpy(), "greedy": longer[0, IDS:].numpy()}
+    greedy, ends = longer[0, IDS:], model.config.eos_token_id
+    stops = torch.isin(greedy, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])).nonzero()
+    return {"ids": ids[0].numpy(), "logits": logits.numpy(), "greedy": greedy[: int(stops[0]) if len(stops) else None].numpy()}
 
 
 def served(model: Any, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -245,7 +249,7 @@ def make(cell: Cell, source: Path, work: Path, out: Path) -> None:
         return
     hold(loaded, cell.to)
     np.savez(out / "reference.npz", **reference(loaded.model.eval(), loaded.config["vocab_size"]))
-    if cell.model in PROMPTS:
+    if cell.served and cell.model in PROMPTS:
         (out / "served.json").write_text(json.dumps(served(loaded.model, loaded.tokenizer, cell.model)), "utf-8")
     (out / "cell.json").write_text(json.dumps(facts), "utf-8")
 

@@ -92,9 +92,7 @@ def llmcompressor(args: argparse.Namespace, bits: int, rows: torch.Tensor, folde
     weights = {"num_bits": bits, "type": "int", "symmetric": not args.asym, "strategy": "group", "group_size": args.group}
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": [[1] * rows.shape[1]] * len(rows)})
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"], actorder="group" if args.desc_act else None
-    )
+    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=rows.shape[1], num_calibration_samples=len(data))
     model.save_pretrained(folder, save_compressed=True)
 
@@ -161,13 +159,16 @@ LIBRARIES = {  # how they make a folder, how they load one, what pip calls them
 
 
 def make(args: argparse.Namespace, bits: int) -> Path:
-    """One folder, new. The library's own files stay as they are; the tokenizer is that of the model."""
+    """One folder, as the library writes it, with the tokenizer of the model and made.json; one with made.json is not made again."""
     grid = f"{bits}bit-g{args.group}-{'asym' if args.asym else 'sym'}{'-act' * args.desc_act}{'-v2' * (args.form == 'gptq_v2')}"
     folder = args.out / f"{args.model.name}-{args.library}-{grid}"
+    if (folder / "made.json").exists():
+        return folder
     shutil.rmtree(folder, ignore_errors=True)
     LIBRARIES[args.library][0](args, bits, windows(args.model, args.calibrate, args.window, CALIBRATION * args.window), folder)
     for path in (path for pattern in TOKENIZER for path in args.model.glob(pattern)):
         shutil.copyfile(path, folder / path.name)
+    (folder / "made.json").write_text(json.dumps({key: str(value) for key, value in vars(args).items()} | {"bits": bits}))
     return folder
 
 
@@ -194,8 +195,8 @@ def parsed() -> argparse.Namespace:
     making.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     making.add_argument("--group", type=int, default=32)
     making.add_argument("--asym", action="store_true", help="always so of hqq: its zeros are floats")
-    making.add_argument("--desc-act", action="store_true")
-    making.add_argument("--form", default="gptq", choices=("gptq", "gptq_v2"), help="of gptqmodel")
+    making.add_argument("--desc-act", action="store_true", help="of gptqmodel: llm-compressor's GPTQ has no actorder=group any more")
+    making.add_argument("--form", default="gptq", choices=("gptq", "gptq_v2"), help="of gptqmodel, too")
     reading = commands.add_parser("read", parents=[both, after])
     reading.add_argument("folders", type=Path, nargs="+")
     return parser.parse_args()

@@ -8,6 +8,7 @@ Every engine gets a process of its own, because one that failed poisons the next
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -93,6 +94,12 @@ def plugged() -> bool:
     return any(point.name == "compressor" for point in entry_points(group="vllm.general_plugins"))
 
 
+def chosen(routes: str, dtype: str) -> list[tuple[str, str]]:
+    """Routes, and the dtype of each: those that are asked for, or all that are installed."""
+    names = routes.split(",") if routes else [*ROUTES] if plugged() else ["own"]
+    return [(name, dtype or ("float32" if name == "plugin" else "float16")) for name in names]
+
+
 def reason(text: str) -> str:
     """The line of an error that says why: pydantic puts a heading above it, and the lists of kernels an introduction."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -103,11 +110,14 @@ def apart(folder: Path, route: str, dtype: str, eager: bool) -> dict:
     """The same row from a process of its own."""
     plugins = {"VLLM_PLUGINS": NONE} if route == "own" else {}
     command = [sys.executable, __file__, "--inside", "--routes", route, "--dtype", dtype, *([] if eager else ["--compile"]), str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT | dict(os.environ) | plugins, capture_output=True, text=True, timeout=SECONDS)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"consumer"')]
-    if lines:
-        return json.loads(lines[-1])
-    return {"consumer": ROUTES[route], "version": distribution(), "folder": folder.name, "refused": reason(done.stderr.strip()[-300:]), "note": dtype}
+    said = f"no answer within {SECONDS} s"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, env=ENVIRONMENT | dict(os.environ) | plugins, capture_output=True, text=True, timeout=SECONDS)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"consumer"')]
+        if lines:
+            return json.loads(lines[-1])
+        said = reason(done.stderr.strip()[-300:])
+    return {"consumer": ROUTES[route], "version": distribution(), "folder": folder.name, "refused": said, "note": dtype}
 
 
 def main() -> None:
@@ -118,10 +128,8 @@ def main() -> None:
     ap.add_argument("--compile", action="store_true")
     ap.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     a = ap.parse_args()
-    routes = a.routes.split(",") if a.routes else [*ROUTES] if plugged() else ["own"]
     for folder in a.folders:
-        for route in routes:
-            dtype = a.dtype or ("float32" if route == "plugin" else "float16")
+        for route, dtype in chosen(a.routes, a.dtype):
             print(json.dumps((one if a.inside else apart)(folder, route, dtype, not a.compile)), flush=True)
 
 

@@ -40,8 +40,8 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """readers: scripts for the folders, those with {folder} for each that has a served.json; pip: what they need; base: the packages of this
-    interpreter are there, too; ours: compressor is installed without what it needs; drop: what pip brings and must not stay; minutes: of one reader."""
+    """readers: scripts for the folders, those with {folder} for each that has a served.json; pip: what they need; base: this interpreter's packages
+    are there, too; ours: compressor is installed without what it needs; drop: what pip brings and must not stay; minutes: of one reader."""
 
     pip: tuple[str, ...]
     readers: tuple[str, ...]

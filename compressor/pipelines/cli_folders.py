@@ -64,7 +64,7 @@ def export(
         typer.Option("--data", "--dataset", help="text to measure a loss on; default: the one an adapter learnt, else Python's manual"),
     ] = None,
     window: Annotated[Count, typer.Option(help="tokens of its windows; default: what the model was made for, at most 2048")] = None,
-    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="stop measuring after this many tokens; default: never")] = None,
+    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="measure on so many tokens; default: 16384 for roundings, else all")] = None,
     max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share (0.05)")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:

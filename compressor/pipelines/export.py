@@ -87,7 +87,7 @@ def stored_dense(loaded: load.Loaded) -> Iterable[tuple[str, Tensor]]:
     """The tensors of the source that are not packed, as it stores them; those of formats with dense weights of their own all at once."""
     if loaded.config["quantization_config"].get("quant_method") in STREAMED:
         return dense.unpacked(loaded.folder, load.weight_files(loaded.folder), PARTS)
-    return load.read_packed(loaded.folder, loaded.config)[0].items()
+    return load.belonging(loaded.model, load.read_packed(loaded.folder, loaded.config)[0]).items()
 
 
 def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path) -> dict[str, Any]:

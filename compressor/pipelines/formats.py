@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CompressorError, ModelError
-from compressor.export import awq, compressed_tensors, dense, gptq, hqq, mlx, shards, sparse, table
+from compressor.export import awq, compressed_tensors, conversions, dense, gptq, hqq, mlx, shards, sparse, table
 from compressor.packed import Affine, PackedWeight
 
 
@@ -82,6 +82,7 @@ def nearest(form: Any, weight: PackedWeight) -> PackedWeight:
     """What somebody else's format makes of a weight that fits, as it will be read again; the same object where not a bit of the model changes.
 
     MLX stores the product of scale and zero, which is rounded: zeros become what the rounded ones say, and stay so when they are stored again.
+    GPTQ's mirrored groups are mirrored back, as a reader of ours does.
     """
     if form is mlx:
         scale, bias = mlx.scales_of(weight)
@@ -89,7 +90,7 @@ def nearest(form: Any, weight: PackedWeight) -> PackedWeight:
         alike = zero is now if zero is None or now is None else zero.dtype == now.dtype and torch.equal(zero, now)
         return weight if alike else replace(weight, values=Affine(scale, zero))
     held: PackedWeight = form.held(weight)
-    return weight if torch.equal(dense.dequantize(held), dense.dequantize(weight)) else held
+    return weight if torch.equal(dense.dequantize(held), dense.dequantize(weight)) else conversions.positive(held)
 
 
 def pick(packed: dict[str, PackedWeight], sparse_too: bool = False) -> Format:

@@ -21,7 +21,7 @@ from compressor.errors import ModelError, RecipeError, UserError
 from compressor.export import conversions, shards
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines.formats import FORMATS, described
+from compressor.pipelines import formats
 from compressor.prune import slicing
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -126,7 +126,7 @@ def any_config(folder: Path) -> dict[str, Any]:
     for key in ("vocab_size", "hidden_size", "max_position_embeddings"):
         if key in config and (not isinstance(config[key], int) or config[key] < 1):
             raise ModelError(f"{folder}/config.json is damaged: {key} is {config[key]!r}")
-    kinds, packed = config.get("architectures") or [], described(folder, config)
+    kinds, packed = config.get("architectures") or [], formats.described(folder, config)
     return config | {"architectures": kinds if isinstance(kinds, list) else [kinds]} | ({"quantization_config": packed} if packed else {})
 
 
@@ -195,7 +195,8 @@ def fingerprint(folder: Path) -> str:
 def model_files(folder: Path) -> list[Path]:
     """The files a server needs: config, weights with their index, tokenizer and its companions; what else lies there is not the model."""
     weights = weight_files(folder)
-    index = [] if weights[0].name == "model.safetensors" else [folder / INDEX]
+    found = ["quantize_config.json", *([] if weights[0].name == "model.safetensors" else [INDEX])]
+    index = [folder / name for name in found if (folder / name).exists()]
     beside = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     return [folder / "config.json", *index, *weights, *sorted(beside)]
 
@@ -279,11 +280,10 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     cannot build."""
     tensors, packed = read_packed(folder, config)
     model = empty_model(folder)
+    tensors = belonging(model, tensors)
     for module_name, weight in packed.items():
         layer = _linear_at(model, module_name, folder)
         bias = tensors.pop(f"{module_name}.bias", None)
-        if bias is not None and layer.bias is None and not bool(bias.any()):
-            bias = None  # AutoGPTQ wrote zeros where the architecture has none
         if (bias is None) != (layer.bias is None):
             raise ModelError(f"{folder}: {module_name} {'lacks its' if bias is None else 'has a foreign'} bias")
         if weight.shape != (layer.out_features, layer.in_features):
@@ -303,10 +303,7 @@ def read_packed(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Tensor]
     quantization = config.get("quantization_config")
     if not quantization:
         return shards.read_weights(folder, weight_files(folder), ())[0], {}
-    method = str(quantization.get("quant_method"))
-    if method not in FORMATS:
-        raise ModelError(f"{folder} is quantised as {method}; compressor reads folders of {' and '.join(FORMATS)}, and dense ones")
-    return FORMATS[method].read(folder, weight_files(folder), quantization)
+    return formats.of(config, folder).read(folder, weight_files(folder), quantization)
 
 
 def auto_class(config: dict[str, Any]) -> Any:
@@ -343,6 +340,12 @@ def _linear_at(model: nn.Module, name: str, folder: Path) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise ModelError(f"{folder}: the packed weight {name} belongs to no linear layer of this architecture")
     return layer
+
+
+def belonging(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what older software left in folders: rotary frequencies, and biases of zeros of linears that have none (AutoGPTQ)."""
+    none = {f"{name}.bias" for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer.bias is None}
+    return {k: t for k, t in tensors.items() if not k.endswith("rotary_emb.inv_freq") and (k not in none or bool(t.any()))}
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:

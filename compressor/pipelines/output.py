@@ -17,7 +17,7 @@ from compressor.pipelines.load import COMPANIONS, INDEX, weight_files
 
 TASK_FILE = "task.safetensors"
 OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html", TASK_FILE)  # about the model, not of it: not counted in its size
-WRITTEN = (*OWN_FILES, *COMPANIONS, INDEX, "config.json", "model*.safetensors")
+WRITTEN = (*OWN_FILES, *COMPANIONS, INDEX, "config.json", "quantize_config.json", "model*.safetensors")
 
 
 def contract(report: dict[str, Any], output: Path) -> dict[str, Any]:

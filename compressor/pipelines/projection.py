@@ -25,6 +25,7 @@ from compressor.pipelines.sources import Corpus
 from compressor.quant import resolve_group, rtn
 from compressor.recipe import Quant, Recipe
 
+ENOUGH = 1 << 14  # tokens that a rounding is measured on, unless --max-tokens says otherwise: the same before and after
 GRID, MEASURING = ("bits", "group", "symmetric"), ("data", "window", "max_tokens", "max_loss")  # fields of Target
 
 
@@ -127,13 +128,18 @@ def settled(loaded: load.Loaded, target: Target, writer: writers.Writer, done: d
     if not changed:
         return {"exact": True} | out
     corpus, window = data.load_text("python" if target.data is None else target.data), load.context(loaded.config, target.window)
+    measured = done.get("perplexity")  # of a projection on the same text, or of an adapter that was absorbed, on its own
+    target = target if target.max_tokens is not None or measured else replace(target, max_tokens=ENOUGH)
     before = _perplexity(loaded, corpus, window, target, "evaluate as it is", show)
     for name, module in changed.items():
         linear.swap(loaded.model, name, module)
     after = _perplexity(loaded, corpus, window, target, f"evaluate as {writer.NAME}", show)
     first, last = before["text"]["perplexity"], after["text"]["perplexity"]
     show.say(f"perplexity {first:.3f} as it is, {last:.3f} as {writer.NAME}: {last / first - 1:+.2%}")
-    first = done["perplexity"]["before"] if "perplexity" in done and "adapter" not in done else first
+    if measured and "adapter" in done:
+        _check_loss(first, last, target, "try another --to")
+        return out | {"exact": False, "rounding": {"before": first, "after": last, "growth": last / first - 1}}
+    first = measured["before"] if measured else first
     _check_loss(first, last, target, "try another --to")
     return out | {"exact": False, "perplexity": {"before": first, "after": last, "growth": last / first - 1, "protocol": after["protocol"]["text"]}}
 

@@ -2,8 +2,9 @@
 
 Codes stay, whoever chose them; scales, zeros, or what is put beside them learn. A GPTQ folder comes out as a GPTQ folder that the same software
 loads. With `--tune table` every group of an affine weight gets a table of its own values (export/conversions.py), which no format but ours holds. The
-model before tuning takes the place of the dense one as what the result is compared with. Limits: causal language models; zeros that `qalora` tuned
-fit our sparse format, and HQQ's and MLX's.
+model before tuning takes the place of the dense one as what the result is compared with. What a format rounds (MLX's biases, scales and dense tensors
+that are wider than it stores them) is rounded before it is measured, and a model that leaves its format says so in a note. Limits: causal
+language models; zeros that `qalora` tuned fit our sparse format, and HQQ's and MLX's.
 """
 
 from collections import defaultdict

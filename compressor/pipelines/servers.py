@@ -59,7 +59,7 @@ class Advice:
 
 SERVERS = {
     "vllm": Server(
-        "vLLM 0.32", "CUDA, sm80 and later for 4 and 8 bits (Marlin), sm75 for 2 and 3 (Humming); CPUs: AVX-512",
+        "vLLM 0.32", "CUDA, sm80 and later (Marlin; compressor's plug-in); CPUs: AVX-512",
         "compressed-tensors or gptq, 4 bits and symmetric", {"gptq": "vllm serve {folder} --dtype float16", "": "vllm serve {folder}"},
     ),
     "llama.cpp": Server(
@@ -103,6 +103,10 @@ def beyond(*bits: int) -> Callable[[Facts], bool]:
     return lambda found: not found.bits <= set(bits)
 
 
+def eight(found: Facts) -> bool:
+    return 8 in found.bits and found.bits <= {4, 8}
+
+
 def asymmetric(found: Facts) -> bool:
     return not found.symmetric
 
@@ -119,23 +123,27 @@ def split(found: Facts) -> bool:
     return found.split() is not None
 
 
-PLUGIN = "its plug-in of compressor must be installed beside vLLM: pip install compressor"
-HUMMING = "2 and 3 bits need vLLM's optional Humming kernel, CUDA sm75 and later, or compressor's plug-in: pip install compressor beside vLLM"
+BESIDE = "compressor's plug-in must be installed beside vLLM: pip install --no-deps compressor (docs/vllm.md)"
+HUMMING = f"{BESIDE}; on CUDA, sm75 and later, vLLM's optional Humming kernel does, too"
+FUSED = "layers that it fuses (q, k, v; gate, up) are packed in different ways"
 RULES = (
     Rule("vllm", ("dense",), YES, "", RAN),
-    Rule("vllm", ("compressed-tensors",), YES, "Marlin and Machete kernels", READ, only(4, 8)),
-    Rule("vllm", ("compressed-tensors",), CONDITIONS, HUMMING, READ, beyond(4, 8)),
+    Rule("vllm", ("compressed-tensors",), YES, "Marlin and Machete kernels, on CPUs one of its own", RAN, only(4)),
+    Rule("vllm", ("compressed-tensors",), YES, "Marlin and Machete kernels; CPUs need compressor's plug-in", READ, eight),
+    Rule("vllm", ("compressed-tensors",), CONDITIONS, HUMMING, RAN, beyond(4, 8)),
     Rule("vllm", ("compressed-tensors",), CONDITIONS, "act-order was not looked at", READ, lambda f: f.act_order and only(4, 8)(f)),
     Rule("vllm", ("compressed-tensors",), NO, "its kernel for 2 and 3 bits takes no act-order", READ, lambda f: f.act_order and beyond(4, 8)(f)),
-    Rule("vllm", ("gptq",), NO, "it takes GPTQ only where weights are symmetric", RAN, asymmetric),
-    Rule("vllm", ("gptq",), NO, "it takes no act-order in groups", RAN, lambda f: f.act_order and f.groups != {-1}),
-    Rule("vllm", ("gptq",), YES, "Marlin kernel", READ, only(4, 8)),
-    Rule("vllm", ("gptq",), CONDITIONS, "2 and 3 bits need `--quantization humming`, CUDA sm75 and later", READ, beyond(4, 8)),
+    Rule("vllm", ("gptq",), CONDITIONS, f"it takes GPTQ only where weights are symmetric: {BESIDE}", RAN, asymmetric),
+    Rule("vllm", ("gptq",), CONDITIONS, f"it takes no act-order in groups: {BESIDE}", READ, lambda f: f.act_order and f.groups != {-1}),
+    Rule("vllm", ("gptq",), YES, "Marlin kernel, on CPUs one of its own", RAN, lambda f: f.symmetric and only(4)(f)),
+    Rule("vllm", ("gptq",), YES, "Marlin kernel; CPUs need compressor's plug-in", READ, lambda f: f.symmetric and eight(f)),
+    Rule("vllm", ("gptq",), CONDITIONS, f"it takes GPTQ of 4 and 8 bits: {BESIDE}", RAN, lambda f: f.symmetric and beyond(4, 8)(f)),
     Rule("vllm", ("awq",), YES, "", READ),
     Rule("vllm", ("compressed-tensors", "gptq"), CONDITIONS, "kernels know groups of 32, 64 and 128 and whole rows", READ, odd_group),
     Rule("vllm", PACKED, CONDITIONS, "outputs that are no multiple of 64, or inputs of 128, need a version that pads", READ, ragged),
-    Rule("vllm", PACKED, NO, "layers that it fuses (q, k, v; gate, up) are packed in different ways", READ, split),
-    Rule("vllm", ("table", "sparse"), CONDITIONS, PLUGIN, RAN),
+    Rule("vllm", ("awq",), NO, FUSED, READ, split),
+    Rule("vllm", ("compressed-tensors", "gptq"), CONDITIONS, f"{FUSED}, which takes `--quantization compressor`: {BESIDE}", READ, split),
+    Rule("vllm", ("table", "sparse"), CONDITIONS, BESIDE, RAN),
     Rule("vllm", ("gguf",), CONDITIONS, "GGUF is read by its own plug-in: pip install vllm-gguf-plugin", READ),
     Rule("llama.cpp", ("gguf",), YES, "it rounds activations to 8 bits", RAN),
     Rule("transformers", ("dense",), YES, "", RAN),
@@ -160,7 +168,7 @@ RULES = (
     Rule("sglang", ("compressed-tensors",), YES, "", READ, only(4, 8)),
     Rule("sglang", ("compressed-tensors",), NO, "it takes weights of 4 and 8 bits", READ, beyond(4, 8)),
     Rule("sglang", ("awq",), YES, "", READ),
-    Rule("sglang", PACKED, NO, "layers that it fuses (q, k, v; gate, up) are packed in different ways", READ, split),
+    Rule("sglang", PACKED, NO, FUSED, READ, split),
     Rule("sglang", ("gguf",), CONDITIONS, "on CUDA only", READ),
     Rule("gptqmodel", ("gptq",), YES, "2, 3, 4 and 8 bits", RAN),
     Rule(
@@ -254,8 +262,8 @@ def command_of(name: str, found: Facts, folder: Path) -> str:
     command = commands.get(kind, commands[""])
     quoted = (lambda text: text) if "python -c" in command else shlex.quote
     command = command.format(folder=quoted(str(path)), parent=quoted(str(path.parent)), name=quoted(path.name), bits=min(found.bits, default=4))
-    if name == "vllm" and kind == "gptq" and not found.bits <= {4, 8}:
-        command += " --quantization humming"
+    if name == "vllm" and kind in ("compressed-tensors", "gptq") and split(found):
+        command += " --quantization compressor"
     if name == "vllm" and found.adapter:
         command += f" --enable-lora --lora-modules tuned={shlex.quote(str(folder / 'adapter'))}"
     return command

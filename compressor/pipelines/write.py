@@ -1,6 +1,5 @@
 """The output folder: weights in the format that holds them, what servers need beside them, and the proof that nothing changed on the way."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from compressor.export import sparse as sparse_format
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import formats
-from compressor.pipelines.load import COMPANIONS, Loaded, model_bytes, read_packed, weight_files
+from compressor.pipelines.load import COMPANIONS, Loaded, any_config, model_bytes, read_packed, weight_files
 
 
 def round_to_folder(loaded: Loaded, packed: set[str]) -> None:
@@ -121,8 +120,7 @@ def prove(folder: Path, dense: dict[str, Tensor], packed: dict[str, PackedWeight
 
     Equal codes, tables, scales and zeros make equal weights bit for bit; dense tensors must not have changed in the conversion to the folder's dtype.
     """
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    again_dense, again = read_packed(folder, config)
+    again_dense, again = read_packed(folder, any_config(folder))
     if set(again) != set(packed) or set(again_dense) != set(dense):
         raise CompressorError(f"{folder} was written, but reading it back gives other tensor names")
     for name, weight in packed.items():

@@ -42,10 +42,11 @@ def dense_folder(folder: Path, tokenizer: Any, dtype: torch.dtype = torch.float1
 def packed_folder(dense: Path, folder: Path, form: str, bits: int = 4, symmetric: bool = False, group: int = 32, edit: Edit | None = None) -> Path:
     """The dense folder packed by round-to-nearest, each weight then changed by `edit`, as a folder of a format."""
     loaded, quant = load.load(str(dense), "cpu"), Quant(packer="rtn", bits=bits, group=group, symmetric=symmetric, shrink=False)
-    for name, layer in linears(loaded.model.model).items():
+    model: Any = loaded.model
+    for name, layer in linears(model.model).items():
         weight = rtn.pack(layer.weight.detach().float(), None, quant, group, torch.float16)[0]
         weight = conversions.as_tables(weight) if form == "compressor" else weight
-        swap(loaded.model.model, name, to_packed(layer, edit(weight) if edit else weight))
+        swap(model.model, name, to_packed(layer, edit(weight) if edit else weight))
     packed, writer = load.packed_weights(loaded.model), FORMS[form]
     assert writer.fits(packed) is None
     packed = packed if form in (*NATIVE, "mlx") else {name: writer.held(weight) for name, weight in packed.items()}

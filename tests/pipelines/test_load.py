@@ -164,7 +164,7 @@ def test_table_folder_loads_packed_and_computes_the_same(tables: tuple[Path, tor
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"quant_method": "gptq"}, "quantised as gptq; compressor reads folders of compressed-tensors and compressor"),
+        ({"quant_method": "bitsandbytes"}, "quantised as bitsandbytes; compressor reads folders of compressed-tensors and compressor"),
         ({"quant_method": ["x"]}, r"quantised as \['x'\]"),
         ({"quant_method": None}, "quantised as None"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors/table"),

@@ -35,6 +35,7 @@ def own(folder: Any, tmp_path: Path) -> Any:
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path, *args: str) -> str:
     """The one sentence on stderr of a command that exits with 2 and writes nothing in `place`."""
     before = sorted(place.rglob("*"))
+    capsys.readouterr()  # what making the folder had to say
     code, out, err = call(monkeypatch, capsys, *args, "-o", str(place / "refused"))
     assert code == 2 and not out, err
     assert err.startswith("error: ") and len(err.strip().splitlines()) == 1 and sorted(place.rglob("*")) == before
@@ -86,9 +87,7 @@ def test_folders_that_cannot_be_read(
     assert words in refused(monkeypatch, capsys, tmp_path, "tune", str(source), *options)
 
 
-def test_what_is_not_packed_and_what_is(
-    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_not_packed_and_what_is(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     dense, packed = folder("gptq").parent / "dense", folder("gptq")
     assert "is not packed: `compressor run` packs" in refused(monkeypatch, capsys, tmp_path, "tune", str(dense))
     assert "is not packed: `compressor run` packs" in refused(monkeypatch, capsys, tmp_path, "tune", str(dense), "--dry-run")

@@ -160,11 +160,12 @@ def test_damaged_configurations_give_one_sentence(tmp_path: Path, config: dict[s
         ("vllm", facts("compressed-tensors", 3, act_order=True), "no", "no act-order"),
         ("vllm", facts("compressed-tensors", 4, 16), "with conditions", "groups of 32, 64 and 128"),
         ("vllm", facts("gptq", 4, version="gptq"), "yes", "Marlin"),
-        ("vllm", facts("gptq", 4, symmetric=False), "no", "only where weights are symmetric"),
-        ("vllm", facts("gptq", 4, act_order=True), "no", "no act-order"),
+        ("vllm", facts("gptq", 4, symmetric=False), "with conditions", "only where weights are symmetric: compressor's plug-in"),
+        ("vllm", facts("gptq", 4, act_order=True), "with conditions", "no act-order in groups: compressor's plug-in"),
+        ("vllm", facts("gptq", 8), "yes", "CPUs need compressor's plug-in"),
         ("vllm", facts("gptq", 4, -1, act_order=True), "yes", "Marlin"),
-        ("vllm", facts("gptq", 2), "with conditions", "--quantization humming"),
-        ("vllm", facts("table", 3, 0, None), "with conditions", "pip install compressor"),
+        ("vllm", facts("gptq", 2), "with conditions", "4 and 8 bits: compressor's plug-in"),
+        ("vllm", facts("table", 3, 0, None), "with conditions", "pip install --no-deps compressor"),
         ("vllm", facts("mlx", 4), "no", "--to compressed-tensors"),
         ("llama.cpp", facts("compressed-tensors"), "no", "--to gguf"),
         ("transformers", facts("compressed-tensors", 4), "yes", "compressed-tensors"),
@@ -196,11 +197,14 @@ def test_every_rule_speaks(server: str, found: Facts, wanted: str, why: str) -> 
 def test_layers_that_servers_fuse_must_be_alike() -> None:
     mixed = facts("compressed-tensors")
     unlike = Facts(**{**vars(mixed), "schemes": {**mixed.schemes, LAYERS[1]: Scheme(8, 128, True)}})
-    assert (verdict("vllm", unlike), verdict("sglang", unlike), verdict("transformers", unlike)) == ("no", "no", "yes")
+    assert (verdict("vllm", unlike), verdict("sglang", unlike), verdict("transformers", unlike)) == ("with conditions", "no", "yes")
+    assert "--quantization compressor" in str(servers.judge("vllm", unlike, Path("x")).command)
     apart = Facts(**{**vars(mixed), "schemes": {**mixed.schemes, LAYERS[3]: Scheme(8, 128, True)}})
     assert verdict("vllm", apart) == "yes"
     dense = {name: scheme for name, scheme in mixed.schemes.items() if name != LAYERS[2]}
-    assert verdict("vllm", Facts(**{**vars(mixed), "schemes": dense, "dense": frozenset({LAYERS[2]})})) == "no"
+    assert verdict("vllm", Facts(**{**vars(mixed), "schemes": dense, "dense": frozenset({LAYERS[2]})})) == "with conditions"
+    awq = facts("awq", symmetric=False)
+    assert verdict("vllm", Facts(**{**vars(awq), "schemes": {**awq.schemes, LAYERS[1]: Scheme(8, 128, False)}})) == "no"
     assert verdict("transformers", Facts(**{**vars(unlike), "schemes": {**mixed.schemes, LAYERS[1]: Scheme(8, 128, False)}})) == "no"
 
 
@@ -241,7 +245,7 @@ def test_the_text_says_what_the_rules_say() -> None:
     text = servers.section()
     for name in servers.SERVERS:
         assert f"### {name}\n" in text
-    assert "| gptq | asymmetric 2, 3, 4, 8 bits | no | it takes GPTQ only where weights are symmetric | run |" in text
+    assert "| gptq | asymmetric 2, 3, 4, 8 bits | with conditions | it takes GPTQ only where weights are symmetric: compressor's plug-in" in text
     assert "llama-server -m FOLDER/model-auto.gguf" in text
     reasons = {rule.why for rule in servers.RULES if rule.why and rule.seen == "run"} - {""}
     assert sum(why in text for why in reasons) > len(reasons) // 2
