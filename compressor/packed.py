@@ -65,6 +65,9 @@ class PackedWeight:
             raise ModelError(f"{kind} of shape {tuple(learned.shape)} do not fit a weight of shape {(n, k)}, {bits} bits and groups of {group}")
         if codes.numel() and int(codes.max()) >= 1 << bits:
             raise ModelError(f"code {int(codes.max())} does not fit {bits} bits")
+        zero = values.zero if isinstance(values, Affine) else None
+        if zero is not None and zero.numel() and not zero.is_floating_point() and int(zero.max()) >= 1 << bits:
+            raise ModelError(f"zero {int(zero.max())} does not fit {bits} bits")
         if columns is not None and not torch.equal(columns.sort().values.cpu(), torch.arange(k)):
             raise ModelError(f"columns of shape {tuple(columns.shape)} are no permutation of the {k} columns of a weight")
         return cls(layout.pack_tiles(codes, bits, reference.order(learned)), values, bits, group, (n, k), columns)
@@ -144,10 +147,10 @@ def by_groups(g_idx: Tensor, groups: int) -> Tensor | None:
     ModelError unless `groups` groups of the same size come out.
     """
     k = g_idx.numel()
-    if g_idx.dim() != 1 or g_idx.is_floating_point():
+    if g_idx.dim() != 1 or g_idx.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ModelError(f"an index of shape {tuple(g_idx.shape)} and {g_idx.dtype}, which is none")
-    counts = torch.bincount(g_idx.long(), minlength=groups) if k and int(g_idx.min()) >= 0 else torch.zeros(1)
-    if len(counts) != groups or k % groups or not bool((counts == k // groups).all()):
+    inside = k > 0 and int(g_idx.min()) >= 0 and int(g_idx.max()) < groups  # first, for counting takes memory for the largest
+    if not inside or k % groups or not bool((torch.bincount(g_idx.long(), minlength=groups) == k // groups).all()):
         raise ModelError(f"an index that does not put {k} columns into {groups} groups of {k / groups:g}")
     columns = torch.argsort(g_idx.long(), stable=True)
     return None if torch.equal(columns, torch.arange(k, device=columns.device)) else columns

@@ -109,6 +109,7 @@ def judge(step: str, cell: Cell, found: dict[str, Any]) -> dict[str, Any]:
     else:
         share = next(limit(cell) for part, limit in LIMITS if part in found["consumer"])
         row["limit"] = share * found["logit_std"]
+        row["note"] = found.get("note", "") + (f", served text {'equal' if found['text_equal'] else 'different'}" if "text_equal" in found else "")
         same = found.get("text_equal", True) and found.get("greedy_equal") is not False
         got = "good" if found["max_abs_error"] <= row["limit"] and (same or share != EXACT) else "wrong"
     row["verdict"] = (got if got == "good" else f"{got}, as expected") if got == wanted else f"NOT {wanted}: {got}"

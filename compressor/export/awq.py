@@ -4,7 +4,8 @@ Per packed linear of k inputs and n outputs: `qweight` int32 [k, n/8], `qzeros` 
 along n, in its nibbles from the low end those of offset 0, 2, 4, 6, 1, 3, 5, 7. Zeros are stored as they are; symmetric weights get 8 everywhere, and
 are known by that when read. Exact up to the float16 of scales.
 
-Limits: 4 bits, one group size for the whole model, columns in order. The other layouts that go by the name (gemv, gemv_fast, marlin, exllama's own,
+Limits: 4 bits, one group size for the whole model, of those that GPTQModel 7, and by it transformers, has (vLLM has no 16), columns in order. The
+other layouts that go by the name (gemv, gemv_fast, marlin, exllama's own,
 llm-awq) are refused; AutoAWQ is retired and hardly anything in them is published.
 Source: AutoAWQ's packing_utils, vLLM's awq.py.
 """
@@ -26,6 +27,7 @@ NAME = "AWQ (gemm)"
 METHOD = "awq"
 PARTS = ("qweight", "qzeros", "scales")
 BITS = 4
+GROUPS = (16, 32, 64, 128)  # or whole rows
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds neighbour ORDER[i]
 
 
@@ -39,7 +41,7 @@ def fits(packed: Mapping[str, PackedWeight]) -> str | None:
             return f"the columns of {name} are in another order (act-order), which the format does not know"
         if weight.shape[0] % 8:
             return f"{name} has {weight.shape[0]} outputs, and the format's words want a multiple of 8"
-        if why := foreign.half_reason(name, weight.learned):
+        if why := foreign.group_reason(name, weight, GROUPS) or foreign.half_reason(name, weight.learned):
             return why
     if _group({(weight.group, weight.shape[1]) for weight in packed.values()}) is None:
         sizes = sorted({weight.group for weight in packed.values()})

@@ -10,7 +10,8 @@ padded 3-bit stream (ten codes a word): this module reads that too and never wri
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "
 Schemes = defaultdict[tuple[int, int, bool], list[str]]  # modules by bits, group (-1: whole rows), symmetric
 
 
+@dataclass(frozen=True)
+class Group:
+    """One of config_groups as read: columns that share a scale in `size`, -1 for whole rows; `targets` are names, re:patterns and classes."""
+
+    bits: int
+    size: int
+    symmetric: bool
+    targets: tuple[str, ...]
+
+
 def fits(packed: dict[str, PackedWeight]) -> str | None:
     """Why this model cannot be written in this format, or None: affine weights can, unless zeros are floats or columns out of order."""
     tables = sum(isinstance(weight.values, Table) for weight in packed.values())
@@ -39,6 +50,9 @@ def fits(packed: dict[str, PackedWeight]) -> str | None:
     ordered = sum(weight.columns is not None for weight in packed.values())
     if ordered:
         return f"{ordered} of its {len(packed)} packed layers have columns in another order (act-order), which the format's library no longer reads"
+    for name, weight in packed.items():
+        if weight.learned.dtype not in foreign.SCALES or not bool(torch.isfinite(weight.learned).all()):
+            return f"the scales of {name} are not finite numbers in float16, bfloat16 or float32"
     return None if packed else "no layer is packed"
 
 
@@ -110,52 +124,116 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 def _targets(names: list[str], others: list[str]) -> list[str]:
     """Regular expressions by the last part of the name where that part is of one scheme only, else the full names."""
     leaf = lambda name: name.rpartition(".")[2]
-    foreign = {leaf(name) for name in others}
-    own = sorted({leaf(name) for name in names} - foreign)
-    rest = sorted(name for name in names if leaf(name) in foreign)
+    shared = {leaf(name) for name in others}
+    own = sorted({leaf(name) for name in names} - shared)
+    rest = sorted(name for name in names if leaf(name) in shared)
     return [rf"re:.*\.{re.escape(part)}$" for part in own] + [f"re:^{re.escape(name)}$" for name in rest]
 
 
 def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
     """(dense tensors by name, packed weights by module name) of a pack-quantized folder; `config` is its quantization_config."""
-    if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
-        kind = f"{config.get('quant_method')}/{config.get('format')}"
-        raise ModelError(f"{folder} is quantised as {kind}, not as compressed-tensors/pack-quantized")
-    groups = [g for g in (config.get("config_groups") or {}).values() if isinstance(g, dict)]
-    widths: set[Any] = {(g.get("weights") or {}).get("num_bits") for g in groups}
-    if any(g.get("input_activations") for g in groups):
-        raise ModelError(f"{folder} quantises activations too, which compressor does not run")
-    if not widths or not widths <= set(layout.STORED):
-        raise ModelError(f"{folder} holds weights of {', '.join(map(str, widths)) or 'unknown'} bits; compressor reads 2, 3, 4 and 8")
+    groups = groups_of(config, str(folder))
     dense, parts = shards.read_weights(folder, files, PARTS)
-    packed = {module: decode(parts.pop(module), f"{folder}: {module}", sorted(widths)) for module in list(parts)}
+    packed = {module: decode(parts.pop(module), f"{folder}: {module}", module, groups) for module in list(parts)}
     return dense, packed
 
 
-def decode(parts: dict[str, Tensor], where: str, widths: list[int]) -> PackedWeight:
-    """One linear. `widths`: the bits that the configuration names; which of them a module has follows from its number of words."""
-    words, scale, shape = (parts.get(key) for key in PARTS[:3])
-    if words is None or scale is None or shape is None or shape.numel() != 2 or words.ndim != 2 or scale.ndim != 2:
-        raise ModelError(f"{where} is incomplete or damaged: weight_packed, weight_scale and weight_shape must be there with two dimensions")
-    n, k = (int(v) for v in shape)
-    if min(n, k) < 1 or words.shape[0] != n or scale.shape[0] != n or k % max(1, scale.shape[1]) or words.dtype != torch.int32:
+def groups_of(config: Mapping[str, Any], where: str) -> list[Group]:
+    """What a quantization_config says of its weights; ModelError if it is damaged, or of a folder that we do not read."""
+    if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+        kind = f"{config.get('quant_method')}/{config.get('format')}"
+        raise ModelError(f"{where} is quantised as {kind}, not as compressed-tensors/pack-quantized")
+    rotations = config.get("transform_config")
+    if rotations and (not isinstance(rotations, dict) or rotations.get("config_groups", True)):
+        raise ModelError(f"{where} rotates activations while it runs (transform_config), which compressor does not: start from the dense model")
+    found = config.get("config_groups")
+    if not isinstance(found, dict) or not found or not all(isinstance(group, dict) for group in found.values()):
+        raise ModelError(f"{where} is damaged: config_groups of its quantization_config must be a mapping of mappings")
+    return [_group(group, where) for group in found.values()]
+
+
+def _group(entry: Mapping[str, Any], where: str) -> Group:
+    """One of config_groups; what it leaves out is as the library has it by default."""
+    if entry.get("input_activations") or entry.get("output_activations"):
+        raise ModelError(f"{where} quantises activations too, which compressor does not run")
+    weights = entry.get("weights")
+    if not isinstance(weights, dict):
+        raise ModelError(f"{where} is damaged: weights in config_groups of its quantization_config must be a mapping")
+    bits, size, targets = weights.get("num_bits"), weights.get("group_size"), entry.get("targets")
+    if weights.get("type", "int") != "int":
+        raise ModelError(f"{where} holds weights of the type {str(weights['type'])[:20]}; compressor reads int")
+    if type(bits) is not int or bits not in layout.STORED:
+        raise ModelError(f"{where} holds weights of {str(bits)[:20]} bits; compressor reads 2, 3, 4 and 8")
+    named = tuple(target for target in targets if isinstance(target, str)) if isinstance(targets, list) else ()
+    return Group(bits, size if type(size) is int and size > 0 else -1, weights.get("symmetric", True) is not False, named)
+
+
+def decode(parts: Mapping[str, Tensor], where: str, module: str, groups: Sequence[Group]) -> PackedWeight:
+    """One linear, that the folder calls `module`; `groups`: what the configuration says."""
+    words, scale, shape = foreign.parts_of(parts, PARTS[:3], where)
+    foreign.check_words(words, "weight_packed", where)
+    foreign.check_scales(scale, "weight_scale", where)
+    if shape.dtype not in (torch.int32, torch.int64) or shape.numel() != 2:
+        raise ModelError(f"{where} is damaged: weight_shape is {foreign.described(shape)}, and must be two whole numbers")
+    n, k = (int(v) for v in shape.flatten())
+    foreign.check_groups(k, scale.shape[1], [group.size for group in groups], where)
+    if min(n, k) < 1 or words.shape[0] != n or scale.shape[0] != n or k % scale.shape[1]:
         raise ModelError(f"{where} is damaged: packed {tuple(words.shape)} and scale {tuple(scale.shape)} do not fit shape {(n, k)}")
-    bits = next((b for b in widths if words.shape[1] == -(-k * b // 32)), None)
-    if bits is not None:
+    bits = _bits(words.shape[1], k, module, groups, where)
+    if words.shape[1] == _words(k, bits):
         codes = layout.unpack_stream(words, bits, k)
-    elif 3 in widths and words.shape[1] == -(-k // 10):
-        bits, codes = 3, foreign.unpack_fields(words, 3)[:, :k].contiguous()  # before compressed-tensors 0.18: ten codes a word
     else:
-        raise ModelError(f"{where} has {words.shape[1]} words for {k} codes, which is no stream of {' or '.join(map(str, widths))} bits")
+        codes = foreign.unpack_fields(words, bits)[:, :k].contiguous()  # before compressed-tensors 0.18: ten codes a word
     zero = parts.get("weight_zero_point")
     if zero is not None:
-        if zero.shape != (-(-n * bits // 32), scale.shape[1]):
+        foreign.check_words(zero, "weight_zero_point", where)
+        if zero.shape != (_words(n, bits), scale.shape[1]):
             raise ModelError(f"{where} is damaged: zero points of shape {tuple(zero.shape)} do not fit {n} rows and {scale.shape[1]} groups")
         zero = layout.unpack_stream(zero.T.contiguous(), bits, n).T.contiguous()
-    g_idx, columns = parts.get("weight_g_idx"), None
-    if g_idx is not None and not bool((g_idx == -1).all()):  # that is how the library says: none yet
-        try:
-            columns = by_groups(g_idx, scale.shape[1])
-        except ModelError as error:
-            raise ModelError(f"{where} is damaged: {error}") from None
+    columns = _columns(parts.get("weight_g_idx"), k, scale.shape[1], where)
     return PackedWeight.pack(codes if columns is None else codes[:, columns], Affine(scale, zero), bits, columns=columns)
+
+
+def _words(count: int, bits: int) -> int:
+    """int32 words of a stream of so many codes."""
+    return -(-count * bits // 32)
+
+
+def _bits(words: int, k: int, module: str, groups: Sequence[Group], where: str) -> int:
+    """The bits of a row of k codes in so many words: of the widths named the one that fits, if several do that of the targets that name it."""
+    padded = words == -(-k // 10)
+    fit = [group for group in groups if words == _words(k, group.bits) or (group.bits == 3 and padded)]
+    if not fit:
+        known = " or ".join(map(str, sorted({group.bits for group in groups})))
+        raise ModelError(f"{where} has {words} words for {k} codes, which is no stream of {known} bits")
+    if len({group.bits for group in fit}) > 1:
+        fit = [group for group in fit if _names(group, module)] or [group for group in fit if "Linear" in group.targets]
+    widths = sorted({group.bits for group in fit})
+    if len(widths) != 1:
+        raise ModelError(f"{where} has {words} words for {k} codes, which several widths fit, and no targets in config_groups tell which it is")
+    return widths[0]
+
+
+def _names(group: Group, module: str) -> bool:
+    """Whether a target names this module, as it is or by a regular expression."""
+    for target in group.targets:
+        try:
+            if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+                return True
+        except re.error:
+            continue
+    return False
+
+
+def _columns(index: Tensor | None, k: int, groups: int, where: str) -> Tensor | None:
+    """The columns in the order of their groups."""
+    if index is None:
+        return None
+    if index.dtype not in (torch.int32, torch.int64) or index.shape != (k,):
+        raise ModelError(f"{where} is damaged: weight_g_idx is {foreign.described(index)}, and must be {k} whole numbers")
+    if bool((index == -1).all()):  # that is how the library says: none yet
+        return None
+    try:
+        return by_groups(index, groups)
+    except ModelError as error:
+        raise ModelError(f"{where} is damaged: its weight_g_idx is {error}") from None

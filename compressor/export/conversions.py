@@ -43,11 +43,12 @@ def as_tables(weight: PackedWeight, dtype: torch.dtype | None = None) -> PackedW
 
 
 def positive(weight: PackedWeight) -> PackedWeight:
-    """The same weight, number for number, without negative scales, which tuning would stop at: -s ((M - q) - (M - z)) = s (q - z), M = 2**bits - 1.
+    """The same weight, number for number, without negative scales: -s ((M - q) - (M - z)) = s (q - z), M = 2**bits - 1.
 
-    Other formats' folders have them where a zero of 0 could not be said (export/gptq.py). Tables and positive scales are left as they are.
+    Other formats' folders have them where a zero of 0 could not be said (export/gptq.py). Float zeros are left alone, as M - z would round them; so
+    are tables and positive scales.
     """
-    if not isinstance(weight.values, Affine) or not bool((weight.learned < 0).any()):
+    if not isinstance(weight.values, Affine) or weight.float_zeros or not bool((weight.learned < 0).any()):
         return weight
     scale, zero, top = weight.values.scale, weight.values.zero, (1 << weight.bits) - 1
     if zero is None:

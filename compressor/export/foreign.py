@@ -5,7 +5,7 @@ is made plain before it is written: zeros that all are 2**(bits-1) become None, 
 back is the same, tensor by tensor. Scales become float16 where the libraries hold that: callers measure what it costs (`held`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,14 @@ def affine_reason(packed: Mapping[str, PackedWeight], widths: Iterable[int]) -> 
         if weight.bits not in widths:
             return f"{name} has {weight.bits} bits, and the format knows {' and '.join(map(str, widths))}"
     return None
+
+
+def group_reason(name: str, weight: PackedWeight, sizes: Collection[int]) -> str | None:
+    """Why the readers of a format that know groups of `sizes` columns and whole rows refuse this weight, or None."""
+    if weight.group in sizes or weight.group == weight.shape[1]:
+        return None
+    known = ", ".join(map(str, sizes))
+    return f"{name} has groups of {weight.group} columns, and the format's readers know groups of {known} and whole rows"
 
 
 def half_reason(name: str, scale: Tensor) -> str | None:
@@ -97,6 +105,14 @@ def check_scales(tensor: Tensor, name: str, where: str) -> None:
         raise ModelError(f"{where} is damaged: {name} is {described(tensor)}, and must be floats of 16 or 32 bits in two dimensions")
     if not bool(torch.isfinite(tensor).all()):
         raise ModelError(f"{where} is damaged: {name} holds numbers that are not finite")
+
+
+def check_groups(k: int, groups: int, sizes: Iterable[int], where: str) -> None:
+    """ModelError if a row of k columns in `groups` groups is, by the group sizes that the configuration names, one whose last group is shorter."""
+    named = set(sizes)
+    size = next((size for size in sorted(named) if size > 0 and -(-k // size) == groups), None)
+    if groups > 1 and size is not None and k not in {groups * each for each in named}:
+        raise ModelError(f"{where} has {k} inputs in groups of {size}, the last of them shorter, which compressor does not support")
 
 
 def described(tensor: Tensor) -> str:

@@ -13,6 +13,7 @@ always fitted. What each type holds exactly of weights with integer zeros, float
 Bytes: gguf_types.py.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -52,20 +53,49 @@ def row_bytes(name: str, k: int) -> int:
 def encode(weight: PackedWeight | Tensor, name: str) -> Tensor:
     """uint8 [n, bytes] of a packed weight or of a floating-point tensor [n, k]: exact where the type can be, else the nearest found.
 
-    ModelError for a type or a width of rows that does not go, and for values beyond the range of float16.
+    ModelError for a type or a width of rows that does not go, for values that are not finite, and for those beyond the range of float16.
     """
+    return fitted(weight, name)[0]
+
+
+def fitted(weight: PackedWeight | Tensor, name: str) -> tuple[Tensor, float]:
+    """What `encode` gives, and the relative error |seen - weight| / |weight| of what readers see of it: 0 only where they see it bit for bit."""
+    found = _fitted(weight, name, whole=False)
+    assert found is not None
+    return found
+
+
+def fitted_exactly(weight: PackedWeight, name: str) -> Tensor | None:
+    """The bytes of a weight that this type holds exactly; None, mostly after a look at its scales, for any other. Errors as of `encode`."""
+    found = None if weight.shape[1] % columns(name) else _fitted(weight, name, whole=True)
+    return None if found is None else found[0]
+
+
+def _fitted(weight: PackedWeight | Tensor, name: str, whole: bool) -> tuple[Tensor, float] | None:
+    """Bytes and relative error, panel by panel; with `whole`, None as soon as a panel is not exact with its own codes."""
     n, k = weight.shape
     out = torch.empty(n, row_bytes(name, k), dtype=torch.uint8)
+    wrong = total = 0.0
     for rows in panels(n, k, multiple=layout.ROWS):
+        part = packed_rows(weight, rows) if isinstance(weight, PackedWeight) else None
+        _check_source(weight[rows] if isinstance(weight, Tensor) else part, name)
+        kept = None if part is None or name in FLOATS else gguf_fit.own(part, kind_of(name), whole)
+        if whole and kept is None and name not in FLOATS:
+            return None
+        dense = _dense(weight, rows)
         if name in FLOATS:
-            dense = _dense(weight, rows).to(FLOATS[name])
-            _check(dense, name)
-            out[rows] = dense.contiguous().view(torch.uint8)
+            numbers = dense.to(FLOATS[name]).contiguous()
+            out[rows], seen = numbers.view(torch.uint8), numbers.float()
         else:
-            grid = _grid(weight, rows, kind_of(name))
-            _check(grid.d if grid.dmin is None else torch.cat([grid.d, grid.dmin]), name)
-            out[rows] = to_bytes(grid, kind_of(name))
-    return out
+            grid = _grid(part, dense, kind_of(name), kept)
+            numbers = grid.d if grid.dmin is None else torch.cat([grid.d, grid.dmin])
+            out[rows], seen = to_bytes(grid, kind_of(name)), grid.values()
+        if whole and not torch.equal(seen, dense):
+            return None
+        _check(numbers, name)
+        wrong += float((seen - dense).double().square().sum())
+        total += float(dense.double().square().sum())
+    return out, math.sqrt(wrong / total) if total else math.sqrt(wrong)
 
 
 def decode(data: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
@@ -83,19 +113,7 @@ def decode(data: Tensor, name: str, shape: tuple[int, int]) -> Tensor:
 
 def exact(weight: PackedWeight, name: str) -> bool:
     """Whether readers of this type see the packed weight bit for bit; block types only with its own codes."""
-    n, k = weight.shape
-    if k % columns(name):
-        return False
-    for rows in panels(n, k, multiple=layout.ROWS):
-        dense = _dense(weight, rows)
-        if name in FLOATS:
-            seen: Tensor | None = dense.to(FLOATS[name]).float()
-        else:
-            kept = gguf_fit.own(packed_rows(weight, rows), kind_of(name))
-            seen = None if kept is None or not bool(kept[1].all()) else kept[0].values()
-        if seen is None or not torch.equal(seen, dense):
-            return False
-    return True
+    return fitted_exactly(weight, name) is not None
 
 
 def packed_rows(weight: PackedWeight, rows: slice) -> PackedWeight:
@@ -111,16 +129,25 @@ def _dense(weight: PackedWeight | Tensor, rows: slice) -> Tensor:
     return dense_rows(weight, rows).cpu() if isinstance(weight, PackedWeight) else weight[rows].detach().float().cpu()
 
 
-def _grid(weight: PackedWeight | Tensor, rows: slice, kind: Kind) -> Grid:
+def _grid(part: PackedWeight | None, dense: Tensor, kind: Kind, kept: tuple[Grid, Tensor] | None) -> Grid:
     """Own codes where a block can have them, the nearest elsewhere."""
-    part = packed_rows(weight, rows) if isinstance(weight, PackedWeight) else None
-    kept = None if part is None else gguf_fit.own(part, kind)
     if kept is not None and bool(kept[1].all()):
         return kept[0]
-    found = gguf_fit.nearest(part, _dense(weight, rows), kind)
+    found = gguf_fit.nearest(part, dense, kind)
     return found if kept is None else gguf_fit.chosen(kept[1], kept[0], found)
+
+
+def finite(weight: PackedWeight | Tensor) -> bool:
+    """Whether no value, scale or zero is NaN or infinite."""
+    numbers = (weight,) if isinstance(weight, Tensor) else (weight.learned, weight.zero)
+    return all(bool(torch.isfinite(each).all()) for each in numbers if each is not None)
+
+
+def _check_source(weight: PackedWeight | Tensor | None, name: str) -> None:
+    if weight is not None and not finite(weight):
+        raise ModelError(f"a weight holds NaN or infinite values, which {name} cannot hold: compress the model again, from weights that are finite")
 
 
 def _check(numbers: Tensor, name: str) -> None:
     if not bool(torch.isfinite(numbers).all()):
-        raise ModelError(f"a weight holds values that {name} cannot hold, beyond the range of float16 or not finite; choose f32")
+        raise ModelError(f"a weight holds values that {name} cannot hold, beyond the range of float16; choose f32")

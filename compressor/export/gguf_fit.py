@@ -22,10 +22,11 @@ from compressor.packed import PackedWeight, Table
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72)  # of the widest range: outliers may be cut
 
 
-def own(weight: PackedWeight, kind: Kind) -> tuple[Grid, Tensor] | None:
+def own(weight: PackedWeight, kind: Kind, whole: bool = False) -> tuple[Grid, Tensor] | None:
     """The weight's own codes in this type, and which blocks bool [n, B] are exact by d; None where the type holds no such codes.
 
     Of the types with one scale a block all blocks count as exact: their d, and Q4_1's m, are rounded to float16, which the caller may check.
+    whole: None too where d does not do for every block, which shows before the codes are unpacked.
     """
     n, k = weight.shape
     middle = 1 << (weight.bits - 1)
@@ -35,19 +36,20 @@ def own(weight: PackedWeight, kind: Kind) -> tuple[Grid, Tensor] | None:
     shape, times = (n, k // kind.block, kind.block // kind.sub), weight.group // kind.sub
     scale = weight.learned.float().repeat_interleave(times, 1).view(shape)
     zero = torch.full_like(scale, middle) if weight.zero is None else weight.zero.float().repeat_interleave(times, 1).view(shape)
-    whole = bool((zero == zero.round()).all())
-    if not whole and kind.name != "q4_1":
+    if kind.name != "q4_1" and not bool((zero == zero.round()).all()):
+        return None
+    ones = torch.ones(shape, dtype=torch.int16)
+    grid = Grid(kind.offset, torch.empty(0), scale[..., 0].half(), ones)
+    grid = replace(grid, dmin=(scale * zero)[..., 0].half(), least=ones) if kind.minimum else grid
+    grid, fine = (grid, torch.ones(shape[:2], dtype=torch.bool)) if kind.limit == 1 else _two_levels(grid, scale, zero, kind)
+    if whole and not bool(fine.all()):
         return None
     codes = weight.codes().to(torch.int16).view(*shape, kind.sub)
     if not kind.minimum:
         codes = codes - zero.to(torch.int16).unsqueeze(-1) + kind.offset
         if bool((codes < 0).any()) or bool((codes > kind.top).any()):
             return None
-    grid = Grid(kind.offset, codes.to(torch.uint8), scale[..., 0].half(), torch.ones(shape, dtype=torch.int16))
-    if kind.limit == 1:
-        ones = torch.ones(shape[:2], dtype=torch.bool)
-        return (replace(grid, dmin=(scale * zero)[..., 0].half(), least=grid.scale) if kind.minimum else grid), ones
-    return _two_levels(grid, scale, zero, kind)
+    return replace(grid, codes=codes.to(torch.uint8)), fine
 
 
 def _two_levels(grid: Grid, scale: Tensor, zero: Tensor, kind: Kind) -> tuple[Grid, Tensor]:
@@ -134,7 +136,8 @@ def _packed_start(weight: PackedWeight, parts: Tensor, kind: Kind) -> tuple[Tens
 def multiples(numbers: Tensor, limit: int, lowest: int) -> tuple[Tensor, Tensor]:
     """d float16 [n, B] and integers in lowest..limit [n, B, J] with d * integer near the numbers [n, B, J]: the best of d = largest / t."""
     largest = numbers.abs().amax(-1)
-    best, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    best = torch.where(torch.isfinite((largest / limit).half()), 0.0, torch.inf)  # beyond float16 there is no d, and no error below infinity
+    error = torch.full_like(largest, torch.inf)
     for t in range(limit // 2 + 1, limit + 1):
         d = (largest / t).half().float()
         wrong = (numbers - d.unsqueeze(-1) * _counts(numbers, d, limit, lowest)).square_().sum(-1)

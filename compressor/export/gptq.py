@@ -46,6 +46,7 @@ from compressor.packed import Affine, PackedWeight, by_groups
 METHOD = "gptq"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 LABELS = {1: "gptq", 2: "gptq_v2"}
+GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # GPTQModel's, or whole rows
 ENOUGH = 1 << 16  # weights, below which their mean tells nothing
 BLOCK = re.compile(r"^(.*?\.\d+)\.(.+)$")  # model.layers.3 . mlp.up_proj
 
@@ -72,7 +73,10 @@ class Gptq:
         return f"GPTQ ({LABELS[self.version]})"
 
     def fits(self, packed: Mapping[str, PackedWeight]) -> str | None:
-        """Why this model cannot be written in this format, or None: affine weights with integer zeros that fill whole words can."""
+        """Why this model cannot be written in this format, or None: affine weights with integer zeros that fill whole words can.
+
+        Groups must be those that GPTQModel has. It takes any width of a layer; kernels of auto-gptq and others want multiples of 32.
+        """
         why = foreign.affine_reason(packed, layout.STORED)
         if why:
             return why
@@ -81,7 +85,7 @@ class Gptq:
             for width, what in zip(weight.shape, ("outputs", "inputs"), strict=True):
                 if width % step:
                     return f"{name} has {width} {what}, and the format's words of {weight.bits} bits want a multiple of {step}"
-            if why := foreign.half_reason(name, weight.learned):
+            if why := foreign.group_reason(name, weight, GROUPS) or foreign.half_reason(name, weight.learned):
                 return why
         return None
 
@@ -226,13 +230,23 @@ def makers(config: Mapping[str, Any]) -> list[str]:
     return [str(each).partition(":")[0].lower() for each in (named if isinstance(named, list) else [named])]
 
 
+def _named(config: Mapping[str, Any], key: str) -> list[Any]:
+    """What a configuration says under `key`, for all layers and for some."""
+    dynamic = config.get("dynamic")
+    some = [each.get(key) for each in dynamic.values() if isinstance(each, dict)] if isinstance(dynamic, dict) else []
+    return [value for value in (config.get(key), *some) if value is not None]
+
+
+def sizes(config: Mapping[str, Any]) -> set[int]:
+    """The group sizes that a configuration names, for all layers and for some."""
+    return {size for size in _named(config, "group_size") if type(size) is int}
+
+
 def _widths(config: Mapping[str, Any], folder: Path) -> set[int]:
     """The bits that a configuration names, for all layers and for some; all that there are if it names none."""
-    dynamic = config.get("dynamic") or {}
-    named = [config.get("bits"), *(each.get("bits") for each in (dynamic.values() if isinstance(dynamic, dict) else ()) if isinstance(each, dict))]
-    found = [bits for bits in named if bits is not None]
+    found = _named(config, "bits")
     for bits in found:
-        if bits not in layout.STORED:
+        if type(bits) is not int or bits not in layout.STORED:
             raise ModelError(f"{folder} holds GPTQ weights of {str(bits)[:20]} bits; compressor reads {', '.join(map(str, layout.STORED))}")
     return set(found or layout.STORED)
 
@@ -258,9 +272,10 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     if words != "int32":
         raise ModelError(f"{folder} is a GPTQ folder of {words} words, which is not read: save it with pack_dtype int32")
     dense, parts = shards.read_weights(folder, files, PARTS)
-    widths, made_by = _widths(config, folder), makers(config)
+    widths, groups, made_by = _widths(config, folder), sizes(config), makers(config)
     layers = {
-        name: decode(parts.pop(name), f"{folder}: {name}", widths, bool(config.get("desc_act")), "gptqmodel" in made_by) for name in list(parts)
+        name: decode(parts.pop(name), f"{folder}: {name}", widths, groups, bool(config.get("desc_act")), "gptqmodel" in made_by)
+        for name in list(parts)
     }
     version = 2 if form == LABELS[2] else 1
     if "compressor" not in made_by and evident(layers.values(), config) == 3 - version:
@@ -276,7 +291,7 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
 def evident(layers: Iterable[Layer], config: Mapping[str, Any]) -> int | None:
     """The version that the stored zeros speak for, or None where they tell nothing."""
     layers = list(layers)
-    for version in (1, 2):
+    for version in (1, 2) if layers else ():
         if config.get("sym") is not False and all(foreign.symmetric(layer.zeros[version - 1], layer.weight.bits) is None for layer in layers):
             return version
     telling = [(layer.means, layer.weight.shape[0] * layer.weight.shape[1]) for layer in layers if layer.weight.bits < 8]
@@ -291,8 +306,8 @@ def evident(layers: Iterable[Layer], config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def decode(parts: Mapping[str, Tensor], where: str, widths: set[int], desc_act: bool, whole_words: bool) -> Layer:
-    """One linear. whole_words: its zeros minus one were made by subtracting from whole words."""
+def decode(parts: Mapping[str, Tensor], where: str, widths: set[int], named: set[int], desc_act: bool, whole_words: bool) -> Layer:
+    """One linear. widths, named: the bits and group sizes that the configuration names; whole_words: its zeros minus one were made by subtracting from whole words."""
     words, stored, scales = foreign.parts_of(parts, PARTS[:3], where)
     foreign.check_words(words, "qweight", where)
     foreign.check_words(stored, "qzeros", where)
@@ -302,6 +317,7 @@ def decode(parts: Mapping[str, Tensor], where: str, widths: set[int], desc_act: 
     index = index if index is not None and index.numel() else None
     bits, padded = _bits(words, stored, n, None if index is None else index.numel(), widths, where)
     k = index.numel() if index is not None else words.shape[0] * 32 // bits
+    foreign.check_groups(k, groups, named, where)
     if stored.shape[0] != groups or not k or k % groups:
         raise ModelError(f"{where} is damaged: qzeros {tuple(stored.shape)} and scales {tuple(scales.shape)} do not fit {k} inputs and {n} outputs")
     columns = None if index is None else _columns(index, groups, desc_act, where)

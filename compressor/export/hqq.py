@@ -51,6 +51,9 @@ def fits(packed: Mapping[str, PackedWeight]) -> str | None:
         rows, (packing, parts) = weight.learned.numel(), PACKINGS[weight.bits]
         if weight.bits != 3 and rows % parts:
             return f"{name} has {rows} groups, and the packing {packing} wants a multiple of {parts}"
+        for what, values in (("scales", weight.learned), ("zeros", weight.zero)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                return f"the {what} of {name} are not finite"
         if not bool(torch.isfinite(_zeros(weight)).all()):
             return f"the zeros of {name} are beyond the range of its scales' dtype, in which the format holds them"
         scheme = (weight.bits, -1 if weight.group == weight.shape[1] else weight.group)

@@ -41,5 +41,5 @@ def with_integers(weight: PackedWeight, refit: bool = True) -> PackedWeight:
         factor = torch.where(better, both.clamp(min=0) / own.clamp(min=1), factor)
         chosen.masked_fill_(better, candidate)
     limits = torch.finfo(scale.dtype)
-    fitted = (scale.double() * factor).clamp(min=limits.tiny, max=limits.max).to(scale.dtype)
+    fitted = (scale.double().abs() * factor).clamp(min=limits.tiny, max=limits.max).copysign_(scale.double()).to(scale.dtype)
     return replace(weight, values=Affine(fitted, chosen))

@@ -26,6 +26,7 @@ from compressor.packed import Affine, PackedWeight, Table
 NAME = "MLX affine"
 PARTS = ("weight", "scales", "biases")
 GROUPS = (128, 64, 32)
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Scheme = tuple[int, int]  # bits, group
 
@@ -194,8 +195,7 @@ def _width(group: int) -> int:
 
 def _embedding(module: str) -> bool:
     """Whether the name of a module is that of token embeddings."""
-    leaf = module.rpartition(".")[2]
-    return "emb" in leaf or leaf == "wte"
+    return module.rpartition(".")[2] in EMBEDDINGS
 
 
 def _plain(dtype: torch.dtype) -> str:

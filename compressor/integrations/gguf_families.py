@@ -22,6 +22,10 @@ _LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+_NUMBERS = {  # what a rotary embedding cannot do without
+    "linear": ("factor",), "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip
 _JOINED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
 
 
@@ -75,19 +79,58 @@ def why_not(config: Config) -> str | None:
     act = config.get("hidden_activation") or config.get("hidden_act") or FAMILIES[name].act
     if act != FAMILIES[name].act:
         return f"its activation is {act}, and llama.cpp computes {FAMILIES[name].act}"
+    return _rotary(config, name) or (_caps(config, name) if name.startswith("Gemma") else None) or _windows(config, name)
+
+
+def _rotary(config: Config, name: str) -> str | None:
     rope = rope_of(config)
-    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-        return f"its rotary embedding is of type {rope['rope_type']}, which compressor cannot write"
+    kind = rope["rope_type"]
+    if kind != "default" and kind not in _NUMBERS:
+        return f"its rotary embedding is of type {kind}, which compressor cannot write"
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         return "its rotary embedding turns a part of each head"
-    return _windows(config, name)
+    if (kind == "llama3" and FAMILIES[name].arch != "llama") or (kind == "yarn" and name.startswith("Gemma")):
+        return f"its rotary embedding is of type {kind}, which llama.cpp does not know of this family"
+    lacking = [key for key in _NUMBERS.get(kind, ()) if type(rope.get(key)) not in (int, float)]
+    if lacking:
+        return f"its rotary embedding of type {kind} has no {lacking[0]}"
+    if kind == "yarn" and (strange := [key for key, fine in _yarn(rope).items() if not fine]):
+        return f"its YaRN has a {' and '.join(strange)} of its own, and llama.cpp computes with its defaults"
+    if name.startswith("Gemma3") and rope_of(config, "sliding_attention")["rope_type"] != "default":
+        return "the rotary embedding of its sliding windows is scaled, which llama.cpp does not know"
+    return None
+
+
+def _yarn(rope: Config) -> dict[str, bool]:
+    """Whether each number of YaRN is what llama.cpp takes for granted: its loader reads the keys that exist for them only for other families."""
+    usual = 0.1 * math.log(max(float(rope["factor"]), 1.0)) + 1
+    factor, above, below = rope.get("attention_factor"), rope.get("mscale"), rope.get("mscale_all_dim")
+    return {
+        "attention_factor": factor is None or math.isclose(factor, usual, rel_tol=1e-4),
+        "mscale": factor is not None or not (above and below),
+        "beta_fast": (rope.get("beta_fast") or 32) == 32,
+        "beta_slow": (rope.get("beta_slow") or 1) == 1,
+        "truncate": bool(rope.get("truncate", True)),
+    }
+
+
+def _caps(config: Config, name: str) -> str | None:
+    """What Gemma's attention and logits go through."""
+    if config.get("use_bidirectional_attention"):
+        return "its attention looks ahead, and llama.cpp's does not"
+    lacking = [key for key in ("attn_logit_softcapping", "final_logit_softcapping") if not config.get(key)]
+    if name.startswith("Gemma2"):
+        return f"it has no {lacking[0]}, and llama.cpp would take one for granted" if lacking else None
+    return None if "attn_logit_softcapping" in lacking else "it has attn_logit_softcapping, which llama.cpp does not know of this family"
 
 
 def _windows(config: Config, name: str) -> str | None:
     kinds = config.get("layer_types")
     if name.startswith("Gemma"):
-        if config.get("query_pre_attn_scalar", 256) != head_dim(config):
-            return "its attention is scaled by another number than its head_dim, which llama.cpp takes for granted"
+        largest = config["num_hidden_layers"] == (46 if name.startswith("Gemma2") else 62)  # by which llama.cpp knows the models of 27B
+        scale = config["hidden_size"] / config["num_attention_heads"] if largest else head_dim(config)
+        if config.get("query_pre_attn_scalar", 256) != scale:
+            return f"its attention is scaled by another number than {scale:g}, by its head_dim or width, which llama.cpp takes for granted"
         every = 2 if name.startswith("Gemma2") else 6
         usual = ["full_attention" if i % every == every - 1 else "sliding_attention" for i in range(config["num_hidden_layers"])]
         strange = kinds not in (None, usual) or config.get("sliding_window_pattern", every) != every
@@ -101,10 +144,10 @@ def head_dim(config: Config) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def rope_of(config: Config) -> dict[str, Any]:
-    """rope_type, rope_theta and whatever else, from a configuration of either kind; of several kinds of layers those of full attention."""
+def rope_of(config: Config, layers: str = "full_attention") -> dict[str, Any]:
+    """rope_type, rope_theta and whatever else, from a configuration of either kind; of several kinds of layers those of `layers`."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = found.get("full_attention") or found
+    found = found.get(layers) or found
     kind = found.get("rope_type") or found.get("type") or "default"
     return {"rope_theta": config.get("rope_theta", 10000.0)} | found | {"rope_type": kind}
 
@@ -177,6 +220,8 @@ def _add_rope(writer: gguf.GGUFWriter, config: Config, family: Family) -> None:
     rope = rope_of(config)
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if family.arch == "gemma3":
+        writer.add_rope_freq_base_swa(float(rope_of(config, "sliding_attention")["rope_theta"]))
     if family.arch == "phi3":
         writer.add_rope_scaling_orig_ctx_len(config.get("original_max_position_embeddings") or config["max_position_embeddings"])
     if rope["rope_type"] == "linear":

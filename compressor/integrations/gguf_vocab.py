@@ -49,6 +49,7 @@ def add(writer: gguf.GGUFWriter, folder: Path, size: int) -> tuple[str, str]:
     model = file.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise ModelError(f"{folder}/tokenizer.json is no BPE tokenizer, the only kind that compressor writes into GGUF files: choose another --to")
+    _check_model(model, folder)
     note = ""
     if model.get("byte_fallback"):
         name = "llama"
@@ -62,7 +63,7 @@ def add(writer: gguf.GGUFWriter, folder: Path, size: int) -> tuple[str, str]:
         tokens, kinds, scores = dict(_ids(model["vocab"], folder)), {}, {}
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)
-    _add_tokens(writer, tokens, kinds, scores if model.get("byte_fallback") else None, _added(file), size, folder)
+    _add_tokens(writer, tokens, kinds, scores if model.get("byte_fallback") else None, _added(file, folder), size, folder)
     _add_special(writer, folder, size, merges=not model.get("byte_fallback"))
     return name, note
 
@@ -86,10 +87,31 @@ def _ids(vocab: Json, folder: Path) -> Iterator[tuple[int, str]]:
         yield number, text
 
 
-def _added(file: Json) -> list[tuple[int, str, bool]]:
+def _check_model(model: Json, folder: Path) -> None:
+    """ModelError for merges that are no pairs, and for settings of BPE that llama.cpp does not know."""
+    for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(setting):
+            raise ModelError(f"{folder}/tokenizer.json sets {setting} to {model[setting]!r}, which llama.cpp does not know: choose another --to")
+    if not isinstance(model.get("unk_token"), str | None):
+        raise ModelError(f"{folder}/tokenizer.json is damaged: its unk_token is {model['unk_token']!r}")
+    for each in model["merges"]:
+        pair = each.split(" ", 1) if isinstance(each, str) else each
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ModelError(f"{folder}/tokenizer.json is damaged: the merge {each!r} is no pair of tokens")
+
+
+def _added(file: Json, folder: Path) -> list[tuple[int, str, bool]]:
     """(id, text, whether special) of the added tokens."""
-    found = file.get("added_tokens") or []
-    return [(each["id"], each["content"], bool(each.get("special"))) for each in found if isinstance(each, dict) and {"id", "content"} <= each.keys()]
+    found, out = file.get("added_tokens"), []
+    if found is None:
+        return []
+    for each in found if isinstance(found, list) else [found]:
+        each = each if isinstance(each, dict) else {"no mapping": each}
+        number, text = each.get("id"), each.get("content")
+        if type(number) is not int or number < 0 or not isinstance(text, str):
+            raise ModelError(f"{folder}/tokenizer.json is damaged: {each!r} is no added token")
+        out.append((number, text, bool(each.get("special"))))
+    return out
 
 
 def _add_tokens(
@@ -157,7 +179,7 @@ def _llama(model: Json, folder: Path) -> tuple[dict[int, str], dict[int, int], d
 
 def _prefix(file: Json, folder: Path) -> bool:
     """Whether a space is put before a text; ModelError for any other change of it than spaces to SentencePiece's mark."""
-    steps = [*_flat(file.get("normalizer"), "normalizers"), *_flat(file.get("pre_tokenizer"), "pretokenizers")]
+    steps = [*_flat(file.get("normalizer"), "normalizers", folder), *_flat(file.get("pre_tokenizer"), "pretokenizers", folder)]
     prefix = False
     for step in steps:
         kind = step.get("type")
@@ -176,24 +198,36 @@ def _prefix(file: Json, folder: Path) -> bool:
 
 def _pre(file: Json, folder: Path) -> tuple[str, str]:
     """llama.cpp's name of how a byte-level tokenizer splits a text, and a note."""
-    steps = _flat(file.get("pre_tokenizer"), "pretokenizers")
+    steps = _flat(file.get("pre_tokenizer"), "pretokenizers", folder)
+    normal = {step["type"] for step in _flat(file.get("normalizer"), "normalizers", folder)}
     kinds = [step.get("type") for step in steps]
     last = steps[-1] if steps else {}
-    split, others = "", {step.get("type") for step in _flat(file.get("normalizer"), "normalizers")} - {"NFC"}
+    split = ""
     if kinds == ["ByteLevel"] and last.get("use_regex", True):
         split = "bytes"
     elif kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True) and steps[0].get("individual_digits"):
         split = "digits, bytes"
     elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        split = str((steps[0].get("pattern") or {}).get("Regex"))
+        split = _expression(steps[0])
     name = SPLITS.get((split, bool(file["model"].get("ignore_merges"))))
-    if name is None or others or last.get("add_prefix_space"):
+    if name is None or normal - {"NFC"} or last.get("add_prefix_space"):
         raise ModelError(f"{folder}/tokenizer.json splits or changes texts in a way that llama.cpp is not known to have: choose another --to")
-    return name, "llama.cpp does not normalise texts to NFC" if _flat(file.get("normalizer"), "normalizers") else ""
+    return name, "llama.cpp does not normalise texts to NFC" if normal else ""
 
 
-def _flat(step: Any, inner: str) -> list[Json]:
-    """The steps of a sequence, or the one step."""
-    if not isinstance(step, dict):
+def _expression(step: Json) -> str:
+    """The regular expression whose matches are the words of a Split: they are isolated, or what lies between them is removed; "" for any other."""
+    pattern = step.get("pattern")
+    if (step.get("behavior"), bool(step.get("invert"))) not in (("Isolated", False), ("Removed", True)) or not isinstance(pattern, dict):
+        return ""
+    return str(pattern.get("Regex"))
+
+
+def _flat(step: Any, inner: str, folder: Path) -> list[Json]:
+    """The steps of a sequence, or the one step; ModelError for what is none."""
+    if step is None:
         return []
-    return [each for part in step.get(inner) or [] for each in _flat(part, inner)] if step.get("type") == "Sequence" else [step]
+    parts = step.get(inner) if isinstance(step, dict) else None
+    if not isinstance(step, dict) or not isinstance(step.get("type"), str) or (step["type"] == "Sequence" and not isinstance(parts, list)):
+        raise ModelError(f"{folder}/tokenizer.json is damaged: {step!r} is no step of a tokenizer")
+    return [step] if step["type"] != "Sequence" else [each for part in parts or [] for each in _flat(part, inner, folder)]

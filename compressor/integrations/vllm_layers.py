@@ -1,8 +1,9 @@
 """Linear layers of vLLM on packed weights: the kernels that we train with, behind vLLM's quantization interface (read in, and run with, 0.32).
 
     CompressorConfig         a QuantizationConfig: claims a folder by its quantization_config, and gives each linear its method. Table and sparse
-                             folders are always ours; a compressed-tensors or GPTQ folder is where vLLM has nothing for one of its widths on this kind
-                             of machine (2 and 3 bits, and on CPUs all but 4), or everywhere with `--quantization compressor`
+                             folders are always ours; a compressed-tensors or GPTQ folder is where vLLM has nothing for one of its schemes on this kind
+                             of machine (2 and 3 bits, odd groups, 8 bits with zeros, and on CPUs all but 4), or everywhere with
+                             `--quantization compressor`
     CompressorLinearMethod   a LinearMethod: empty parameters that take the stored tensors by name, whatever their shapes (vllm_shards.py), and after
                              loading one PackedLinear for each run of outputs that are stored alike
 
@@ -27,13 +28,14 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from compressor.errors import ModelError
-from compressor.export import gptq, sparse, table
+from compressor.export import compressed_tensors, gptq, sparse, table
 from compressor.export.shards import DTYPES
 from compressor.integrations.vllm_shards import Folder, Pieces, widths
 from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight
 
 METHOD = table.METHOD  # what `--quantization` is given
+KERNELS = {(4, True): (-1, 32, 64, 128, 256), (4, False): (-1, 32, 64, 128, 256), (8, True): (-1, 32, 64, 128)}  # vLLM's groups by bits, symmetric
 CAPABILITY = 80  # NVIDIA's, times ten: the Triton kernels' least
 
 
@@ -121,7 +123,9 @@ def runs(config: dict[str, Any], bits: set[int]) -> bool:
         return bits <= {4}
     from vllm.utils.import_utils import has_humming
 
-    return bits <= ({2, 3, 4, 8} if current_platform.is_cuda() and has_humming() else {4, 8})
+    if current_platform.is_cuda() and has_humming():
+        return bits <= {2, 3, 4, 8}
+    return all(group.size in KERNELS.get((group.bits, group.symmetric), ()) for group in compressed_tensors.groups_of(config, "the folder"))
 
 
 class CompressorLinearMethod(LinearMethodBase):

@@ -9,6 +9,7 @@ Choice: codes are cut, not streams, so one function serves all formats, and only
 module that is loading lie in memory beside its packed weight. Limits: columns in another order (act-order) cannot be shared out by columns.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,11 +39,10 @@ def widths(config: Mapping[str, Any]) -> set[int] | None:
         named = [config.get("bits"), *(rule["bits"] for rule in rules if "bits" in rule)]
         plain = words == "int32" and gptq.label(config) in gptq.LABELS.values() and not config.get("is_marlin_format") and not config.get("lm_head")
         return _stored(named) if plain else None
-    groups = config.get("config_groups")
-    if config.get("quant_method") != COMPRESSED or config.get("format") != "pack-quantized" or not isinstance(groups, dict) or not groups:
+    try:
+        return {group.bits for group in compressed_tensors.groups_of(config, "the folder")}
+    except ModelError:
         return None
-    schemes = [group.get("weights") if isinstance(group, dict) and not group.get("input_activations") else None for group in groups.values()]
-    return _stored([scheme.get("num_bits") if isinstance(scheme, dict) and scheme.get("type") == "int" else None for scheme in schemes])
 
 
 def _stored(named: list[Any]) -> set[int] | None:
@@ -62,18 +62,20 @@ class Folder:
         self.method, self.where = str(config.get("quant_method")), "the folder"
         self.modules: dict[str, tuple[str, dict[str, torch.dtype]]] = {}
         self.schemes: dict[str, Any] = {}
-        self.config, self.widths = dict(config), list[int]()
+        self.config, self.widths, self.groups = dict(config), set[int](), list[compressed_tensors.Group]()
         if self.method == table.METHOD:
             self.schemes = dict(table.schemes_of(config, self.where))
         elif self.method == sparse.METHOD:
             self.schemes = dict(sparse.schemes_of(config, self.where))
+        elif self.method == COMPRESSED:
+            self.groups = compressed_tensors.groups_of(config, self.where)
         else:
             found = widths(config)
             if found is None:
                 kinds = f"{table.METHOD}, {sparse.METHOD}, pack-quantized {COMPRESSED} and {gptq.METHOD}"
                 known = ", ".join(map(str, layout.STORED))
                 raise ModelError(f"the folder is quantised as {self.method}/{config.get('format')}; compressor serves {kinds} of {known} bits")
-            self.widths = sorted(found)
+            self.widths = found
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -106,14 +108,15 @@ class Folder:
             return bitmask.decode(parts, self.schemes[name], where)
         if self.method == gptq.METHOD:
             return self._gptq(parts, where)
-        return compressed_tensors.decode(parts, where, self.widths)
+        return compressed_tensors.decode(parts, where, name, self.groups)
 
     def _gptq(self, parts: dict[str, Tensor], where: str) -> PackedWeight:
-        """By its label. One layer cannot overrule that, as the reader of folders does; where its zeros speak against it, ModelError."""
+        """By its label. One layer cannot overrule that, as all of them do for the reader of folders; where its zeros speak against it, a warning."""
         version, makers = 2 if gptq.label(self.config) == gptq.LABELS[2] else 1, gptq.makers(self.config)
-        layer = gptq.decode(parts, where, set(self.widths), bool(self.config.get("desc_act")), "gptqmodel" in makers)
+        layer = gptq.decode(parts, where, self.widths, gptq.sizes(self.config), bool(self.config.get("desc_act")), "gptqmodel" in makers)
         if "compressor" not in makers and gptq.evident([layer], self.config) == 3 - version:
-            raise ModelError(f"{where} is labelled {gptq.LABELS[version]} and holds zeros of the other version: `compressor export` writes it anew")
+            doubt = f"{where} is labelled {gptq.LABELS[version]}, and its zeros look like those of the other version; it is served by its label"
+            warnings.warn(f"{doubt}: if outputs are wrong, `compressor export` reads all layers and writes the folder anew", stacklevel=2)
         zero = foreign.symmetric(layer.zeros[version - 1], layer.weight.bits)
         return replace(layer.weight, values=Affine(layer.weight.learned, zero))
 

@@ -31,7 +31,7 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto", bits: int = 4) -> Any:
     """The module whose functions take this call."""
-    if bits not in layout.BITS and path in PATHS:
+    if bits not in layout.BITS and path in ("auto", "reference"):
         return reference
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on CPU tensors, for tests
     unsupported = ""
@@ -43,17 +43,24 @@ def choose(x: Tensor, values_dim: int, group: int, k: int, path: str = "auto", b
             from compressor.kernels import tables as module
         else:
             from compressor.kernels import affine as module
-        if launch.supported(x.device) and module.fits(group, k):
+        if launch.supported(x.device) and module.fits(group, k) and bits in layout.BITS:
             return module
         unsupported = "" if launch.supported(x.device) else ": no kernels for this GPU (NVIDIA from compute capability 8, AMD gfx94x and gfx95x)"
-    if path in ("auto", "cpu") and x.device.type == "cpu" and x.dtype == torch.float32 and cpu.fits(group, k) and cpu.available():
+    if (
+        path in ("auto", "cpu")
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and bits in layout.BITS
+        and cpu.fits(group, k)
+        and cpu.available()
+    ):
         return cpu
     if path in ("auto", "reference"):
         return reference
     if path not in PATHS:
         raise RecipeError(f"kernel path {path!r} is unknown, choose one of {', '.join(PATHS)}")
     missing = f": {cpu.why_not()}" if path == "cpu" and cpu.why_not() else ""
-    raise RecipeError(f"kernel path {path!r} is not able to take {x.dtype} on {x.device} with groups of {group}{missing}{unsupported}")
+    raise RecipeError(f"kernel path {path!r} is not able to take {x.dtype} on {x.device} with {bits} bits in groups of {group}{missing}{unsupported}")
 
 
 def check(x: Tensor, words: Tensor, values: Tensor | None, zero: Tensor | None, bits: int, group: int, n: int, k: int, table: bool) -> None:

@@ -11,7 +11,7 @@ from compressor.recipe import KEPT, Quant, Recipe
 Text = str | None
 Count = int | None
 Number = float | None
-TO = "compressed-tensors, gptq, gptq_v2, awq, mlx, hqq, gguf:TYPE (auto, q4_0, q4_k, f16 …), table, bf16, float16, float32; several by comma"
+TO = "compressed-tensors, gptq, gptq_v2, awq, mlx, gguf:TYPE (auto, q4_0, q4_k, f16 …), table, bf16, float16, float32; several by comma"
 
 
 def tune(
@@ -65,7 +65,8 @@ def export(
     ] = None,
     window: Annotated[Count, typer.Option(help="tokens of its windows; default: what the model was made for, at most 2048")] = None,
     max_tokens: Annotated[Count, typer.Option("--max-tokens", help="measure on so many tokens; default: 16384 for roundings, else all")] = None,
-    max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share (0.05)")] = None,
+    max_loss: Annotated[Number, typer.Option("--max-loss", help="refuse if perplexity grows by more than this share (0.05); default: never")] = None,
+    consumers: Annotated[bool, typer.Option("--check/--no-check", help="run the result through the software that is installed for it")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
     """Write a packed folder in the format of a server, say what is lost by it, and prove it by reading it back."""
@@ -77,20 +78,28 @@ def export(
     from compressor.pipelines.projection import Target
     from compressor.pipelines.show import RichShow
 
-    names = [name.strip() for part in to for name in part.split(",")]
+    names = [name.strip() for part in to for name in part.split(",") if name.strip()]
+    if not names:
+        raise RecipeError(f"--to names no format: choose among {TO}")
     if len(set(names)) != len(names):
         raise RecipeError(f"--to names {max(names, key=names.count)} twice: name each format once")
     heeded: dict[str, Any] = {
         "bits": bits, "group": group, "symmetric": sym, "data": data, "window": window, "max_tokens": max_tokens, "max_loss": max_loss,
     }  # fmt: skip
     several = len(names) > 1  # options then concern those formats that heed them
-    wanted = [Target(name, device=device, **({} if several and writers.of(name) is None else heeded)) for name in names]
-    for target in wanted:
+    wanted = [Target(name, device=device, consumers=consumers, **({} if several and writers.of(name) is None else heeded)) for name in names]
+    places = [output if len(wanted) == 1 else output / target.to.replace(":", "-") for target in wanted]
+    for target, place in zip(wanted, places, strict=True):
         target.check()
-    done = []
-    for target in wanted:
-        place = output if len(wanted) == 1 else output / target.to.replace(":", "-")
-        document, table = exporting.export(model, place, target, RichShow(console))
+        exporting.new_place(place)
+    done = list[dict[str, Any]]()
+    for target, place in zip(wanted, places, strict=True):
+        try:
+            document, table = exporting.export(model, place, target, RichShow(console))
+        except BaseException:
+            written = f"; {', '.join(str(each['output']) for each in done)} stand" if done else ""
+            console.print(f"nothing of {place} was kept{written}", highlight=False, markup=False)
+            raise
         console.print(table)
         done.append(document)
     emit(done[0] if len(done) == 1 else {"output": str(output), "exports": done})

@@ -8,6 +8,7 @@ back by our reader and compared with what was to be written, and by the software
 import contextlib
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -24,7 +25,7 @@ from compressor.errors import ModelError, OutputError
 from compressor.export import compressed_tensors, dense, merge, shards, table, task
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import adapters, card_serving, formats, load, proof, tasks, write, writers
+from compressor.pipelines import adapters, card_serving, data, formats, load, proof, tasks, write, writers
 from compressor.pipelines.job import source_name
 from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, check_room, disk_full, publish
@@ -53,6 +54,8 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     """
     target.check()
     writer, show, place = writers.of(target.to), show or Show(), new_place(output)
+    if target.data is not None:
+        data.load_text(target.data)  # a text that is not there is known at once, and not only when it is needed
     loaded = load_source(source, target.device, adapters=True)
     outside(place, loaded)
     shapes = [weight.shape for weight in load.packed_weights(loaded.model).values()]
@@ -78,7 +81,7 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
             record |= write_dense(loaded, packed, wrappers, folder, writers.DTYPES[target.to], show)
         if not any(folder.glob("*.gguf")):  # which has its tokenizer inside
             write.copy_companions(loaded.folder, folder)
-        record |= {"proof": proof.seen_by(writer.readers if writer else ("dense",), folder, loaded, show)}
+        record |= {"proof": proof.seen_by(writer.readers if writer else ("dense",), folder, loaded, show) if target.consumers else []}
         record = finish(record, loaded, folder, output)
     return {k: v for k, v in record.items() if k not in ("layers", "others", "types")}, losses(record)
 
@@ -91,13 +94,14 @@ def stored_dense(loaded: load.Loaded) -> Iterable[tuple[str, Tensor]]:
 
 
 def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: Path) -> dict[str, Any]:
-    """The weights in a format of ours, what is dense as it is stored in the source, proven; returns facts for the record."""
+    """The weights in the format of the source or one of ours, what is dense as it is stored in the source, proven; returns facts for the record."""
     kept = dict(stored_dense(loaded))
-    native = formats.pick(packed)
+    native = formats.same(loaded.config, packed) or formats.pick(packed)
+    packed = formats.stored(native, packed)
     weights: Iterable[tuple[str, Tensor | PackedWeight]] = chain(kept.items(), packed.items())
     native.write(folder, _config(loaded), weights, sorted(linear.linears(loaded.model)))
     write.prove(folder, kept, packed)
-    return {"format": native.NAME, "bits_per_weight": write.bits_per_weight(packed), "verified": True}
+    return {"format": native.NAME, "bits_per_weight": write.folder_bits(folder, packed), "verified": True}
 
 
 def write_as(
@@ -110,13 +114,13 @@ def write_as(
     """
     kept = {key: tensor if moved is None or key not in moved else moved[key].to("cpu", tensor.dtype) for key, tensor in stored_dense(loaded)}
     ignore = sorted(name for name in linear.linears(loaded.model) if name not in packed)
-    terms = ((name, held if isinstance(held := writer.held(weight), PackedWeight) else weight) for name, weight in packed.items())
+    terms = ((name, writer.stored(weight)) for name, weight in packed.items())
     notes = writer.write(folder, loaded.folder, _config(loaded), chain(kept.items(), terms), ignore)
     proof.read_back(writer, folder, kept, {name: loaded.model.get_submodule(name) for name in packed})
     stored = load.packed_weights(loaded.model)
     if notes:
         return {"format": writer.NAME, "verified": True, "bits_per_weight": writers.bits_of(notes, packed), "types": notes}
-    return {"format": writer.NAME, "verified": True, "bits_per_weight": write.bits_per_weight(packed | stored)}
+    return {"format": writer.NAME, "verified": True, "bits_per_weight": write.folder_bits(folder, packed | stored)}
 
 
 def _biases(loaded: load.Loaded) -> dict[str, Tensor]:
@@ -160,6 +164,7 @@ def finish(record: dict[str, Any], loaded: load.Loaded, folder: Path, output: Pa
     became = f"with {held}" if held else f"as {record['to']}"
     note = f"{tasks.line(record['source'])} {became}, made by compressor {__version__}; what was done is in `{RECORD}`.\n"
     note += f"\n{told[0].upper()}{told[1:]}.\n" if (told := record.get("adapter", {}).get("note")) else ""
+    note += cost(record)
     note += f"\n{card_serving.section(folder)}\n## Proof\n\n" + "".join(f"- {tasks.line(line)}\n" for line in proof.lines(record))
     (folder / "README.md").write_text(note + (TABLES if record.get("format") == table.NAME else "") + LICENSE, "utf-8")
     found = [(row.get("largest", row.get("error")), row.get("mean", row.get("error")), math.prod(row["shape"])) for row in record["layers"]]
@@ -169,6 +174,20 @@ def finish(record: dict[str, Any], loaded: load.Loaded, folder: Path, output: Pa
     record = plain(record | {"folder_bytes": _bytes(folder)}, "export", [])
     shards.write_json(folder / RECORD, record)
     return {"output": str(output)} | record
+
+
+def cost(record: dict[str, Any]) -> str:
+    """What a card says of what was lost; nothing where nothing was measured."""
+    lines = []
+    for key, words in (("perplexity", ""), ("rounding", "what the format rounds, alone: ")):
+        if found := record.get(key):
+            on = f", on {found['protocol']['name']}" if "protocol" in found else ""
+            lines.append(f"- {words}perplexity {found['before']:.3f} before, {found['after']:.3f} after ({found['growth']:+.1%}){on}")
+    largest = max((row["error"] for row in record["layers"] if row.get("error")), default=0.0)
+    lines += [f"- largest relative error of a layer's weights: {largest:.2g}"] if largest else []
+    types = Counter(row["note"].partition(" ")[0] for row in record["layers"]) if record.get("types") else {}
+    lines += [f"- types of the packed layers: {', '.join(f'{count} x {kind}' for kind, count in types.items())}"] if types else []
+    return "\n## What it cost\n\n" + "".join(f"{tasks.line(line)}\n" for line in lines) if lines else ""
 
 
 def _bytes(folder: Path) -> int:

@@ -26,6 +26,7 @@ from compressor.quant import resolve_group, rtn
 from compressor.recipe import Quant, Recipe
 
 ENOUGH = 1 << 14  # tokens that a rounding is measured on, unless --max-tokens says otherwise: the same before and after
+LARGE = 0.05  # growth of perplexity that deserves a warning
 GRID, MEASURING = ("bits", "group", "symmetric"), ("data", "window", "max_tokens", "max_loss")  # fields of Target
 
 
@@ -41,6 +42,7 @@ class Target:
     window: int | None = None
     max_tokens: int | None = None  # the whole text
     max_loss: float | None = None  # relative growth of perplexity above which nothing is written
+    consumers: bool = True  # run the folder through the software that is installed for it
     device: str = "auto"
 
     def check(self) -> None:
@@ -83,9 +85,11 @@ def fitted(loaded: load.Loaded, source: str, target: Target, writer: writers.Wri
             kind = next(kind for kind in (writers.TABLES, writers.FLOATS, writers.COLUMNS) if kind in lacking)
             raise ModelError(f"{source} holds {kind} with an adapter beside them: export --to bf16, which folds it in")
         target.refuse(f"{source} holds scales, whose grids an absorbed adapter keeps", GRID)
+        if any(bool((weight.learned < 0).any()) for weight in held.values()):
+            raise ModelError(f"{source} has negative scales, beside which no adapter is absorbed: export --to bf16, which folds it in")
         done = measured_absorbing(loaded, target, show)
     elif lacking:
-        done = {"exact": False} | measured_projection(loaded, target, show)
+        done = {"exact": False} | measured_projection(loaded, target, show, writer.bits)
     else:
         fixed = [key for key in GRID if key != "bits"]
         target.refuse(f"{source} holds no tables, and its grids are written as they are", tuple(fixed))
@@ -104,7 +108,7 @@ def _widen(loaded: load.Loaded, bits: int, source: str) -> None:
         try:
             weight = conversions.widened(layer.packed(), bits)
         except ModelError as error:
-            raise RecipeError(f"{source}: {name} holds {error}") from None
+            raise RecipeError(f"{source}: {name}: {error}") from None
         linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
 
 
@@ -137,10 +141,10 @@ def settled(loaded: load.Loaded, target: Target, writer: writers.Writer, done: d
     first, last = before["text"]["perplexity"], after["text"]["perplexity"]
     show.say(f"perplexity {first:.3f} as it is, {last:.3f} as {writer.NAME}: {last / first - 1:+.2%}")
     if measured and "adapter" in done:
-        _check_loss(first, last, target, "try another --to")
+        _check_loss(first, last, target, "try another --to", show)
         return out | {"exact": False, "rounding": {"before": first, "after": last, "growth": last / first - 1}}
     first = measured["before"] if measured else first
-    _check_loss(first, last, target, "try another --to")
+    _check_loss(first, last, target, "try another --to", show)
     return out | {"exact": False, "perplexity": {"before": first, "after": last, "growth": last / first - 1, "protocol": after["protocol"]["text"]}}
 
 
@@ -148,9 +152,16 @@ def _as_layer(held: PackedWeight | Tensor, layer: linear.PackedLinear) -> nn.Mod
     """A linear of what a format holds."""
     if isinstance(held, PackedWeight):
         return linear.PackedLinear(held, layer.bias).train(layer.training)
-    dense = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None, device=held.device)
-    dense.weight, dense.bias = nn.Parameter(held, requires_grad=False), layer.bias
+    dense = nn.utils.skip_init(HeldLinear, layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    dense.weight, dense.bias = nn.Parameter(held.to(layer.words.device), requires_grad=False), layer.bias
     return dense.train(layer.training)
+
+
+class HeldLinear(nn.Linear):
+    """A linear whose weight is float32 whatever the model computes in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias if self.bias is None else self.bias.to(input.dtype))
 
 
 def _perplexity(loaded: load.Loaded, corpus: Corpus, window: int, target: Target, label: str, show: Show) -> dict[str, Any]:
@@ -160,18 +171,24 @@ def _perplexity(loaded: load.Loaded, corpus: Corpus, window: int, target: Target
     return found
 
 
-def _check_loss(first: float, last: float, target: Target, hint: str) -> None:
-    """UserError where perplexity grows by more than the target allows."""
-    if target.max_loss is not None and last / first - 1 > target.max_loss:
-        grown = f"perplexity would grow from {first:.3f} to {last:.3f}, by {last / first - 1:.2%}, and --max-loss allows {target.max_loss:.2%}"
+def _check_loss(first: float, last: float, target: Target, hint: str, show: Show) -> None:
+    """UserError where perplexity grows by more than the target allows; a warning where it allows anything and the growth is large."""
+    growth = last / first - 1
+    if target.max_loss is not None and growth > target.max_loss:
+        grown = f"perplexity would grow from {first:.3f} to {last:.3f}, by {growth:.2%}, and --max-loss allows {target.max_loss:.2%}"
         raise UserError(f"{grown}; nothing was written: {hint}")
+    if growth > LARGE:
+        show.say(f"! perplexity grows by {growth:.1%}: {hint}, or let --max-loss refuse it")
 
 
-def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict[str, Any]:
-    """Projects the model in place, measured before and after: rows per layer and perplexity, for the record. UserError if the loss is too large."""
+def measured_projection(loaded: load.Loaded, target: Target, show: Show, bits: int | None = None) -> dict[str, Any]:
+    """Projects the model in place, measured before and after: rows per layer and perplexity, for the record. UserError if the loss is too large.
+
+    bits: of what is packed anew, unless the target names some; None: as many as it had.
+    """
     corpus, window = data.load_text("python" if target.data is None else target.data), load.context(loaded.config, target.window)
     layers = linear.packed_linears(loaded.model)
-    chosen = {name: _group(name, layer, target) for name, layer in layers.items()}  # before anything slow
+    chosen = {name: _group(name, layer, target, bits) for name, layer in layers.items()}  # before anything slow
     old, new = ("tables", "even grids") if any(layer.table for layer in layers.values()) else ("tuned zeros", "integer zeros")
     if any(layer.columns is not None for layer in layers.values()):
         old, new = "columns in the order of groups", "groups of neighbours"
@@ -179,20 +196,20 @@ def measured_projection(loaded: load.Loaded, target: Target, show: Show) -> dict
     with show.task("project", len(chosen)) as advance:
         rows = []
         for name, (group, note) in chosen.items():
-            rows.append(project(loaded, name, target, group) | {"note": note})
+            rows.append(project(loaded, name, target, group, bits) | {"note": note})
             advance(1, f"{name} error {rows[-1]['error']:.4f}")
     after = _perplexity(loaded, corpus, window, target, f"evaluate {new}", show)
     first, last = before["text"]["perplexity"], after["text"]["perplexity"]
     show.say(f"perplexity {first:.3f} with {old}, {last:.3f} with {new}: {last / first - 1:+.2%}")
-    _check_loss(first, last, target, "try more --bits, a smaller --group or --asym")
+    _check_loss(first, last, target, "try more --bits, a smaller --group or --asym", show)
     return {"layers": rows, "perplexity": {"before": first, "after": last, "growth": last / first - 1, "protocol": after["protocol"]["text"]}}
 
 
-def _group(name: str, layer: linear.PackedLinear, target: Target) -> tuple[int, str]:
-    return (layer.group, "") if target.keeps(layer) else resolve_group(layer.in_features, target.quant(layer.bits), name)
+def _group(name: str, layer: linear.PackedLinear, target: Target, bits: int | None) -> tuple[int, str]:
+    return (layer.group, "") if target.keeps(layer) else resolve_group(layer.in_features, target.quant(bits or layer.bits), name)
 
 
-def project(loaded: load.Loaded, name: str, target: Target, group: int) -> dict[str, Any]:
+def project(loaded: load.Loaded, name: str, target: Target, group: int, bits: int | None = None) -> dict[str, Any]:
     """Replaces one packed layer by its projection onto even grids; returns its row, whose error is the norm of the change over that of the weight."""
     layer = loaded.model.get_submodule(name)
     assert isinstance(layer, linear.PackedLinear)
@@ -201,7 +218,7 @@ def project(loaded: load.Loaded, name: str, target: Target, group: int) -> dict[
     if target.keeps(layer):
         weight = integers.with_integers(held)
     else:
-        weight, _ = rtn.pack(exact, None, target.quant(held.bits), group, load.scale_dtype("auto", loaded.dtype))
+        weight, _ = rtn.pack(exact, None, target.quant(bits or held.bits), group, load.scale_dtype("auto", loaded.dtype))
     linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
     was = {"table_bits": held.bits, "segment": held.group} if layer.table else {}
     return {"name": name} | was | {"error": relative_error(exact, weight, None)}

@@ -8,6 +8,7 @@ consumer that refuses the folder a line in its card.
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -71,12 +72,13 @@ def seen_by(readers: Iterable[str], folder: Path, loaded: load.Loaded, show: Sho
     A consumer that forms weights in 16 bits is compared with the model whose weights are rounded so. A dense folder is compared with itself as we
     load it, because rounding moved its weights.
     """
-    readers, told = [reader for reader in readers if consumers.installed(reader)], list[str]()
+    asked, told = list(readers), list[str]()
+    readers = [reader for reader in asked if consumers.installed(reader)]
     need = 8 * sum(n * k for n, k in (weight.shape for weight in load.packed_weights(loaded.model).values()))
     if readers and need > (room := _room()):
         return [f"Not run through {' or '.join(readers)}: its dense weights would take {need / 1e9:.1f} GB of memory, and {room / 1e9:.1f} are free."]
     if not readers:
-        return []
+        return [f"Not run through other software, as none is installed: {consumers.needs(asked[0])}."] if asked else []
     model = load.load(str(folder), str(loaded.device)).model if readers == ["dense"] else loaded.model
     vocabulary, window = int(loaded.config["vocab_size"]), load.context(loaded.config)
     ids = torch.randint(vocabulary, (1, min(TOKENS, window)), generator=torch.Generator().manual_seed(0))
@@ -91,11 +93,19 @@ def seen_by(readers: Iterable[str], folder: Path, loaded: load.Loaded, show: Sho
             advance(1, "")
         if check is None:
             continue
-        told.append(check.line())
+        told.append(_private(check.line(), folder) + (" (beside the same folder as we load it)" if reader == "dense" else ""))
         show.say(told[-1])
         if check.error is not None and not check.good:
-            raise CompressorError(f"{folder.name} was written, but {check.line()}; nothing was kept")
+            raise CompressorError(f"the export was written, but {told[-1]}; nothing was kept")
     return told
+
+
+def _private(line: str, folder: Path) -> str:
+    """A line for a card, without places of this machine that errors of others name."""
+    for place in (folder, folder.resolve(), folder.resolve().parent, Path.home(), Path(tempfile.gettempdir())):
+        if len(place.parts) > 1:
+            line = line.replace(str(place), "…")
+    return line
 
 
 @contextlib.contextmanager

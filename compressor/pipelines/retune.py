@@ -48,7 +48,7 @@ class Retune(Run):
         settle(loaded)
         if not linear.packed_linears(loaded.model):
             raise ModelError(f"{self.source} has no packed linears, of which values could be tuned")
-        self.packed_bits = write.bits_per_weight(write.block_weights(loaded) if self.sparse else load.packed_weights(loaded.model), self.sparse)
+        self.packed_bits = self._bits(loaded)
         if self.sparse:
             check_zeros_stay(self.recipe.tune.method)
         if self.recipe.tune.method == "table":
@@ -60,7 +60,7 @@ class Retune(Run):
         method = str(self.config["quantization_config"]["quant_method"])
         loaded.rows = [
             {
-                "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "packer": f"{method} as it was",
+                "name": name, "shape": list(weight.shape), "bits": weight.bits, "group": weight.group, "packer": method,
                 "symmetric": None if weight.learned.dim() == 3 else weight.zero is None, "note": "act-order" if weight.columns is not None else "",
             }
             for name, weight in packed.items()
@@ -107,6 +107,12 @@ class Retune(Run):
         if name == "tuned" and loaded.adapter is None:
             settle(loaded)
         return super().measured(name, key, loaded, journal)
+
+    def _bits(self, loaded: load.Loaded) -> float:
+        """Bits a weight of the folder as it came."""
+        if self.sparse:
+            return write.bits_per_weight(write.block_weights(loaded), sparse=True)
+        return write.folder_bits(self.source, load.packed_weights(loaded.model))
 
     def absorber(self) -> Quant:
         """GPTQ: how the linears were packed is not known."""

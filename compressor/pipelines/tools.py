@@ -50,7 +50,7 @@ def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
         if (loaded.config.get("quantization_config") or {}).get("quant_method") == sparse.METHOD:
             bits = write.bits_per_weight(write.block_weights(loaded), sparse=True)
         elif packed:
-            bits = write.bits_per_weight(packed)
+            bits = write.folder_bits(loaded.folder, packed)
         else:
             return {"bits_per_weight": float(torch.finfo(load.stored_dtype(loaded.folder)).bits), "folder_bytes": total, "ratio": 1.0}
         return {"bits_per_weight": bits, "folder_bytes": total, "ratio": dense_bytes(loaded) / total}

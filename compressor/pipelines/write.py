@@ -11,6 +11,7 @@ from torch import Tensor
 from compressor import linear
 from compressor.errors import CompressorError
 from compressor.export import dense as dense_format
+from compressor.export import shards
 from compressor.export import sparse as sparse_format
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
@@ -71,7 +72,7 @@ def _write_base(loaded: Loaded, folder: Path, sparse: bool) -> dict[str, Any]:
     copy_companions(loaded.folder, folder)
     prove(folder, dense, packed)
     sparse = native is sparse_format
-    counted = bits_per_weight(block_weights(loaded) if sparse else packed, sparse)
+    counted = bits_per_weight(block_weights(loaded), sparse) if sparse else folder_bits(folder, packed)
     return {"format": native.NAME, "verified": True, "layers": len(packed), "bits_per_weight": counted}
 
 
@@ -138,6 +139,15 @@ def block_weights(loaded: Loaded) -> dict[str, Tensor | PackedWeight]:
     prefix, blocks = linear.find_blocks(loaded.model)
     weights: dict[str, Tensor | PackedWeight] = {f"{prefix}.{name}": layer.packed() for name, layer in linear.packed_linears(blocks).items()}
     return weights | {f"{prefix}.{name}": layer.weight.detach().to(loaded.dtype) for name, layer in linear.linears(blocks).items()}
+
+
+def folder_bits(folder: Path, packed: Mapping[str, PackedWeight]) -> float:
+    """Bits a weight of the packed linears of a folder: of ours by `bits_per_weight`, of another format by the bytes of all that it stores of them."""
+    if (any_config(folder).get("quantization_config") or {}).get("quant_method") in formats.NATIVE:
+        return bits_per_weight(packed)
+    stored = shards.read_headers(folder, weight_files(folder)).items()
+    parts = [t for key, t in stored if key.rpartition(".")[0] in packed and not key.endswith(".bias")]
+    return sum(8 * t.numel() * t.element_size() for t in parts) / sum(n * k for n, k in (weight.shape for weight in packed.values()))
 
 
 def bits_per_weight(weights: Mapping[str, Tensor | PackedWeight], sparse: bool = False) -> float:

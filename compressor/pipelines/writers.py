@@ -58,6 +58,8 @@ class Writer(Protocol):
 
     def held(self, weight: PackedWeight) -> PackedWeight | Tensor: ...
 
+    def stored(self, weight: PackedWeight) -> PackedWeight: ...
+
     def write(self, folder: Path, source: Path, config: dict[str, Any], weights: Weights, ignore: list[str]) -> list[dict[str, Any]]: ...
 
     def back(self, folder: Path) -> tuple[dict[str, Tensor], Iterator[tuple[str, Tensor]]]: ...
@@ -83,6 +85,11 @@ class Folder:
     def held(self, weight: PackedWeight) -> PackedWeight | Tensor:
         """What it stores of a weight that fits: the same object, a nearby one, or the float32 [n, k] that a reader will see."""
         return self.form.held(weight)
+
+    def stored(self, weight: PackedWeight) -> PackedWeight:
+        """What `write` is given of a weight: in the format's terms where these are a packed weight, else as it is."""
+        held = self.form.held(weight)
+        return held if isinstance(held, PackedWeight) else weight
 
     def write(self, folder: Path, source: Path, config: dict[str, Any], weights: Weights, ignore: list[str]) -> list[dict[str, Any]]:
         """The folder's config and weights; notes by layer: none."""
@@ -141,6 +148,10 @@ class Gguf:
         from compressor.integrations import gguf
 
         return gguf.held(weight, self.type)[0]
+
+    def stored(self, weight: PackedWeight) -> PackedWeight:
+        """The weight as it is, which is encoded once more while the file is written."""
+        return weight
 
     def write(self, folder: Path, source: Path, config: dict[str, Any], weights: Weights, ignore: list[str]) -> list[dict[str, Any]]:
         """model-TYPE.gguf, other matrices in their own dtype; returns a row a layer with its type and, where it is not the one asked for, why."""
@@ -224,7 +235,7 @@ def loss(weight: PackedWeight, held: PackedWeight | Tensor) -> float:
     if held is weight:
         return 0.0
     exact = dense.dequantize(weight)
-    seen = dense.dequantize(held) if isinstance(held, PackedWeight) else held
+    seen = dense.dequantize(held) if isinstance(held, PackedWeight) else held.to(exact.device)
     return 0.0 if torch.equal(exact, seen) else float((seen - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 

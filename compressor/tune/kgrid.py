@@ -3,7 +3,7 @@
 A block of Q4_K, Q3_K or Q2_K has one float16 d for 256 columns, and a scale is d times an integer c, at most 63, 31 or 15. Scales that were tuned
 freely must be rounded to that, which costs again what was trained. Here the forward sees the rounded scale,
 
-    s = d * c        c in 1 … limit, d with so few significant bits that d * c is exact in the dtype of the scales
+    s = d * c        c in 1 … limit, d with so few significant bits that d * c is exact in the dtype of the scales; c = 0 where s is 0 from the start
 
 and the gradient passes the rounding unchanged (straight through), as it passes that of the dtype (see snapped). So the same scales are exact in a
 compressed-tensors or GPTQ folder and in a GGUF file: export loses nothing. Symmetric weights only: their zeros need no grid of their own, since
@@ -40,16 +40,14 @@ def takes(group: int, k: int, kind: str) -> bool:
 def snap(scale: Tensor, group: int, k: int, kind: str) -> Tensor:
     """The nearest scales found on the grid, in the dtype of `scale` [n, k / group]; what lies on it stays as it is, bit for bit.
 
-    Scales are positive, or 0 where a whole block is. RecipeError for a grid, a group or rows that do not go.
+    Scales of 0 stay 0, others become positive: they must be, and within `span`. RecipeError for a grid, a group or rows that do not go.
     """
     if kind not in GRIDS:
         raise RecipeError(f"tune.grid={kind!r} is unknown: choose none, {', '.join(GRIDS)}")
     if not takes(group, k, kind):
         raise RecipeError(f"groups of {group} of {k} columns have no place on the grid of {kind}, whose blocks have {BLOCK} columns")
-    limit = GRIDS[kind][0]
+    limit = _limit(group, kind)
     blocks = scale.float().view(scale.shape[0], -1, max(1, BLOCK // group))  # [n, B, scales of a block]
-    if blocks.shape[-1] == 1:
-        limit = 1  # one scale is its own d
     digits = _digits(scale.dtype, limit)
     largest = blocks.amax(-1)
     best, error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
@@ -58,6 +56,15 @@ def snap(scale: Tensor, group: int, k: int, kind: str) -> Tensor:
         wrong = (d.unsqueeze(-1) * _counts(blocks, d, limit)).sub_(blocks).square_().sum(-1)
         best, error = torch.where(wrong < error, d, best), torch.minimum(wrong, error)
     return (best.unsqueeze(-1) * _counts(blocks, best, limit)).view(scale.shape).to(scale.dtype)
+
+
+def span(group: int, kind: str) -> tuple[float, float]:
+    """The least and the largest scale above 0 that the grid holds."""
+    return LEAST, MOST * _limit(group, kind)
+
+
+def _limit(group: int, kind: str) -> int:
+    return GRIDS[kind][0] if group < BLOCK else 1  # one scale is its own d
 
 
 def _digits(dtype: torch.dtype, limit: int) -> int:
@@ -74,7 +81,7 @@ def _rounded(x: Tensor, digits: int) -> Tensor:
 
 def _counts(blocks: Tensor, d: Tensor, limit: int) -> Tensor:
     d = d.unsqueeze(-1)
-    return (blocks / torch.where(d > 0, d, 1.0)).round_().clamp_(1, limit)
+    return torch.where(blocks > 0, (blocks / torch.where(d > 0, d, 1.0)).round_().clamp_(1, limit), 0.0)
 
 
 class OnGrid(torch.autograd.Function):
@@ -91,14 +98,14 @@ class OnGrid(torch.autograd.Function):
 
 
 class GridTuning(ScaleTuning):
-    """Returns the scale [n, G] to use now, on the grid; start [n, G] lies on it."""
+    """Returns the scale [n, G] to use now, on the grid; start [n, G] lies on it, and where it is 0 the scale stays 0 and learns nothing."""
 
     def __init__(self, start: Tensor, relative: bool, group: int, k: int, kind: str):
         super().__init__(start, relative)
         self.place = (group, k, kind)
 
     def forward(self) -> Tensor:
-        return OnGrid.apply(super().forward(), self.start.dtype, *self.place)
+        return OnGrid.apply(torch.where(self.start > 0, super().forward(), 0.0), self.start.dtype, *self.place)
 
 
 class GridPeqa(Peqa):
@@ -112,14 +119,13 @@ class GridPeqa(Peqa):
 
     def attach(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """As of any tuner; ModelError also where no layer can lie on the grid. The scales of the layers that can are snapped first."""
-        out = super().attach(model)
-        placed = [layer for layer in packed_linears(model).values() if takes(layer.group, layer.in_features, self.kind)]
-        if not placed:
-            for layer in packed_linears(model).values():
-                layer.tuned = None
+        layers = packed_linears(model).values()
+        placed = [layer for layer in layers if takes(layer.group, layer.in_features, self.kind)]
+        if layers and not placed:
             raise ModelError(
                 f"no packed layer has rows and groups for blocks of {BLOCK} columns: tune without a grid, or pack in groups that divide {BLOCK}"
             )
+        out = super().attach(model)
         for layer in placed:
             place = (layer.group, layer.in_features, self.kind)
             layer.learned = snap(layer.learned, *place)
@@ -129,10 +135,15 @@ class GridPeqa(Peqa):
         return out
 
     def check(self, name: str, layer: PackedLinear) -> None:
-        """As for PEQA; ModelError for weights that this type does not hold: more bits, or zeros of their own."""
+        """As for PEQA; ModelError for weights that this type does not hold: more bits, zeros of their own, or scales beyond its range."""
         super().check(name, layer)
-        bits = GRIDS[self.kind][2]
-        if takes(layer.group, layer.in_features, self.kind) and (layer.zero is not None or layer.columns is not None or layer.bits > bits):
+        if not takes(layer.group, layer.in_features, self.kind):
+            return
+        bits, (least, most) = GRIDS[self.kind][2], span(layer.group, self.kind)
+        if layer.zero is not None or layer.columns is not None or layer.bits > bits:
             raise ModelError(
                 f"{name} is no symmetric weight of at most {bits} bits in order, which {self.kind} holds exactly: pack it so, or without a grid"
             )
+        scale = layer.learned.float()
+        if bool(((scale != 0) & ((scale < least) | (scale > most))).any()):
+            raise ModelError(f"{name} has scales beyond {least:.2g} … {most:g}, the range of the grid of {self.kind}: tune it without a grid")

@@ -6,9 +6,9 @@ Source: "Memory-Efficient Fine-Tuning of Compressed Large Language Models via su
 scale itself is trained (`absolute`). Scales of one model differ more than tenfold between rows, so one learning rate suits few of them;
 the default here is `relative`, s = s0 * (1 + delta), where the rate acts on delta and means the same at every row and bit width.
 
-Three things are ours. The forward sees each scale as it will be stored (see snapped). A scale never falls below a tenth of its start, so no
-step can flip the sign of a group or drive it to zero. And no scale exceeds the largest number of its stored dtype. At either limit only the
-gradient that leads back is kept.
+Three things are ours. The forward sees each scale as it will be stored (see snapped). No scale falls below a tenth of its start in size, so no step
+can flip the sign of a group or drive it to zero; negative scales, as other packers leave them, stay negative. And no scale exceeds the largest number
+of its stored dtype. At either limit only the gradient that leads back is kept.
 
 Price, on top of the stored scale: 32 bytes a scale and a rounding pass (see snapped). Limit: a scale stored in bfloat16 moves in steps of 0.4 to
 0.8 percent, larger than most useful changes; store float16 or float32 when tuning.
@@ -17,8 +17,6 @@ Price, on top of the stored scale: 32 bytes a scale and a rounding pass (see sna
 import torch
 from torch import Tensor
 
-from compressor.errors import ModelError
-from compressor.linear import PackedLinear
 from compressor.tune.snapped import Snap, Snapped, ValueTuner
 
 FLOOR = 0.1  # of the starting scale
@@ -35,7 +33,7 @@ class ScaleTuning(Snapped):
 
 
 class Peqa(ValueTuner):
-    """Trains the scale of every packed linear.
+    """Trains the scale of every packed linear; negative ones, as other packers leave them, stay negative.
 
     Default learning rates: of the relative change as measured (docs/log.md); of the scale itself that of the paper for Alpaca, 7B and 13B.
     """
@@ -46,16 +44,12 @@ class Peqa(ValueTuner):
     def snapped(self, start: Tensor) -> ScaleTuning:
         return ScaleTuning(start, self.relative)
 
-    def check(self, name: str, layer: PackedLinear) -> None:
-        """As for any tuner of values; ModelError for a negative scale too."""
-        super().check(name, layer)
-        if bool((layer.learned < 0).any()):
-            raise ModelError(f"{name} has a negative scale, which cannot be tuned: compress the model again with positive scales")
 
-
-def _limited(master: Tensor, start: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """The unlimited scale, its lower limit, both float32 [n, G], and the upper limit; unit is the start (relative) or None (absolute)."""
+def _limited(master: Tensor, start: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The unlimited scale and its lower and upper limits, float32 [n, G]; unit is the start (relative) or None (absolute)."""
     wide, limits = start.float(), torch.finfo(start.dtype)
+    size = wide.abs()
     # Below the smallest normal number a tenth of the start may round to zero: such a scale keeps its start as the floor.
-    floor = torch.maximum(FLOOR * wide, wide.clamp(max=limits.tiny))
-    return master if unit is None else (1 + master).mul_(wide), floor, limits.max
+    floor = torch.maximum(FLOOR * size, size.clamp(max=limits.tiny))
+    low, high = torch.where(wide < 0, -limits.max, floor), torch.where(wide < 0, -floor, limits.max)
+    return master if unit is None else (1 + master).mul_(wide), low, high

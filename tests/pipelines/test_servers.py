@@ -160,11 +160,11 @@ def test_damaged_configurations_give_one_sentence(tmp_path: Path, config: dict[s
         ("vllm", facts("compressed-tensors", 3, act_order=True), "no", "no act-order"),
         ("vllm", facts("compressed-tensors", 4, 16), "with conditions", "groups of 32, 64 and 128"),
         ("vllm", facts("gptq", 4, version="gptq"), "yes", "Marlin"),
-        ("vllm", facts("gptq", 4, symmetric=False), "with conditions", "only where weights are symmetric: compressor's plug-in"),
-        ("vllm", facts("gptq", 4, act_order=True), "with conditions", "no act-order in groups: compressor's plug-in"),
+        ("vllm", facts("gptq", 4, symmetric=False), "with conditions", "only where weights are symmetric; compressor's plug-in"),
+        ("vllm", facts("gptq", 4, act_order=True), "with conditions", "no act-order in groups; compressor's plug-in"),
         ("vllm", facts("gptq", 8), "yes", "CPUs need compressor's plug-in"),
         ("vllm", facts("gptq", 4, -1, act_order=True), "yes", "Marlin"),
-        ("vllm", facts("gptq", 2), "with conditions", "4 and 8 bits: compressor's plug-in"),
+        ("vllm", facts("gptq", 2), "with conditions", "4 and 8 bits; compressor's plug-in"),
         ("vllm", facts("table", 3, 0, None), "with conditions", "pip install --no-deps compressor"),
         ("vllm", facts("mlx", 4), "no", "--to compressed-tensors"),
         ("llama.cpp", facts("compressed-tensors"), "no", "--to gguf"),
@@ -245,7 +245,7 @@ def test_the_text_says_what_the_rules_say() -> None:
     text = servers.section()
     for name in servers.SERVERS:
         assert f"### {name}\n" in text
-    assert "| gptq | asymmetric 2, 3, 4, 8 bits | with conditions | it takes GPTQ only where weights are symmetric: compressor's plug-in" in text
+    assert "| gptq | asymmetric 2, 3, 4, 8 bits | with conditions | by itself it takes GPTQ only where weights are symmetric; " in text
     assert "llama-server -m FOLDER/model-auto.gguf" in text
     reasons = {rule.why for rule in servers.RULES if rule.why and rule.seen == "run"} - {""}
     assert sum(why in text for why in reasons) > len(reasons) // 2

@@ -118,6 +118,7 @@ def test_wider_fields_on_request(folders: Any, tmp_path: Path) -> None:
     document, _ = export.export(str(source), tmp_path / "out", target("gptq", bits=4))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (config["bits"], config["sym"], document["exact"]) == (4, True, True)
+    assert 4 < document["bits_per_weight"] < 4.8  # codes, scales, zeros that are written out, and the index of groups
     assert torch.equal(logits(load.load(str(tmp_path / "out"), "cpu").model), logits(load.load(str(source), "cpu").model))
 
 
@@ -153,6 +154,26 @@ def write_gptq(loaded: load.Loaded, folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"])
 
 
+def test_what_is_packed_anew_uses_the_width_that_it_gets(tmp_path: Path) -> None:
+    """AWQ has 4 bits: tables of 3 become grids of 4, and not grids of 3 in fields of 4."""
+    source = table_folder(tmp_path / "sk3", 0.6)
+    four, _ = export.export(str(source), tmp_path / "four", target("awq"))
+    three, _ = export.export(str(source), tmp_path / "three", target("gptq"))
+    assert four["error"]["largest"] < 0.7 * three["error"]["largest"]
+    card = (tmp_path / "three" / "README.md").read_text()
+    assert "## What it cost" in card and f"{three['perplexity']['after']:.3f} after" in card
+
+
+def test_nothing_is_written_where_one_of_several_places_is_taken(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "all" / "mlx").mkdir(parents=True)
+    (tmp_path / "all" / "mlx" / "thesis.tex").write_text("mine")
+    code, out, err = call(monkeypatch, capsys, "export", str(folders(4, True)), "--to", "gptq,mlx", "-o", str(tmp_path / "all"))
+    assert (code, out) == (2, "") and "already holds files" in " ".join(err.split())
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["mlx"]
+
+
 @pytest.mark.parametrize("to", ["gptq", "mlx", "gguf:q4_1"])
 def test_tables_are_projected_or_fitted_and_too_much_loss_is_refused(tmp_path: Path, to: str) -> None:
     source = table_folder(tmp_path / "sk3", 0.6)
@@ -179,7 +200,7 @@ def test_several_formats_in_one_command(folders: Any, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize(
     ("to", "words"),
-    [("ggml", "is unknown; choose among"), ("gguf:q9", "is unknown; choose among"), ("gptq,gptq", "names gptq twice"), ("", "is unknown")],
+    [("ggml", "is unknown; choose among"), ("gguf:q9", "is unknown; choose among"), ("gptq,gptq", "names gptq twice"), (",", "names no format")],
 )
 def test_names_that_are_none(
     folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str, words: str
