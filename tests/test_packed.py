@@ -46,7 +46,7 @@ def test_columns_in_another_order() -> None:
 
 def test_an_index_of_groups() -> None:
     assert by_groups(torch.arange(8) // 2, 4) is None
-    for strange in ([0, 0, 0, 1], [0, 1, 2, 2], [-1, 0, 1, 1], [[0, 1]], [0.0, 1.0]):
+    for strange in ([0, 0, 0, 1], [0, 1, 2, 2], [-1, 0, 1, 1], [1 << 62, 0, 1, 1], [], [[0, 1]], [0.0, 1.0], [False, True]):
         with pytest.raises(ModelError, match="index"):
             by_groups(torch.tensor(strange), 2)
     with pytest.raises(ModelError, match="permutation"):
@@ -70,3 +70,6 @@ def test_refusals() -> None:
         PackedWeight.pack(codes, Affine(torch.ones(4, 3)), 3)
     with pytest.raises(ModelError, match="code 9 does not fit 3 bits"):
         PackedWeight.pack(codes + 9, Affine(torch.ones(4, 1)), 3)
+    with pytest.raises(ModelError, match="zero 8 does not fit 3 bits"):
+        PackedWeight.pack(codes, Affine(torch.ones(4, 1), torch.full((4, 1), 8, dtype=torch.uint8)), 3)
+    assert PackedWeight.pack(codes, Affine(torch.ones(4, 1), torch.full((4, 1), 8.5)), 3).float_zeros

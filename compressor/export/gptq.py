@@ -307,7 +307,8 @@ def evident(layers: Iterable[Layer], config: Mapping[str, Any]) -> int | None:
 
 
 def decode(parts: Mapping[str, Tensor], where: str, widths: set[int], named: set[int], desc_act: bool, whole_words: bool) -> Layer:
-    """One linear. widths, named: the bits and group sizes that the configuration names; whole_words: its zeros minus one were made by subtracting from whole words."""
+    """One linear. widths, named: the bits and group sizes that the configuration names; whole_words: its
+    zeros minus one were made by subtracting from whole words."""
     words, stored, scales = foreign.parts_of(parts, PARTS[:3], where)
     foreign.check_words(words, "qweight", where)
     foreign.check_words(stored, "qzeros", where)

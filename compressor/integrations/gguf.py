@@ -139,25 +139,25 @@ def write(
         raise ModelError(f"{kind!r} is no type of GGUF that compressor writes; choose one of {', '.join(KINDS)}")
     temporary = path.with_name(path.name + ".tmp")
     writer = gguf.GGUFWriter(temporary, family.arch, use_temp_file=True)
-    writer.temp_file = tempfile.SpooledTemporaryFile(1, dir=path.parent)  # else it makes one where the system keeps its own, often in memory
-    try:
-        note = families.add_metadata(writer, config, family, name or path.stem)
-        called, told = gguf_vocab.add(writer, tokenizer_folder, config["vocab_size"])
-        rows = [{"name": "tokenizer", "type": called, "note": "; ".join(part for part in (told, note) if part)}]
-        if (factors := families.rope_factors(config)) is not None:
-            writer.add_tensor("rope_freqs.weight", factors.numpy())
-        rows += _add_tensors(writer, config, weights, kind, embeddings or (kind if kind in FLOATS else "f16"))
-        most = Counter(row["type"] for row in rows[1:] if row["type"] != "f32" or kind == "f32").most_common(1)
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind if kind != "auto" else most[0][0]]])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(temporary, path)
-    finally:
-        writer.close()
-        writer.temp_file.close()
-        temporary.unlink(missing_ok=True)
+    with tempfile.SpooledTemporaryFile(1, dir=str(path.parent)) as spool:  # the writer's own would lie in the system's folder, often in memory
+        writer.temp_file = spool
+        try:
+            note = families.add_metadata(writer, config, family, name or path.stem)
+            called, told = gguf_vocab.add(writer, tokenizer_folder, config["vocab_size"])
+            rows = [{"name": "tokenizer", "type": called, "note": "; ".join(part for part in (told, note) if part)}]
+            if (factors := families.rope_factors(config)) is not None:
+                writer.add_tensor("rope_freqs.weight", factors.numpy())
+            rows += _add_tensors(writer, config, weights, kind, embeddings or (kind if kind in FLOATS else "f16"))
+            most = Counter(row["type"] for row in rows[1:] if row["type"] != "f32" or kind == "f32").most_common(1)
+            writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind if kind != "auto" else most[0][0]]])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(temporary, path)
+        finally:
+            writer.close()
+            temporary.unlink(missing_ok=True)
     return rows
 
 
@@ -229,13 +229,19 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     if family is None:
         raise ModelError(f"{path} holds a model of the family {arch!r}, which compressor does not know")
     keys = {"num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv"}
-    config = {key: found.get(f"{arch}.{name}") for key, name in keys.items()}
-    if not all(isinstance(number, int) for number in config.values()):
+    keys["head_dim"] = "attention.key_length"
+    config: dict[str, Any] = {key: found.get(f"{arch}.{name}") for key, name in keys.items()}
+    if not all(type(number) is int and number > 0 for number in config.values()):
         raise ModelError(f"{path} is damaged: it does not say how many layers and heads the model has")
+    if config["num_hidden_layers"] > len(reader.tensors) or config["num_attention_heads"] % config["num_key_value_heads"]:
+        raise ModelError(f"{path} is damaged: it speaks of {config['num_hidden_layers']} layers, and of heads in groups that do not come out even")
     names = {there: here for here, there in families.names_of(family, config).items()}
     for tensor in reader.tensors:
         if (name := names.get(tensor.name)) is not None:
-            yield name, _decoded(tensor, family, families.heads_turned(family, config, name), name)
+            heads = families.heads_turned(family, config, name)
+            if heads and tensor.shape[-1] != heads * config["head_dim"]:
+                raise ModelError(f"{path} is damaged: {name} has {tensor.shape[-1]} rows, and there are {heads} heads of {config['head_dim']}")
+            yield name, _decoded(tensor, family, heads, name)
 
 
 def _decoded(tensor: Any, family: "families.Family", heads: int, name: str) -> Tensor:

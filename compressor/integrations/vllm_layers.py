@@ -1,9 +1,9 @@
 """Linear layers of vLLM on packed weights: the kernels that we train with, behind vLLM's quantization interface (read in, and run with, 0.32).
 
     CompressorConfig         a QuantizationConfig: claims a folder by its quantization_config, and gives each linear its method. Table and sparse
-                             folders are always ours; a compressed-tensors or GPTQ folder is where vLLM has nothing for one of its schemes on this kind
-                             of machine (2 and 3 bits, odd groups, 8 bits with zeros, and on CPUs all but 4), or everywhere with
-                             `--quantization compressor`
+                             folders are always ours; a compressed-tensors or GPTQ folder is where vLLM has nothing for one of its schemes on this
+                             kind of machine (2 and 3 bits, on GPUs odd groups and 8 bits with zeros, on CPUs all but 4 bits), or
+                             everywhere with `--quantization compressor`
     CompressorLinearMethod   a LinearMethod: empty parameters that take the stored tensors by name, whatever their shapes (vllm_shards.py), and after
                              loading one PackedLinear for each run of outputs that are stored alike
 

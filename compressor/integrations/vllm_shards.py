@@ -111,11 +111,11 @@ class Folder:
         return compressed_tensors.decode(parts, where, name, self.groups)
 
     def _gptq(self, parts: dict[str, Tensor], where: str) -> PackedWeight:
-        """By its label. One layer cannot overrule that, as all of them do for the reader of folders; where its zeros speak against it, a warning."""
+        """By its label. One layer cannot overrule that, as all of them do for the reader of folders: where it speaks against it, a warning."""
         version, makers = 2 if gptq.label(self.config) == gptq.LABELS[2] else 1, gptq.makers(self.config)
         layer = gptq.decode(parts, where, self.widths, gptq.sizes(self.config), bool(self.config.get("desc_act")), "gptqmodel" in makers)
         if "compressor" not in makers and gptq.evident([layer], self.config) == 3 - version:
-            doubt = f"{where} is labelled {gptq.LABELS[version]}, and its zeros look like those of the other version; it is served by its label"
+            doubt = f"{self.where} is labelled {gptq.LABELS[version]}, and zeros in it look like those of the other; it is served by its label"
             warnings.warn(f"{doubt}: if outputs are wrong, `compressor export` reads all layers and writes the folder anew", stacklevel=2)
         zero = foreign.symmetric(layer.zeros[version - 1], layer.weight.bits)
         return replace(layer.weight, values=Affine(layer.weight.learned, zero))

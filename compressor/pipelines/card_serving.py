@@ -12,12 +12,14 @@ def section(folder: Path) -> str:
         found = folder_facts.facts(folder)
     except ModelError:
         return ""
-    rows = [servers.judge(name, found, folder) for name in servers.SERVERS]
+    files = sorted(folder.glob("*.gguf")) if found.format == "gguf" else []
+    place = Path("FOLDER", files[0].name) if files else Path("FOLDER")
+    rows = [servers.judge(name, found, place) for name in servers.SERVERS]
     lines = []
     for row in rows:
         if row.command is not None:
             needs = "; ".join([*row.reasons, f"{row.versions}, {row.cards}"])
-            lines.append(f"- {row.server} ({needs}):\n\n  ```sh\n  {row.command.replace(str(folder), 'FOLDER')}\n  ```\n")
+            lines.append(f"- {row.server} ({needs}):\n\n  ```sh\n  {row.command}\n  ```\n")
     refused = ", ".join(row.server for row in rows if row.command is None)
     rest = f"\n`compressor doctor FOLDER` says why not with {refused}.\n" if refused else ""
     return "## Serve\n\n" + "\n".join(lines) + rest if lines else ""

@@ -1,7 +1,8 @@
 """What decides where a folder will load: its format, grids and shapes, from config.json and the headers of its files; no weight is read.
 
-GGUF files are read up to the end of their tensor list, without the gguf package. What a header does not say, such as zeros that are all alike, is
-not known here.
+Groups are those that config.json names, as servers see them: a layer no wider than the group is like the others. A grid that does not fit the
+shapes is damage. Formats that compressor does not read (`KNOWN`) are named and no more. GGUF files are read up to the end of their tensor list,
+without the gguf package. What a header does not say, such as zeros that are all alike, is not known here.
 """
 
 import json
@@ -15,8 +16,9 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.export import shards
+from compressor.export import awq, gptq, hqq, mlx, shards, sparse, table
 from compressor.integrations import peft
+from compressor.kernels import layout
 from compressor.pipelines import load
 from compressor.prune import slicing
 
@@ -26,12 +28,13 @@ GGUF_TYPES = {
 }  # fmt: skip
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's plain kinds of values; 8 is a string, 9 a list
 STRING, LIST = 8, 9
+MLX_BITS = (2, 3, 4, 5, 6, 8)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer each in vLLM and SGLang
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How some modules are packed. group: -1 for whole rows, 0 where there is none, as in a table; symmetric: None where it says nothing."""
+    """How some modules are packed. group: as config.json names it, -1 for whole rows, 0 where none is known; symmetric: None if that is not said."""
 
     bits: int
     group: int
@@ -40,7 +43,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Facts:
-    """format: compressed-tensors, gptq, awq, mlx, table, sparse, gguf, dense, or the quant_method of others. modules: their schemes by name; shapes:
+    """format: compressed-tensors, gptq, awq, mlx, hqq, table, sparse, gguf, dense, or the name of another. modules: their schemes by name; shapes:
     (n, k) by name; version: of GPTQ's checkpoints, maker: what it says made it; dense: modules that are not
     packed; types: of GGUF tensors."""
 
@@ -93,119 +96,149 @@ def facts(folder: Path) -> Facts:
     if files and not (folder / "config.json").exists():
         return gguf_facts(files[0])
     config = load.any_config(folder)
-    quantization = config.get("quantization_config") or config.get("quantization") or {}
+    quantization = config.get("quantization_config") or {}
     architecture = str(next(iter(config["architectures"]), "")) or str(config.get("model_type", ""))
-    kind = format_of(config, quantization)
+    kind = format_of(quantization)
     headers = shards.read_headers(folder, load.weight_files(folder))
-    schemes, shapes = READERS.get(kind, _none)(quantization, headers)
+    schemes, shapes = READERS[kind](quantization, headers, folder) if kind in READERS else ({}, {})
+    if kind in READERS and not schemes and kind != "sparse":
+        raise ModelError(f"{folder} holds no packed layers, although its config.json says {kind}")
     ordered = bool(quantization.get("desc_act")) or any(key.endswith(".weight_g_idx") for key in headers)
     plain = frozenset(key.removesuffix(".weight") for key, tensor in headers.items() if key.endswith(".weight") and tensor.dim() == 2) - set(schemes)
-    made = (quantization.get("meta") or {}).get("quantizer", "") if isinstance(quantization.get("meta"), dict) else ""
-    return Facts(
-        kind, architecture, schemes, shapes, ordered, (folder / peft.FOLDER).is_dir(), bool(config.get(slicing.WIDTHS)),
-        str(quantization.get("checkpoint_format") or "gptq") if kind == "gptq" else "", str(made), plain,
-    )  # fmt: skip
+    version, made = (gptq.label(quantization), ", ".join(gptq.makers(quantization))) if kind == "gptq" else ("", "")
+    adapter, uneven = (folder / peft.FOLDER).is_dir(), bool(config.get(slicing.WIDTHS))
+    return Facts(kind, architecture, schemes, shapes, ordered, adapter, uneven, version, made, plain)
 
 
-def format_of(config: Mapping[str, Any], quantization: Any) -> str:
-    """The format of a folder by its quantization_config."""
+def format_of(quantization: Mapping[str, Any]) -> str:
+    """The format of a folder by its quantization_config, with what sets it apart where compressor does not read it."""
     if not quantization:
         return "dense"
-    if not isinstance(quantization, dict):
-        raise ModelError("config.json is damaged: quantization_config is no mapping")
-    method = str(quantization.get("quant_method") or ("mlx" if isinstance(config.get("quantization"), dict) else "unknown"))
-    own = {"compressor": "table", "compressor_sparse": "sparse"}
-    form = quantization.get("format", "pack-quantized")
-    return own.get(method, method if method != "compressed-tensors" or form == "pack-quantized" else f"compressed-tensors {form}")
+    method = str(quantization.get("quant_method") or "unnamed")
+    own = {table.METHOD: "table", sparse.METHOD: "sparse"}
+    if method == "compressed-tensors" and (form := quantization.get("format", "pack-quantized")) != "pack-quantized":
+        return f"{method} {form}"
+    if method == gptq.METHOD and (form := gptq.label(quantization)) not in gptq.LABELS.values():
+        return f"{method} {form}"
+    if method == awq.METHOD and (form := str(quantization.get("version") or quantization.get("format") or "gemm").lower()) != "gemm":
+        return f"{method} {form}"
+    return own.get(method, method)
 
 
 Found = tuple[dict[str, Scheme], dict[str, tuple[int, int]]]
 Headers = Mapping[str, Tensor]
 
 
-def _none(quantization: Mapping[str, Any], headers: Headers) -> Found:
-    return {}, {}
-
-
 def _modules(headers: Headers, leaf: str) -> Iterable[str]:
     return (key.removesuffix(f".{leaf}") for key in headers if key.endswith(f".{leaf}"))
 
 
-def _number(quantization: Mapping[str, Any], key: str, usual: int) -> int:
-    found = quantization.get(key, usual)
-    if type(found) is not int:
-        raise ModelError(f"config.json is damaged: {key} of its quantization_config is {found!r}")
-    return found
+def _parts(headers: Headers, name: str, parts: tuple[str, ...], where: Path) -> list[Tensor]:
+    """The tensors of a packed linear, each with two dimensions and not empty."""
+    found = [headers.get(f"{name}.{part}") for part in parts]
+    whole = [tensor for tensor in found if tensor is not None and tensor.dim() == 2 and tensor.numel()]
+    if len(whole) < len(parts):
+        raise ModelError(f"{where}: {name} is incomplete or damaged: {' and '.join(parts)} must be there with two dimensions")
+    return whole
 
 
-def _whole(group: int, k: int) -> int:
-    return -1 if group < 0 or group >= k else group
+def _mapping(value: Any, what: str, where: Path) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise ModelError(f"{where}/config.json is damaged: {what} is no mapping")
+    return value or {}
 
 
-def _compressed(quantization: Mapping[str, Any], headers: Headers) -> Found:
+def _width(value: Any, where: Path) -> int:
+    if type(value) is not int or value not in layout.STORED:
+        raise ModelError(f"{where}/config.json is damaged: weights of {str(value)[:20]} bits; compressor knows 2, 3, 4 and 8")
+    return value
+
+
+def _group(value: Any, where: Path) -> int:
+    if type(value) is not int or (value < 1 and value != -1):
+        raise ModelError(f"{where}/config.json is damaged: a group size of {str(value)[:20]} is no number of columns, nor -1")
+    return value
+
+
+def _compressed(quantization: Mapping[str, Any], headers: Headers, where: Path) -> Found:
     """Of compressed-tensors: bits follow from the words, groups from the scales, and zero points say whether it is symmetric."""
     schemes, shapes = {}, {}
-    groups = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
-    options = [
-        (g["num_bits"], _number({"group_size": g.get("group_size") or -1}, "group_size", -1)) for g in groups if g.get("num_bits") in range(1, 9)
-    ]
+    groups = _mapping(quantization.get("config_groups"), "config_groups", where).values()
+    weights = [_mapping(_mapping(each, "a group of config_groups", where).get("weights"), "weights of a group", where) for each in groups]
+    options = [(_width(each.get("num_bits"), where), _group(each.get("group_size") or -1, where)) for each in weights]
     for name in _modules(headers, "weight_packed"):
-        words, scale = headers[f"{name}.weight_packed"], headers.get(f"{name}.weight_scale")
-        if scale is None or words.dim() != 2 or scale.dim() != 2:
-            raise ModelError(f"{name} is incomplete or damaged: weight_packed and weight_scale must be there with two dimensions")
+        words, scale = _parts(headers, name, ("weight_packed", "weight_scale"), where)
         for bits, group in options:
             k = scale.shape[1] * group if group > 0 else words.shape[1] * 32 // bits
             if (group > 0 or scale.shape[1] == 1) and words.shape[1] in (-(-k * bits // 32), -(-k // (32 // bits))):
-                schemes[name] = Scheme(bits, _whole(group, k), f"{name}.weight_zero_point" not in headers)
+                schemes[name] = Scheme(bits, group, f"{name}.weight_zero_point" not in headers)
                 shapes[name] = (words.shape[0], k)
                 break
         else:
-            raise ModelError(f"{name} is damaged: {words.shape[1]} words and {scale.shape[1]} groups a row are of no scheme that config.json lists")
+            found = f"{words.shape[1]} words and {scale.shape[1]} groups a row"
+            raise ModelError(f"{where}: {name} is damaged: {found} are of no scheme that config.json lists")
     return schemes, shapes
 
 
-def _gptq(quantization: Mapping[str, Any], headers: Headers) -> Found:
+def _gptq(quantization: Mapping[str, Any], headers: Headers, where: Path) -> Found:
+    """Of GPTQ and AWQ: bits follow from the words of the zeros; the group must be one that config.json names, for all layers or in `dynamic`."""
     schemes, shapes = {}, {}
+    inputs = quantization.get("quant_method") == awq.METHOD  # words run along the outputs, a row for each input
+    dynamic = [each for each in _mapping(quantization.get("dynamic"), "dynamic", where).values() if isinstance(each, dict)]
+    named = {key: [e[key] for e in (quantization, *dynamic) if e.get(key) is not None] for key in ("bits", "w_bit", "group_size", "q_group_size")}
+    widths = {_width(each, where) for each in named["bits"] + named["w_bit"]} or set(layout.STORED)
+    groups = [_group(each, where) for each in named["group_size"] + named["q_group_size"]]
+    symmetric = not quantization.get("zero_point", True) if inputs else bool(quantization.get("sym", True))
     for name in _modules(headers, "qweight"):
-        words, scale = headers[f"{name}.qweight"], headers.get(f"{name}.scales")
-        if scale is None or words.dim() != 2 or scale.dim() != 2:
-            raise ModelError(f"{name} is incomplete or damaged: qweight and scales must be there with two dimensions")
-        n, group, bits = scale.shape[1], _number(quantization, "group_size", -1), _number(quantization, "bits", 4)
-        if not 0 < bits <= 8:
-            raise ModelError(f"config.json is damaged: weights of {bits} bits")
-        if quantization.get("quant_method") == "awq":
-            k, symmetric = words.shape[0], not quantization.get("zero_point", True)
-        else:
-            k, symmetric = words.shape[0] * 32 // bits, bool(quantization.get("sym", True))
-            if group > 0 and scale.shape[0] > 1 and k != scale.shape[0] * group:  # `dynamic` gives this layer other bits
-                k = scale.shape[0] * group
-                bits = words.shape[0] * 32 // k
-        schemes[name], shapes[name] = Scheme(bits, _whole(group, k), symmetric), (n, k)
+        words, zeros, scale = _parts(headers, name, ("qweight", "qzeros", "scales"), where)
+        count, n = scale.shape
+        index = headers.get(f"{name}.g_idx")
+        stream = [bits for bits in widths if bits * n == 32 * zeros.shape[1]]
+        bits = next(iter(stream), 3 if zeros.shape[1] == -(-n // 10) else 0)  # a stream, or ten codes of 3 bits a word
+        k = words.shape[0] if inputs else index.numel() if index is not None and index.numel() else words.shape[0] * 32 // bits if bits else 0
+        group = next((each for each in groups or [-1 if count == 1 else k // count] if (k if each == -1 else each) * count == k), None)
+        if bits not in widths or zeros.shape[0] != count or group is None:
+            found = f"{zeros.shape[1]} words of zeros for {n} outputs, and {count} groups of {k} inputs,"
+            raise ModelError(f"{where}: {name} is damaged: {found} are of no scheme that config.json lists")
+        schemes[name], shapes[name] = Scheme(bits, group, symmetric), (n, k)
     return schemes, shapes
 
 
-def _mlx(quantization: Mapping[str, Any], headers: Headers) -> Found:
+def _mlx(quantization: Mapping[str, Any], headers: Headers, where: Path) -> Found:
     schemes, shapes = {}, {}
     for name in _modules(headers, "scales"):
-        own = quantization.get(name)
+        own, words, scale = quantization.get(name), headers.get(f"{name}.weight"), headers[f"{name}.scales"]
         entry = own if isinstance(own, dict) else quantization
-        bits, group, words = entry.get("bits"), entry.get("group_size"), headers.get(f"{name}.weight")
-        if not isinstance(bits, int) or not isinstance(group, int) or not 0 < bits <= 8 or words is None or words.dim() < 2:
-            raise ModelError(f"{name} is incomplete or damaged: MLX's bits and group_size, and its weight, must be there")
-        schemes[name], shapes[name] = Scheme(bits, group, None), (words.shape[-2], words.shape[-1] * 32 // bits)
+        bits, group = entry.get("bits"), entry.get("group_size")
+        if type(bits) is not int or type(group) is not int or bits not in MLX_BITS or group not in mlx.GROUPS:
+            raise ModelError(f"{where}/config.json is damaged: MLX has no {str(bits)[:20]} bits in groups of {str(group)[:20]}")
+        if words is None or words.dim() < 2 or scale.dim() < 2 or words.shape[-1] * 32 != scale.shape[-1] * group * bits:
+            raise ModelError(f"{where}: {name} is incomplete or damaged: its weight and scales do not fit {bits} bits in groups of {group}")
+        schemes[name], shapes[name] = Scheme(bits, group, None), (words.shape[-2], scale.shape[-1] * group)
     return schemes, shapes
 
 
-def _ours(quantization: Mapping[str, Any], headers: Headers) -> Found:
-    schemes: dict[str, Scheme] = {}
-    for group in quantization.get("groups") or []:
-        if isinstance(group, dict) and isinstance(group.get("bits"), int):
-            width = group.get("segment") or group.get("group") or 0
-            schemes |= dict.fromkeys(group.get("modules") or [], Scheme(group["bits"], int(width), None))
+def _hqq(quantization: Mapping[str, Any], headers: Headers, where: Path) -> Found:
+    """Of HQQ the bits, by the number of words for each group; outputs and inputs are in tensors, which are not read."""
+    schemes = {}
+    for name in _modules(headers, "W_q"):
+        words, scale = _parts(headers, name, ("W_q", "scale"), where)
+        bits = (bits for bits, (_, codes) in hqq.PACKINGS.items() if words.shape[0] == -(-scale.shape[0] // codes))
+        schemes[name] = Scheme(next(bits, 0), 0, None)
     return schemes, {}
 
 
-READERS = {"compressed-tensors": _compressed, "gptq": _gptq, "awq": _gptq, "mlx": _mlx, "table": _ours, "sparse": _ours}
+def _table(quantization: Mapping[str, Any], headers: Headers, where: Path) -> Found:
+    return {name: Scheme(bits, segment, None) for name, (bits, segment) in table.schemes_of(quantization, where).items()}, {}
+
+
+def _sparse(quantization: Mapping[str, Any], headers: Headers, where: Path) -> Found:
+    named = sparse.schemes_of(quantization, where)
+    return {name: Scheme(scheme.bits, scheme.group, None) for name, scheme in named.items() if scheme.bits}, {}
+
+
+READERS = {"compressed-tensors": _compressed, "gptq": _gptq, "awq": _gptq, "mlx": _mlx, "hqq": _hqq, "table": _table, "sparse": _sparse}
+KNOWN = (*READERS, "dense", "gguf")
 
 
 def gguf_facts(path: Path) -> Facts:
@@ -267,14 +300,15 @@ def describe(found: Facts) -> str:
     """One line for people."""
     if found.format == "gguf":
         return f"{found.architecture} as GGUF, {', '.join(found.types)}"
-    grids = "; ".join(sorted({_grid(scheme) for scheme in found.kinds})) or "16 or 32 bits"
+    empty = "16 or 32 bits" if found.format == "dense" else "no packed layers" if found.format in KNOWN else "a format that compressor does not know"
+    grids = "; ".join(sorted({_grid(scheme) for scheme in found.kinds})) or empty
     name = found.version or found.format
     return f"{found.architecture} as {name}: {grids}{', act-order' * found.act_order}{', an adapter beside it' * found.adapter}"
 
 
 def _grid(scheme: Scheme) -> str:
     width = {-1: ", whole rows", 0: ""}.get(scheme.group, f", groups of {scheme.group}")
-    return f"{scheme.bits} bits{width}{'' if scheme.symmetric is None else ', symmetric' if scheme.symmetric else ', asymmetric'}"
+    return f"{scheme.bits or 'unknown'} bits{width}{'' if scheme.symmetric is None else ', symmetric' if scheme.symmetric else ', asymmetric'}"
 
 
 def document(found: Facts) -> dict[str, Any]:

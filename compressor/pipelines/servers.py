@@ -6,37 +6,43 @@ parallelism and of architectures that nobody tried here are not known.
 """
 
 import shlex
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from compressor.errors import RecipeError
 from compressor.pipelines import folder_facts, load
 from compressor.pipelines.folder_facts import Facts, Scheme
 
-YES, CONDITIONS, NO = "yes", "with conditions", "no"
+YES, CONDITIONS, NO, UNKNOWN = "yes", "with conditions", "no", "unknown"
 RAN, READ = "run", "read"
 PACKED = ("compressed-tensors", "gptq", "awq")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gptneox", "olmo2", "smollm3")  # that servers are known to know
-PYTHON = 'python -c "{}"'
+PYTHON = "python -c "  # what follows is code, in which names stand as Python writes them
+STRANGE = "compressor does not know this format; ask the server's own documentation"
+PLUGIN = "CUDA, sm80 and later; CPUs: AVX-512"  # compressor's in vLLM
 
 
 @dataclass(frozen=True)
 class Server:
-    """versions: those that the rules are of. wants: what of `export --to` loads there. commands: how to start it, by format, "" for any other."""
+    """versions: those that the rules are of. wants: what of `export --to` loads there. commands: how to start it, by format, "" for any other;
+    elsewhere: cards of formats for which they are others than `cards`."""
 
     versions: str
     cards: str
     wants: str
     commands: dict[str, str]
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """If a folder is in one of `formats` and `when` holds, `verdict` and `why`; seen: run here, or read in the server's source."""
+    """If a folder is in one of `formats` and `when` holds, `verdict` and `why`; seen: run here, or read in the server's source. Beside "yes", `why`
+    is a need or a limit of this very folder."""
 
     server: str
     formats: tuple[str, ...]
@@ -61,6 +67,7 @@ SERVERS = {
     "vllm": Server(
         "vLLM 0.32", "CUDA, sm80 and later (Marlin; compressor's plug-in); CPUs: AVX-512",
         "compressed-tensors or gptq, 4 bits and symmetric", {"gptq": "vllm serve {folder} --dtype float16", "": "vllm serve {folder}"},
+        {"dense": "CUDA; CPUs: AVX-512", "gguf": "CUDA", "table": PLUGIN, "sparse": PLUGIN},
     ),
     "llama.cpp": Server(
         "llama.cpp of 2026", "CPUs, Metal, CUDA, Vulkan, ROCm", "gguf", {"": "llama-server -m {folder} -c 4096 --port 8080"},
@@ -68,28 +75,26 @@ SERVERS = {
     "transformers": Server(
         "transformers 5.23", "any; weights become dense while loading, except tables'", "compressed-tensors",
         {
-            "gguf": PYTHON.format("from transformers import AutoModelForCausalLM as A; A.from_pretrained('{parent}', gguf_file='{name}')"),
-            "table": PYTHON.format("import compressor; from transformers import AutoModelForCausalLM as A; A.from_pretrained('{folder}')"),
-            "sparse": PYTHON.format("import compressor; from transformers import AutoModelForCausalLM as A; A.from_pretrained('{folder}')"),
-            "asymmetric": PYTHON.format(
-                "from transformers import AutoModelForCausalLM as A, CompressedTensorsConfig as C; "
-                "A.from_pretrained('{folder}', quantization_config=C(dequantize=True))"
-            ),
+            "gguf": f"{PYTHON}from transformers import AutoModelForCausalLM as A; A.from_pretrained({{parent}}, gguf_file={{name}})",
+            "table": f"{PYTHON}import compressor; from transformers import AutoModelForCausalLM as A; A.from_pretrained({{folder}})",
+            "sparse": f"{PYTHON}import compressor; from transformers import AutoModelForCausalLM as A; A.from_pretrained({{folder}})",
+            "asymmetric": f"{PYTHON}from transformers import AutoModelForCausalLM as A, CompressedTensorsConfig as C; "
+            "A.from_pretrained({folder}, quantization_config=C(dequantize=True))",
             "": "transformers serve {folder}",
         },
+        dict.fromkeys(("dense", "gguf", "table", "sparse"), "any"),
     ),
     "sglang": Server(
         "SGLang 0.5.23", "CUDA, sm80 and later", "compressed-tensors or gptq, 4 bits and symmetric",
         {"": "python -m sglang.launch_server --model-path {folder} --port 30000"},
     ),
     "gptqmodel": Server(
-        "GPTQModel 7.6", "CUDA; CPUs", "gptq", {"": PYTHON.format("from gptqmodel import GPTQModel; GPTQModel.load('{folder}').serve(port=8000)")},
+        "GPTQModel 7.6", "CUDA; CPUs", "gptq", {"": f"{PYTHON}from gptqmodel import GPTQModel; GPTQModel.load({{folder}}).serve(port=8000)"},
     ),
     "auto-gptq": Server(
         "auto-gptq 0.7.1 with transformers 4.46", "CUDA; CPUs", "gptq",
-        {"": PYTHON.format("from transformers import AutoModelForCausalLM as A, GPTQConfig as C; "
-            "A.from_pretrained('{folder}', quantization_config=C(bits={bits}, use_exllama=False))"
-        )},
+        {"": f"{PYTHON}from transformers import AutoModelForCausalLM as A, GPTQConfig as C; "
+            "A.from_pretrained({folder}, quantization_config=C(bits={bits}, use_exllama=False))"},
     ),
     "mlx": Server("mlx-lm 0.32", "Apple silicon; CPUs", "mlx", {"": "mlx_lm.server --model {folder} --port 8080"}),
 }  # fmt: skip
@@ -128,15 +133,15 @@ HUMMING = f"{BESIDE}; on CUDA, sm75 and later, vLLM's optional Humming kernel do
 FUSED = "layers that it fuses (q, k, v; gate, up) are packed in different ways"
 RULES = (
     Rule("vllm", ("dense",), YES, "", RAN),
-    Rule("vllm", ("compressed-tensors",), YES, "Marlin and Machete kernels, on CPUs one of its own", RAN, only(4)),
-    Rule("vllm", ("compressed-tensors",), YES, "Marlin and Machete kernels; CPUs need compressor's plug-in", READ, eight),
+    Rule("vllm", ("compressed-tensors",), YES, "", RAN, only(4)),
+    Rule("vllm", ("compressed-tensors",), YES, "CPUs need compressor's plug-in", READ, eight),
     Rule("vllm", ("compressed-tensors",), CONDITIONS, HUMMING, RAN, beyond(4, 8)),
     Rule("vllm", ("compressed-tensors",), CONDITIONS, "act-order was not looked at", READ, lambda f: f.act_order and only(4, 8)(f)),
     Rule("vllm", ("compressed-tensors",), NO, "its kernel for 2 and 3 bits takes no act-order", READ, lambda f: f.act_order and beyond(4, 8)(f)),
     Rule("vllm", ("gptq",), CONDITIONS, f"by itself it takes GPTQ only where weights are symmetric; {BESIDE}", RAN, asymmetric),
     Rule("vllm", ("gptq",), CONDITIONS, f"by itself it takes no act-order in groups; {BESIDE}", READ, lambda f: f.act_order and f.groups != {-1}),
-    Rule("vllm", ("gptq",), YES, "Marlin kernel, on CPUs one of its own", RAN, lambda f: f.symmetric and only(4)(f)),
-    Rule("vllm", ("gptq",), YES, "Marlin kernel; CPUs need compressor's plug-in", READ, lambda f: f.symmetric and eight(f)),
+    Rule("vllm", ("gptq",), YES, "", RAN, lambda f: f.symmetric and only(4)(f)),
+    Rule("vllm", ("gptq",), YES, "CPUs need compressor's plug-in", READ, lambda f: f.symmetric and eight(f)),
     Rule("vllm", ("gptq",), CONDITIONS, f"by itself it takes GPTQ of 4 and 8 bits; {BESIDE}", RAN, lambda f: f.symmetric and beyond(4, 8)(f)),
     Rule("vllm", ("awq",), YES, "", READ),
     Rule("vllm", ("compressed-tensors", "gptq"), CONDITIONS, "kernels know groups of 32, 64 and 128 and whole rows", READ, odd_group),
@@ -145,7 +150,8 @@ RULES = (
     Rule("vllm", ("compressed-tensors", "gptq"), CONDITIONS, f"{FUSED}, which takes `--quantization compressor`; {BESIDE}", READ, split),
     Rule("vllm", ("table", "sparse"), CONDITIONS, BESIDE, RAN),
     Rule("vllm", ("gguf",), CONDITIONS, "GGUF is read by its own plug-in: pip install vllm-gguf-plugin", READ),
-    Rule("llama.cpp", ("gguf",), YES, "it rounds activations to 8 bits", RAN),
+    Rule("llama.cpp", ("gguf",), YES, "", RAN),
+    Rule("llama.cpp", ("gguf",), YES, "it rounds activations to 8 bits", RAN, lambda f: not set(f.types) <= {"F32", "F16", "BF16"}),
     Rule("transformers", ("dense",), YES, "", RAN),
     Rule("transformers", ("compressed-tensors",), YES, "needs compressed-tensors", RAN, lambda f: f.symmetric and 3 not in f.bits),
     Rule("transformers", ("compressed-tensors",), CONDITIONS, "3 bits need compressed-tensors 0.18 or later", RAN, lambda f: 3 in f.bits),
@@ -163,20 +169,20 @@ RULES = (
     Rule("transformers", ("table", "sparse"), CONDITIONS, "`import compressor` must come first; transformers serve does not import it", RAN),
     Rule("transformers", ("gguf",), CONDITIONS, "needs gguf, and makes weights dense", RAN),
     Rule("sglang", ("dense",), YES, "", READ),
-    Rule("sglang", ("gptq",), YES, "Marlin kernel", READ, lambda f: f.symmetric and only(4, 8)(f)),
+    Rule("sglang", ("gptq",), YES, "", READ, lambda f: f.symmetric and only(4, 8)(f)),
     Rule("sglang", ("gptq",), NO, "it takes GPTQ of 4 and 8 bits only where weights are symmetric", READ, lambda f: asymmetric(f) or beyond(4, 8)(f)),
     Rule("sglang", ("compressed-tensors",), YES, "", READ, only(4, 8)),
     Rule("sglang", ("compressed-tensors",), NO, "it takes weights of 4 and 8 bits", READ, beyond(4, 8)),
     Rule("sglang", ("awq",), YES, "", READ),
     Rule("sglang", PACKED, NO, FUSED, READ, split),
     Rule("sglang", ("gguf",), CONDITIONS, "on CUDA only", READ),
-    Rule("gptqmodel", ("gptq",), YES, "2, 3, 4 and 8 bits", RAN),
+    Rule("gptqmodel", ("gptq",), YES, "", RAN),
     Rule(
         "gptqmodel", ("gptq",), NO, "its own loader takes asymmetric weights only of `gptq_v2`; through transformers it takes these", RAN,
         lambda f: asymmetric(f) and f.version != "gptq_v2" and not f.maker.startswith("gptqmodel"),
     ),
     Rule("gptqmodel", ("awq",), YES, "", READ),
-    Rule("auto-gptq", ("gptq",), YES, "2, 3, 4 and 8 bits", RAN),
+    Rule("auto-gptq", ("gptq",), YES, "", RAN),
     Rule("auto-gptq", ("gptq",), NO, "it does not know gptq_v2 and misreads it without a word", RAN, lambda f: f.version == "gptq_v2"),
     Rule("auto-gptq", ("gptq",), NO, "it takes one scheme for all layers", READ, lambda f: f.mixed),
     Rule(
@@ -200,13 +206,11 @@ def advise(folder: Path | str, server: str | None = None) -> tuple[dict[str, Any
     place = place if place.suffix == ".gguf" and place.is_file() else load.resolve(str(folder))
     found = folder_facts.facts(place)
     rows = [judge(name, found, place) for name in ([server] if server else SERVERS)]
-    shown = Table("server", "loads", "why, and what it needs", "start it with", title=f"{place}: {folder_facts.describe(found)}")
+    shown = Table("server", "loads", "why, and what it needs", "start it with", title=Text(f"{place}: {folder_facts.describe(found)}"))
     for row in rows:
-        needs = [
-            *row.reasons,
-            *([f"{row.versions}; {row.cards} ({row.seen} here)" if row.seen == RAN else f"{row.versions}; {row.cards} (not run here)"]),
-        ]
-        shown.add_row(row.server, row.verdict, "\n".join(needs), row.command or "–", style=None if row.verdict != NO else "dim")
+        where = f"{row.versions}; {row.cards} ({'run' if row.seen == RAN else 'not run'} here)"
+        needs = [*row.reasons, *([where] if row.cards else [])]
+        shown.add_row(row.server, row.verdict, Text("\n".join(needs)), Text(row.command or "–"), style="dim" if row.command is None else None)
     servers = [
         {
             "server": r.server,
@@ -224,7 +228,10 @@ def advise(folder: Path | str, server: str | None = None) -> tuple[dict[str, Any
 
 def judge(name: str, found: Facts, folder: Path) -> Advice:
     """What a server makes of a folder with these facts."""
-    server, rules = SERVERS[name], [rule for rule in RULES if rule.server == name and found.format in rule.formats and rule.when(found)]
+    server, cards = SERVERS[name], SERVERS[name].elsewhere.get(found.format, SERVERS[name].cards)
+    if found.format not in folder_facts.KNOWN:
+        return Advice(name, UNKNOWN, (STRANGE,), "", server.versions, "", None)
+    rules = [rule for rule in RULES if rule.server == name and found.format in rule.formats and rule.when(found)]
     verdict = next((each for each in (NO, CONDITIONS, YES) if any(rule.verdict == each for rule in rules)), NO)
     heard = [rule for rule in rules if rule.verdict == verdict][: 1 if verdict == NO else None]
     reasons = [rule.why for rule in heard if rule.why]
@@ -238,7 +245,7 @@ def judge(name: str, found: Facts, folder: Path) -> Advice:
     if found.uneven:
         verdict, reasons = NO, ["its blocks differ in width, which compressor alone can build"]
     command = None if verdict == NO else command_of(name, found, folder)
-    return Advice(name, verdict, tuple(reasons), seen, server.versions, server.cards, command)
+    return Advice(name, verdict, tuple(reasons), seen, server.versions, cards, command)
 
 
 def _beside(name: str, found: Facts, verdict: str) -> tuple[str, list[str]]:
@@ -260,13 +267,22 @@ def command_of(name: str, found: Facts, folder: Path) -> str:
     if found.format == "gguf" and folder.is_dir():
         path = next(iter(sorted(folder.glob("*.gguf"))), folder)
     command = commands.get(kind, commands[""])
-    quoted = (lambda text: text) if "python -c" in command else shlex.quote
+    code = command.startswith(PYTHON)
+    quoted = _literal if code else shlex.quote
+    command = command.removeprefix(PYTHON if code else "")
     command = command.format(folder=quoted(str(path)), parent=quoted(str(path.parent)), name=quoted(path.name), bits=min(found.bits, default=4))
+    command = f"{PYTHON}{shlex.quote(command)}" if code else command
     if name == "vllm" and kind in ("compressed-tensors", "gptq") and split(found):
         command += " --quantization compressor"
     if name == "vllm" and found.adapter:
         command += f" --enable-lora --lora-modules tuned={shlex.quote(str(folder / 'adapter'))}"
     return command
+
+
+def _literal(text: str) -> str:
+    """Python's own way to write a text, in double quotes where it needs no escape, since the shell's are single ones."""
+    plain = repr(text)
+    return f'"{text}"' if plain == f"'{text}'" and '"' not in text else plain
 
 
 def section() -> str:
@@ -319,5 +335,5 @@ def samples() -> list[Facts]:
     out = [sample("compressed-tensors", *grid) for grid in grids]
     out += [sample("gptq", *grid, version=version) for version in ("gptq", "gptq_v2") for grid in grids]
     out += [sample("awq", 4, False), *(sample("mlx", bits) for bits in (2, 3, 4, 8)), *(sample("table", bits) for bits in (2, 3, 4))]
-    out += [sample("sparse", 4), Facts("gguf", "llama", types=("Q4_0",)), Facts("dense", "LlamaForCausalLM")]
+    out += [Facts("hqq", "LlamaForCausalLM"), sample("sparse", 4), Facts("gguf", "llama", types=("Q4_0",)), Facts("dense", "LlamaForCausalLM")]
     return out

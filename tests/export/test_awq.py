@@ -76,7 +76,8 @@ def test_reasons_that_a_model_does_not_fit() -> None:
     for packed, words in (
         ({}, "no layer"), ({"a": table}, "tables"), ({"a": tuned}, "tuned zeros"), ({"a": weight(bits=3)}, "a has 3 bits"),
         ({"a": ordered}, "act-order"), ({"a": weight(60)}, "60 outputs"), ({"a": weight(), "b": weight(group=16)}, "groups of 16, 32 columns"),
-        ({"a": weight().with_learned(torch.full((64, 3), 1e6))}, "beyond the range"),
+        ({"a": weight().with_learned(torch.full((64, 3), 1e6))}, "beyond the range"), ({"a": weight(group=48)}, "a has groups of 48 columns"),
+        ({"a": weight(k=512, group=256)}, "groups of 256 columns"), ({"a": weight().with_learned(torch.full((64, 3), float("nan")))}, "not finite"),
     ):  # fmt: skip
         why = awq.fits(packed)
         assert why is not None and words in why

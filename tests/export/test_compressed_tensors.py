@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,8 +113,25 @@ def test_mixed_schemes_name_their_modules() -> None:
         (lambda t: t.update({"a.weight_shape": torch.tensor([8, 127])}), "damaged"),
         (lambda t: t.update({"a.weight_shape": torch.tensor([-8, 128])}), "damaged"),
         (lambda t: t.update({"a.weight_packed": torch.zeros(8, 99, dtype=torch.int32)}), "no stream of 3 bits"),
-        (lambda t: t.update({"a.weight_g_idx": torch.zeros(128, dtype=torch.int32)}), "damaged: an index"),
+        (lambda t: t.update({"a.weight_g_idx": torch.zeros(128, dtype=torch.int32)}), "weight_g_idx is an index that"),
+        (lambda t: t.update({"a.weight_g_idx": torch.full((128,), (1 << 31) - 1, dtype=torch.int32)}), "weight_g_idx is an index that"),
+        (lambda t: t.update({"a.weight_g_idx": torch.full((128,), (1 << 62), dtype=torch.int64)}), "weight_g_idx is an index that"),
+        (lambda t: t.update({"a.weight_g_idx": (torch.arange(64) // 16).int()}), r"weight_g_idx is int32 \(64,\)"),
+        (lambda t: t.update({"a.weight_g_idx": (torch.arange(256) // 64).int()}), r"weight_g_idx is int32 \(256,\)"),
+        (lambda t: t.update({"a.weight_g_idx": torch.full((128,), -1.0)}), "weight_g_idx is float32"),
+        (lambda t: t.update({"a.weight_g_idx": torch.zeros(0, dtype=torch.int32)}), r"weight_g_idx is int32 \(0,\)"),
         (lambda t: t.update({"a.weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)}), "zero points"),
+        (lambda t: t.update({"a.weight_zero_point": torch.zeros(1, 4)}), "weight_zero_point is float32"),
+        (lambda t: t["a.weight_scale"].view(-1)[3].fill_(float("nan")), "weight_scale holds numbers that are not finite"),
+        (lambda t: t.update({"a.weight_scale": torch.ones(8, 4, dtype=torch.int32)}), "weight_scale is int32"),
+        (lambda t: t.update({"a.weight_scale": torch.ones(8, 4).to(torch.float8_e4m3fn)}), "weight_scale is float8"),
+        (lambda t: t.update({"a.weight_scale": torch.ones(8, 4, dtype=torch.float64)}), "weight_scale is float64"),
+        (lambda t: t.update({"a.weight_scale": torch.ones(8, 0)}), "weight_scale is float32"),
+        (lambda t: t.update({"a.weight_scale": torch.ones(8)}), "two dimensions"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([8.0, float("nan")])}), "weight_shape is float32"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([8, 128, 1])}), "weight_shape is int64"),
+        (lambda t: t.update({"a.weight_shape": torch.tensor([8, 1 << 62])}), "no stream of 3 bits"),
+        (lambda t: t.update({"a.weight_packed": t["a.weight_packed"].long()}), "weight_packed is int64"),
     ],
 )
 def test_damaged_tensors_give_one_sentence(tmp_path: Path, damage, words: str) -> None:
@@ -121,8 +139,77 @@ def test_damaged_tensors_give_one_sentence(tmp_path: Path, damage, words: str) -
     tensors = load_file(tmp_path / "model.safetensors")
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelError, match=words) as error:
         read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_groups": [1]}, "must be a mapping of mappings"), ({"config_groups": None}, "must be a mapping"), ({"config_groups": {}}, "mapping"),
+        ({"config_groups": {"a": 3}}, "must be a mapping of mappings"), ({"weights": "x"}, "weights in config_groups"),
+        ({"weights": None}, "weights in"),
+        ({"num_bits": 4.0}, "weights of 4.0 bits"), ({"num_bits": [4]}, "weights of .4. bits"), ({"num_bits": None}, "weights of None bits"),
+        ({"num_bits": True}, "weights of True bits"), ({"type": "float"}, "of the type float; compressor reads int"),
+        ({"type": [1]}, "of the type .1."),
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "rotates activations while it runs"),
+        ({"transform_config": "x"}, "transform_config"), ({"output_activations": {"num_bits": 8}}, "quantises activations"),
+    ],
+)  # fmt: skip
+def test_damaged_and_foreign_configurations_give_one_sentence(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    write(tmp_path, {"a": weight(8, 128, 4, 32, symmetric=True)})
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    group = config["config_groups"]["group_0"]
+    for place in (group["weights"], group, config):
+        place.update({key: value for key, value in change.items() if key in place or (key == "transform_config" and place is config)})
+    with pytest.raises(ModelError, match=words) as error:
+        ct.read(tmp_path, [tmp_path / "model.safetensors"], config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [None, {}, {"config_groups": {}}])
+def test_a_transform_config_without_transforms_is_none(tmp_path: Path, empty: Any) -> None:
+    write(tmp_path, {"a": weight(8, 128, 4, 32, symmetric=True)})
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert list(ct.read(tmp_path, [tmp_path / "model.safetensors"], config | {"transform_config": empty})[1]) == ["a"]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_targets_tell_the_bits_where_the_words_fit_several(tmp_path: Path, bits: int) -> None:
+    """Eight columns fill one word at 2 and at 3 bits."""
+    weights = {"b.q": weight(8, 8, bits, 8, symmetric=True), "b.k": weight(8, 128, 5 - bits, 8, symmetric=True)}
+    write(tmp_path, weights)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    files = [tmp_path / "model.safetensors"]
+    groups = {group["weights"]["num_bits"]: group for group in config["config_groups"].values()}
+    for own, other in (([r"re:.*\.q$"], [r"re:.*\.k$"]), (["b.q"], ["Linear"]), (["Linear"], ["b.k"]), (["re:("], ["b.k"])):
+        groups[bits]["targets"], groups[5 - bits]["targets"] = own, other
+        if own == ["re:("]:
+            with pytest.raises(ModelError, match="several widths fit"):
+                ct.read(tmp_path, files, config)
+        else:
+            again = ct.read(tmp_path, files, config)[1]
+            assert all(torch.equal(again[name].dequantize(), packed.dequantize()) for name, packed in weights.items())
+
+
+@pytest.mark.parametrize(("k", "scales"), [(160, 3), (96, 2)])
+def test_a_shorter_last_group_is_not_supported(tmp_path: Path, k: int, scales: int) -> None:
+    """Also where the number of groups happens to divide the row: 96 columns in groups of 64 are no groups of 48."""
+    write(tmp_path, {"a": weight(8, k, 4, 32, symmetric=True)})
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"]["weights"]["group_size"] = 64
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"a.weight_scale": torch.ones(8, scales).half()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{k} inputs in groups of 64, the last of them shorter, which compressor does not support"):
+        ct.read(tmp_path, [tmp_path / "model.safetensors"], config)
+
+
+def test_scales_that_no_reader_takes_are_a_reason() -> None:
+    good = weight(8, 128, 4, 32, symmetric=True)
+    for bad in (torch.full((8, 4), float("nan")), torch.full((8, 4), float("inf")).half(), torch.ones(8, 4, dtype=torch.float64)):
+        assert "scales of b are not finite" in str(ct.fits({"a": good, "b": good.with_learned(bad)}))
+    assert ct.fits({"a": good}) is None
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -198,6 +198,49 @@ def test_products_that_need_more_than_float16_have_a_float16_divisor() -> None:
     assert blocks.exact(weight, "q4_k") and torch.equal(seen(weight, "q4_k"), weight.dequantize())
 
 
+@pytest.mark.parametrize("name", blocks.NAMES)
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_refused(name: str, strange: float) -> None:
+    """Also where they are few, and where no search for a scale would ever choose them."""
+    matrix = dense(n=3, k=256)
+    matrix[1, 7] = strange
+    scaled, zeroed = packed(2, 32, n=3, k=256), packed(2, 32, "float", n=3, k=256)
+    scaled.learned[2, 3] = strange
+    assert zeroed.zero is not None
+    zeroed.zero[0, 1] = strange
+    for weight in (matrix, scaled, zeroed):
+        assert not blocks.finite(weight)
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            blocks.encode(weight, name)
+
+
+@pytest.mark.parametrize("name", [name for name in blocks.NAMES if name not in ("f32", "bf16")])
+def test_what_float16_cannot_hold_is_refused(name: str) -> None:
+    far = packed(2, 32, scale=torch.full((3, 8), 1e9), n=3, k=256)
+    for weight in (torch.full((2, 256), 1e9), far):
+        with pytest.raises(ModelError, match="range of float16"):
+            blocks.encode(weight, name)
+
+
+@pytest.mark.parametrize("name", blocks.NAMES)
+@pytest.mark.parametrize("weight", [packed(4, 32), packed(2, 128, "float"), packed(3, 16), dense()], ids=["4", "2", "3", "dense"])
+def test_the_error_told_is_that_of_the_bytes(name: str, weight: PackedWeight | torch.Tensor) -> None:
+    data, told = blocks.fitted(weight, name)
+    whole = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+    found = blocks.decode(data, name, (70, 512))
+    assert told == pytest.approx(error(whole, found), rel=1e-5) and (told == 0) == torch.equal(whole, found)
+    assert torch.equal(data, blocks.encode(weight, name))
+    if isinstance(weight, PackedWeight):
+        exact = blocks.fitted_exactly(weight, name)
+        assert torch.equal(exact, data) if exact is not None else told > 0
+
+
+def test_codes_are_not_unpacked_where_scales_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = packed(4, 32)
+    monkeypatch.setattr(PackedWeight, "codes", lambda self: pytest.fail("unpacked"))
+    assert not blocks.exact(weight, "q4_k")
+
+
 def test_what_does_not_go() -> None:
     with pytest.raises(ModelError, match="32"):
         blocks.encode(dense(k=48), "q4_0")

@@ -138,11 +138,32 @@ def test_reasons_that_a_model_does_not_fit() -> None:
     for packed, words in (
         ({}, "no layer"), ({"a": table}, "tables"), ({"a": tuned}, "tuned zeros"), ({"a": weight(60, 96, 4)}, "60 outputs"),
         ({"b": weight(), "a": weight(48, 96, 3)}, "a has 48 outputs"), ({"a": weight(64, 24, 2, 24)}, "24 inputs"),
+        ({"b": weight(), "a": weight(group=48)}, "a has groups of 48 columns"), ({"a": weight(64, 4096, group=2048)}, "groups of 2048"),
     ):  # fmt: skip
         why = gptq.V1.fits(packed)
         assert why is not None and words in why
     with pytest.raises(ModelError, match="neither tables nor tuned zeros"):
         gptq.V1.tensors_of("a", tuned)
+    assert gptq.V1.fits({"a": weight(8, 48, group=48), "b": weight(40, 1024, group=512)}) is None  # whole rows, and no multiples of 32
+
+
+def test_no_layers_tell_no_version() -> None:
+    assert gptq.evident([], {}) is None and gptq.evident([], {"sym": True}) is None
+
+
+@pytest.mark.parametrize(("k", "groups", "ordered"), [(160, 3, True), (160, 3, False), (96, 2, True), (96, 2, False)])
+@pytest.mark.parametrize("where", [{"group_size": 64}, {"group_size": 128, "dynamic": {"+:a": {"group_size": 64}}}])
+def test_a_shorter_last_group_is_not_supported(tmp_path: Path, k: int, groups: int, ordered: bool, where: dict[str, Any]) -> None:
+    write(tmp_path, {"a": gptq.V1.held(weight(64, k))})
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {
+        "a.scales": torch.ones(groups, 64).half(),
+        "a.qzeros": torch.zeros(groups, 8, dtype=torch.int32),
+        "a.g_idx": (torch.arange(k) // 64).int(),
+    }
+    save_file({key: tensor for key, tensor in tensors.items() if ordered or key != "a.g_idx"}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"{k} inputs in groups of 64, the last of them shorter, which compressor does not support"):
+        read(tmp_path, **where)
 
 
 def test_columns_in_any_order_inside_a_group_become_one_order() -> None:
@@ -296,7 +317,7 @@ def test_efficientqat_folders(tmp_path: Path) -> None:
     [
         ({"checkpoint_format": "gptq_p"}, "in the form gptq_p, which is not read"), ({"checkpoint_format": "bitblas"}, "form bitblas"),
         ({"is_marlin_format": True}, "form marlin"), ({"pack_dtype": "int16"}, "int16 words"), ({"bits": 5}, "weights of 5 bits"),
-        ({"bits": [4]}, "of .4. bits"), ({"bits": "4"}, "of 4 bits"),
+        ({"bits": [4]}, "of .4. bits"), ({"bits": "4"}, "of 4 bits"), ({"bits": 4.0}, "of 4.0 bits"),
         ({"dynamic": {"a": {"bits": 6}}}, "6"), ({"bits": 8}, "no words of 8 bits"),
     ],
 )  # fmt: skip

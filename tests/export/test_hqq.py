@@ -24,6 +24,7 @@ def weight(
     codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, generator=random)
     integers = torch.randint(0, 1 << bits, (n, k // group), dtype=torch.uint8, generator=random)
     floats = (torch.randn(n, k // group, generator=random) * 3 + (1 << (bits - 1)) + 0.1).to(dtype)
+    floats[0, 0] = 0.5  # in bfloat16 at 8 bits the others are whole, and whole ones throughout become integers
     zero = {"floats": floats, "integers": integers, "none": None}[zeros]
     return PackedWeight.pack(codes, Affine((torch.rand(n, k // group, generator=random) + 0.1).to(dtype), zero), bits)
 
@@ -126,7 +127,10 @@ def test_reasons_that_a_model_does_not_fit() -> None:
     codes = torch.zeros(32, 32, dtype=torch.uint8)
     ordered = PackedWeight.pack(codes, Affine(torch.ones(32, 2).half()), 4, 16, torch.arange(31, -1, -1))
     far = PackedWeight.pack(codes, Affine(torch.ones(32, 2).half(), torch.full((32, 2), 1e6)), 4)
+    endless = PackedWeight.pack(codes, Affine(torch.ones(32, 2).half(), torch.full((32, 2), float("nan"))), 4)
     for packed, words in (
+        ({"a": weight().with_learned(torch.full((32, 3), float("nan")))}, "scales of a are not finite"),
+        ({"a": endless}, "zeros of a are not finite"),
         ({}, "no layer"), ({"a": table}, "a holds tables"), ({"a": ordered}, "act-order"), ({"a": far}, "zeros of a are beyond"),
         ({"a": weight(3, 96, 4)}, "a has 9 groups"), ({"layers.0.a": weight(), "layers.1.a": weight(bits=3)}, "layers.1.a has another"),
     ):  # fmt: skip
@@ -144,7 +148,8 @@ def test_reasons_that_a_model_does_not_fit() -> None:
         ("shape", torch.tensor([96, 64]), "W_q is uint8"), ("shape", torch.tensor([64, 48]), "run across rows"),
         ("shape", torch.tensor([31, 31]), "do not fit"), ("quant_scale", torch.tensor(1), "quantised themselves"),
         ("W_q", torch.zeros(48, 31, dtype=torch.uint8), "no packing of 96 groups"), ("W_q", torch.zeros(48, 32, dtype=torch.int64), "W_q is int64"),
-        ("scale", torch.ones(32, 3).half(), "do not fit"), ("zero", torch.full((96, 1), float("inf")), "not finite"),
+        ("scale", torch.ones(32, 3).half(), "do not fit"), ("scale", torch.full((96, 1), float("nan")), "not finite"),
+        ("zero", torch.full((96, 1), float("inf")), "not finite"),
         ("zero", None, "zero missing"), ("packing", None, "packing missing"), ("W_q", None, "holds no W_q"),
     ],
 )  # fmt: skip

@@ -160,6 +160,15 @@ def test_quantised_embeddings_become_dense(tmp_path: Path) -> None:
     assert float((dense["model.embed_tokens.weight"] - held).abs().max()) < 1e-2
 
 
+@pytest.mark.parametrize("leaf", ["embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"])
+def test_only_token_embeddings_become_dense(tmp_path: Path, leaf: str) -> None:
+    """Linears whose names hold the same letters stay packed."""
+    linears = ["a.embed_proj", "a.embedding_projection", "a.member"]
+    write(tmp_path, {name: weight(8, 64, 4, 64) for name in [*linears, f"model.{leaf}"]})
+    dense, packed = read(tmp_path)
+    assert list(packed) == linears and f"model.{leaf}.weight" in dense
+
+
 @pytest.mark.parametrize(("scale", "bias", "zero"), [(0.0, 0.0, 4), (0.5, -1.0, 2), (-0.5, 3.5, 7), (-0.5, -1.0, -2.0), (0.25, -0.6, 2.4)])
 def test_zeros_of_foreign_biases(scale: float, bias: float, zero: float) -> None:
     found = mlx.zeros_of(torch.tensor([[scale, 1.0]]), torch.tensor([[bias, -1.0]]), 3)

@@ -186,6 +186,9 @@ def test_whose_a_folder_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {bits for bits, values in foreign.items() if claims(values, None)} == automatic
         others = [{"quant_method": "gptq", "bits": bits} | more for bits in (2, 3, 4, 8) for more in ({}, {"sym": False}, {"desc_act": True})]
         assert [values for values in others if not claims(values, None)] == [{"quant_method": "gptq", "bits": b} for b in ((4,) if cpu else (4, 8))]
+    schemes = [(4, 64, False), (4, 256, False), (8, 128, True), (8, 256, True), (8, 128, False), (4, 16, True), (4, 48, True)]
+    kinds = [stored({"x": affine(8, 768, bits, group, "none" if symmetric else "codes")})[0] for bits, group, symmetric in schemes]
+    assert [scheme for scheme, values in zip(schemes, kinds, strict=True) if claims(values, None)] == schemes[3:]
     assert all(claims(values, "compressor") == "compressor" for values in foreign.values())
     assert claims({"quant_method": "fp8"}, "compressor") is None and claims(foreign[3], "compressed-tensors") is None
 

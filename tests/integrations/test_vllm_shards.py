@@ -108,13 +108,17 @@ def test_gptq_folders_of_both_versions(form: gptq.Gptq, bits: int, ordered: bool
     assert torch.equal(dense(pieces.take()), weight.dequantize()[32:])
 
 
-def test_zeros_that_speak_against_the_label_of_gptq_are_refused(tmp_path: Path) -> None:
+def test_zeros_that_speak_against_the_label_of_gptq_are_a_warning(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     codes = (torch.randn(256, 512, generator=draw) * 1.5 + 4).round().clamp(0, 7).to(torch.uint8)
     weight = PackedWeight.pack(codes, Affine(torch.rand(256, 16).half(), torch.randint(3, 6, (256, 16), generator=draw).to(torch.uint8)), 3)
     folder, tensors = gptq_folder(tmp_path, weight, gptq.V1, checkpoint_format="gptq_v2", meta={"quantizer": ["other:1"]})
-    with pytest.raises(ModelError, match="labelled gptq_v2 and holds zeros of the other version"):
-        fill(Pieces(folder, ["x"], [256], 512), tensors, ["x"], [None])
+    pieces = Pieces(folder, ["x"], [256], 512)
+    with pytest.warns(UserWarning, match="labelled gptq_v2, and zeros in it look like those of the other"):
+        fill(pieces, tensors, ["x"], [None])
+    (got,) = pieces.take()
+    assert isinstance(got, PackedWeight) and got.zero is not None and weight.zero is not None
+    assert torch.equal(got.zero, weight.zero - 1)  # by its label
 
 
 def test_a_fused_layer_joins_what_is_alike_and_keeps_the_rest_apart() -> None:
@@ -240,6 +244,8 @@ def test_widths_of_a_foreign_config() -> None:
         config | {"format": "naive-quantized"}, config | {"quant_method": "awq"}, config | {"config_groups": None},
         config | {"config_groups": {"a": group | {"input_activations": {"num_bits": 8}}}}, config | {"config_groups": {"a": {"weights": None}}},
         *(config | {"config_groups": {"a": {"weights": {"num_bits": bits, "type": kind}}}} for bits, kind in ((5, "int"), (8, "float"))),
+        config | {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, config | {"config_groups": [group]},
+        config | {"config_groups": {"a": {"weights": {"num_bits": [4], "type": "int"}}}},
     ]  # fmt: skip
     other = {"quant_method": "gptq", "bits": 3}
     assert widths(other) == {3} and widths(other | {"dynamic": {"+:up": {"bits": 8}, "-:lm_head": {}}}) == {3, 8}
@@ -248,6 +254,26 @@ def test_widths_of_a_foreign_config() -> None:
         for more in ({"bits": 5}, {"bits": [3]}, {"bits": None}, {"lm_head": True}, {"checkpoint_format": "marlin"}, {"pack_dtype": "int16"})
     ]
     assert [widths(other) for other in others] == [None] * len(others)
+
+
+def test_a_foreign_config_that_is_not_served_is_one_sentence() -> None:
+    config = stored({"x": affine(8, 64, 4)})[0]
+    for change, words in (({"transform_config": {"config_groups": {"R1": {}}}}, "rotates activations"), ({"config_groups": [1]}, "is damaged")):
+        with pytest.raises(ModelError, match=words):
+            Folder(config | change)
+
+
+def test_modules_of_few_columns_have_the_bits_of_their_targets() -> None:
+    weights: dict[str, PackedWeight | Tensor] = {"a.q": affine(16, 8, 3, 8), "a.k": affine(16, 8, 2, 8)}
+    config, tensors = stored(weights)
+    for group in config["config_groups"].values():
+        group["targets"] = [r"re:.*\.q$"] if group["weights"]["num_bits"] == 3 else [r"re:.*\.k$"]
+    folder = Folder(config)
+    folder.look("here", {name: tensor.dtype for name, tensor in tensors.items()})
+    for name, weight in weights.items():
+        pieces = Pieces(folder, [name], [16], 8)
+        fill(pieces, tensors, [name], [None])
+        assert isinstance(weight, PackedWeight) and torch.equal(dense(pieces.take()), weight.dequantize())
 
 
 def test_joined_keeps_dtypes_apart() -> None:

@@ -1,169 +1,38 @@
-"""What servers make of folders: facts from headers alone, a verdict with a reason for every rule, and a text that agrees with it."""
+"""What servers make of folders: a verdict with a reason for every rule, commands that hold any name, and a text that agrees with it."""
 
+import ast
+import io
 import json
-import struct
-from collections.abc import Callable, Mapping
+import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from rich.console import Console
 
 from compressor.errors import ModelError, RecipeError
-from compressor.export import compressed_tensors, mlx, table
-from compressor.packed import Affine, PackedWeight, Table
-from compressor.pipelines import folder_facts, servers
+from compressor.export import compressed_tensors
+from compressor.pipelines import card_serving, servers
 from compressor.pipelines.folder_facts import Facts, Scheme
-
-NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
-LAYERS = [f"model.layers.0.{name}" for name in NAMES]
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-
-
-def weight(bits: int, group: int = 64, symmetric: bool = True, k: int = 128) -> PackedWeight:
-    codes = torch.zeros(64, k, dtype=torch.uint8)
-    if group == 0:
-        return PackedWeight.pack(codes, Table(torch.zeros(64, 1, 1 << bits).half()), bits, k)
-    scale = torch.ones(64, k // group).half()
-    return PackedWeight.pack(codes, Affine(scale, None if symmetric else torch.ones(scale.shape, dtype=torch.uint8)), bits)
-
-
-def packed(folder: Path, write: Callable[..., Any], schemes: Mapping[str, PackedWeight], **more: Any) -> Path:
-    tensors = {"model.embed_tokens.weight": torch.zeros(9, 128), "lm_head.weight": torch.zeros(9, 128)}
-    write(folder, CONFIG | more, [*tensors.items(), *schemes.items()], ["lm_head"])
-    return folder
-
-
-def gptq(folder: Path, bits: int, symmetric: bool, width: int = 128, n: int = 64, **more: Any) -> Path:
-    tensors = {}
-    for name in LAYERS:
-        tensors[f"{name}.qweight"] = torch.zeros(width * bits // 32, n, dtype=torch.int32)
-        tensors[f"{name}.scales"] = torch.ones(2, n).half()
-    save_file(tensors, folder / "model.safetensors")
-    quantization = {"quant_method": "gptq", "bits": bits, "group_size": width // 2, "sym": symmetric, "desc_act": False} | more
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": quantization}))
-    return folder
-
-
-def gguf(path: Path, pairs: bytes = b"", count: int = 0, kinds: tuple[int, ...] = (2, 2, 0)) -> Path:
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    names = (
-        text("general.architecture") + struct.pack("<I", 8) + text("llama") + text("x.words") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bc")
-    )
-    names += text("x.numbers") + struct.pack("<IIQ", 9, 5, 3) + bytes(12) + text("x.scale") + struct.pack("<If", 6, 0.5) + pairs
-    infos = b"".join(text(f"t{i}") + struct.pack("<IQQIQ", 2, 256, 64, kind, 0) for i, kind in enumerate(kinds))
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, len(kinds), 4 + count) + names + infos + bytes(64))
-    return path
+from tests.pipelines.folders import LAYERS, facts, gguf, packed, weight
 
 
 def verdict(server: str, found: Facts) -> str:
     return servers.judge(server, found, Path("x")).verdict
 
 
-def facts(form: str, bits: int = 4, group: int = 128, symmetric: bool | None = True, **more: Any) -> Facts:
-    return Facts(form, "LlamaForCausalLM", dict.fromkeys(LAYERS, Scheme(bits, group, symmetric)), dict.fromkeys(LAYERS, (256, 256)), **more)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_facts_of_compressed_tensors(tmp_path: Path, bits: int, symmetric: bool) -> None:
-    schemes = {name: weight(bits, 64, symmetric) for name in LAYERS} | {LAYERS[3]: weight(bits, 128, symmetric)}
-    found = folder_facts.facts(packed(tmp_path, compressed_tensors.write, schemes))
-    assert (found.format, found.architecture, found.act_order, found.adapter) == ("compressed-tensors", "LlamaForCausalLM", False, False)
-    assert found.schemes[LAYERS[0]] == Scheme(bits, 64, symmetric)
-    assert found.schemes[LAYERS[3]] == Scheme(bits, -1, symmetric)
-    assert set(found.shapes.values()) == {(64, 128)}
-    assert {"lm_head", "model.embed_tokens"} <= found.dense
-
-
-def test_facts_of_mixed_bits_an_adapter_and_mlx(tmp_path: Path) -> None:
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-    schemes = {name: weight(4) for name in LAYERS} | {LAYERS[1]: weight(2)}
-    (tmp_path / "a" / "adapter").mkdir()
-    found = folder_facts.facts(packed(tmp_path / "a", compressed_tensors.write, schemes))
-    assert found.bits == {2, 4}
-    assert found.mixed
-    assert found.split() in LAYERS[:3]
-    assert found.adapter
-    again = folder_facts.facts(packed(tmp_path / "b", mlx.write, schemes))
-    assert again.format == "mlx"
-    assert again.schemes[LAYERS[1]] == Scheme(2, 64, None)
-    assert again.shapes[LAYERS[0]] == (64, 128)
-
-
-def test_facts_of_tables_and_dense_folders(tmp_path: Path) -> None:
-    found = folder_facts.facts(packed(tmp_path, table.write, {name: weight(3, 0) for name in LAYERS}))
-    assert (found.format, found.bits) == ("table", {3})
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert folder_facts.facts(tmp_path).format == "dense"
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_facts_of_gptq(tmp_path: Path, bits: int) -> None:
-    found = folder_facts.facts(gptq(tmp_path, bits, False, checkpoint_format="gptq_v2", desc_act=True, meta={"quantizer": ["gptqmodel:7.6"]}))
-    assert found.kinds == {Scheme(bits, 64, False)}
-    assert (found.version, found.act_order, set(found.shapes.values())) == ("gptq_v2", True, {(64, 128)})
-
-
-def test_facts_of_gguf_files_without_the_library(tmp_path: Path) -> None:
-    found = folder_facts.facts(gguf(tmp_path / "model.gguf"))
-    assert found == folder_facts.facts(tmp_path)
-    assert (found.format, found.architecture, found.types) == ("gguf", "llama", ("Q4_0", "F32"))
-    assert servers.judge("llama.cpp", found, tmp_path).command == f"llama-server -m {tmp_path}/model.gguf -c 4096 --port 8080"
-
-
-def test_words_of_no_scheme_give_one_sentence(tmp_path: Path) -> None:
-    folder = packed(tmp_path, compressed_tensors.write, {LAYERS[0]: weight(3)})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="of no scheme that config.json lists"):
-        folder_facts.facts(folder)
-
-
-@pytest.mark.parametrize("cut", range(4, 200, 7))
-def test_cut_gguf_files_give_one_sentence(tmp_path: Path, cut: int) -> None:
-    whole = gguf(tmp_path / "model.gguf").read_bytes()
-    (tmp_path / "model.gguf").write_bytes(whole[:cut])
-    with pytest.raises(ModelError, match="damaged or truncated"):
-        folder_facts.facts(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize("damage", [b"NONE", b"GGUF" + b"\xff" * 60, b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 60)])
-def test_damaged_gguf_files_give_one_sentence(tmp_path: Path, damage: bytes) -> None:
-    (tmp_path / "model.gguf").write_bytes(damage)
-    with pytest.raises(ModelError, match=r"no GGUF file|damaged or truncated"):
-        folder_facts.facts(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{"quantization_config": {"quant_method": "gptq", "bits": "four"}}, {"quantization_config": {"quant_method": "gptq", "bits": 0}}],
-)
-def test_damaged_configurations_give_one_sentence(tmp_path: Path, config: dict[str, Any]) -> None:
-    gptq(tmp_path, 4, True)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | config))
-    with pytest.raises(ModelError, match=r"config.json is damaged"):
-        servers.advise(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("server", "found", "wanted", "why"),
     [
-        ("vllm", facts("compressed-tensors", 4), "yes", "Marlin"),
-        ("vllm", facts("compressed-tensors", 4, symmetric=False), "yes", "Marlin"),
+        ("vllm", facts("compressed-tensors", 4), "yes", ""),
+        ("vllm", facts("compressed-tensors", 4, symmetric=False), "yes", ""),
         ("vllm", facts("compressed-tensors", 3), "with conditions", "Humming"),
         ("vllm", facts("compressed-tensors", 3, act_order=True), "no", "no act-order"),
         ("vllm", facts("compressed-tensors", 4, 16), "with conditions", "groups of 32, 64 and 128"),
-        ("vllm", facts("gptq", 4, version="gptq"), "yes", "Marlin"),
+        ("vllm", facts("gptq", 4, version="gptq"), "yes", ""),
         ("vllm", facts("gptq", 4, symmetric=False), "with conditions", "only where weights are symmetric; compressor's plug-in"),
         ("vllm", facts("gptq", 4, act_order=True), "with conditions", "no act-order in groups; compressor's plug-in"),
         ("vllm", facts("gptq", 8), "yes", "CPUs need compressor's plug-in"),
-        ("vllm", facts("gptq", 4, -1, act_order=True), "yes", "Marlin"),
+        ("vllm", facts("gptq", 4, -1, act_order=True), "yes", ""),
         ("vllm", facts("gptq", 2), "with conditions", "4 and 8 bits; compressor's plug-in"),
         ("vllm", facts("table", 3, 0, None), "with conditions", "pip install --no-deps compressor"),
         ("vllm", facts("mlx", 4), "no", "--to compressed-tensors"),
@@ -174,16 +43,17 @@ def test_damaged_configurations_give_one_sentence(tmp_path: Path, config: dict[s
         ("transformers", facts("gptq", 3), "with conditions", "gptqmodel"),
         ("transformers", facts("table", 3, 0, None), "with conditions", "import compressor"),
         ("transformers", facts("mlx"), "no", "--to compressed-tensors"),
-        ("sglang", facts("gptq", 4), "yes", "Marlin"),
+        ("sglang", facts("gptq", 4), "yes", ""),
         ("sglang", facts("gptq", 3), "no", "4 and 8 bits"),
         ("sglang", facts("compressed-tensors", 2), "no", "4 and 8 bits"),
-        ("gptqmodel", facts("gptq", 3), "yes", "2, 3, 4 and 8"),
+        ("gptqmodel", facts("gptq", 3), "yes", ""),
         ("gptqmodel", facts("gptq", 3, symmetric=False, version="gptq"), "no", "through transformers"),
-        ("gptqmodel", facts("gptq", 3, symmetric=False, version="gptq", maker="gptqmodel:7.6"), "yes", "2, 3, 4 and 8"),
-        ("gptqmodel", facts("gptq", 3, symmetric=False, version="gptq_v2"), "yes", "2, 3, 4 and 8"),
-        ("auto-gptq", facts("gptq", 3, version="gptq"), "yes", "2, 3, 4 and 8"),
+        ("gptqmodel", facts("gptq", 3, symmetric=False, version="gptq", maker="gptqmodel:7.6"), "yes", ""),
+        ("gptqmodel", facts("gptq", 3, symmetric=False, version="gptq_v2"), "yes", ""),
+        ("auto-gptq", facts("gptq", 3, version="gptq"), "yes", ""),
         ("auto-gptq", facts("gptq", 3, version="gptq_v2"), "no", "misreads"),
         ("mlx", facts("mlx", 3, 64, None), "yes", ""),
+        *((server, Facts("hqq", "LlamaForCausalLM"), "no", "it reads no hqq folders: compressor export") for server in servers.SERVERS),
         ("mlx", facts("gptq"), "no", "--to mlx"),
     ],
 )
@@ -249,3 +119,55 @@ def test_the_text_says_what_the_rules_say() -> None:
     assert "llama-server -m FOLDER/model-auto.gguf" in text
     reasons = {rule.why for rule in servers.RULES if rule.why and rule.seen == "run"} - {""}
     assert sum(why in text for why in reasons) > len(reasons) // 2
+
+
+NAUGHTY = 'it\'s $(touch pwn) "`x`" \\ {y}'
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "it's $(touch pwn)", '"', NAUGHTY])
+@pytest.mark.parametrize("found", [facts("table"), facts("compressed-tensors", symmetric=False), facts("gptq"), Facts("gguf", "llama")])
+def test_names_of_folders_are_text_in_every_command(name: str, found: Facts) -> None:
+    place = Path("top", name, "x.gguf") if found.format == "gguf" else Path("top", name)
+    commands = [servers.judge(server, found, place).command for server in servers.SERVERS]
+    coded = 0
+    for words in (shlex.split(command) for command in commands if command):
+        if words[:2] != ["python", "-c"]:
+            assert str(place) in words
+            continue
+        coded += 1
+        assert len(words) == 3
+        assert {str(place), str(place.parent)} & set(texts_of(words[2]))
+    assert coded
+
+
+def texts_of(code: str) -> list[str]:
+    """The texts in Python code."""
+    tree = compile(code, "command", "exec", ast.PyCF_ONLY_AST)
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_reasons_and_cards_are_about_the_folder(tmp_path: Path) -> None:
+    table_advice, gguf_advice = servers.judge("vllm", facts("table", 3), Path("x")), servers.judge("vllm", Facts("gguf", "llama"), Path("x"))
+    assert "Marlin" not in table_advice.cards + gguf_advice.cards
+    assert "Marlin" in servers.judge("vllm", facts("gptq"), Path("x")).cards
+    assert servers.judge("vllm", facts("gptq"), Path("x")).reasons == servers.judge("gptqmodel", facts("gptq"), Path("x")).reasons == ()
+    plain, rounded = (servers.judge("llama.cpp", Facts("gguf", "llama", types=(kind, "F32")), Path("x")).reasons for kind in ("F16", "Q4_0"))
+    assert (plain, rounded) == ((), ("it rounds activations to 8 bits",))
+    gguf(tmp_path / "it's.gguf")
+    card = card_serving.section(tmp_path)
+    assert "llama-server -m 'FOLDER/it'\"'\"'s.gguf'" in card
+    assert "Marlin" not in card
+    assert str(tmp_path) not in card
+
+
+def test_names_with_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "[red]x [" / "b]"
+    folder.mkdir(parents=True)
+    _, shown = servers.advise(packed(folder, compressed_tensors.write, {name: weight(4) for name in LAYERS}), "vllm")
+    console = Console(width=1000, record=True, file=io.StringIO())
+    console.print(shown)
+    assert f"vllm serve '{folder}'" in console.export_text()
+
+
+def test_the_documentation_holds_the_same_text() -> None:
+    assert f"\n{servers.section()}\n" in Path(__file__).parents[2].joinpath("docs", "serving.md").read_text("utf-8")

@@ -99,6 +99,41 @@ def test_layers_beside_the_grid_are_tuned_as_ever(packed_llama, options):
     assert len(parameters) == len(before)
 
 
+@pytest.mark.parametrize("kind", GRIDS)
+def test_dead_groups_stay_dead(packed_llama, options, windows, kind):
+    """Scales of 0 next to others: in the snapped scales, while they are tuned, and in the file."""
+    start = scales(3, 8, 1).half()
+    start[1, 2], start[2] = 0, 0
+    once = snap(start, 32, 256, kind)
+    assert torch.equal(once == 0, start == 0) and torch.equal(snap(once, 32, 256, kind), once)
+    model = packed_llama(bits=BITS[kind], group=64, **WIDE)
+    first = next(iter(packed_linears(model).values()))
+    first.learned[0, 0] = 0
+    chosen, tuner = options(steps=3, lr=2e-2), GridPeqa(options(), kind)
+    train(model, tuner.attach(model), CausalLM(*windows), chosen, 5, None, "a")
+    tuner.detach(model)
+    assert first.learned[0, 0] == 0 and int((first.learned == 0).sum()) == 1
+    assert gguf_blocks.exact(first.packed(), kind)
+
+
+@pytest.mark.parametrize(("group", "scale"), [(64, -0.01), (64, 4e4), (64, 1e-9), (256, 600.0)])
+def test_scales_beyond_the_grid_are_refused(packed_llama, options, group, scale):
+    """The grid would turn them into others without a word; layers beside it may hold any."""
+    model = packed_llama(bits=4, group=group, dtype=torch.float32, **WIDE)
+    next(iter(packed_linears(model).values())).learned[0, 0] = scale
+    with pytest.raises(ModelError, match="scale"):
+        GridPeqa(options(), "q4_k").attach(model)
+
+
+def test_a_model_without_a_place_on_the_grid_is_left_alone(packed_llama, options):
+    model = packed_llama(bits=4)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert any(before.values())
+    with pytest.raises(ModelError, match="no packed layer"):
+        GridPeqa(options(), "q4_k").attach(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
 def test_zeros_stay_and_what_does_not_go(packed_llama, options):
     assert not snap(torch.zeros(2, 4).half(), 64, 256, "q4_k").any()
     with pytest.raises(RecipeError, match="q5_k"):
