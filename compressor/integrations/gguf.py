@@ -39,6 +39,7 @@ except ImportError:
 NAME = "GGUF"
 KINDS = ("auto", *FLOATS, *BLOCKS)
 NEAR = 0.4  # of 2**-bits
+LAYERS = 512  # more of them llama.cpp does not load
 SHORT = tuple(name for name in BLOCKS if gguf_blocks.columns(name) == 32)
 FILE_TYPES = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q5_0": "MOSTLY_Q5_0", "q4_0": "MOSTLY_Q4_0",
@@ -233,7 +234,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     config: dict[str, Any] = {key: found.get(f"{arch}.{name}") for key, name in keys.items()}
     if not all(type(number) is int and number > 0 for number in config.values()):
         raise ModelError(f"{path} is damaged: it does not say how many layers and heads the model has")
-    if config["num_hidden_layers"] > len(reader.tensors) or config["num_attention_heads"] % config["num_key_value_heads"]:
+    if config["num_hidden_layers"] > LAYERS or config["num_attention_heads"] % config["num_key_value_heads"]:
         raise ModelError(f"{path} is damaged: it speaks of {config['num_hidden_layers']} layers, and of heads in groups that do not come out even")
     names = {there: here for here, there in families.names_of(family, config).items()}
     for tensor in reader.tensors:
