@@ -294,7 +294,28 @@ def exports() -> str:
         cost = "none, bit for bit" if r["exact"] == "True" else f"{100 * float(r['growth_of_export']):+.2f} %"
         gone = float(r["tuned"]) * (1 + float(r["growth_of_export"]))
         lines.append(f"| {r['bits']} bits, {how}, as {r['type']} | {float(r['packed']):.2f} | {float(r['tuned']):.2f} | {gone:.2f} | {cost} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *started_from_foreign(), ""])
+
+
+def started_from_foreign() -> list[str]:
+    """Checkpoints of others before and after `compressor tune`, by library and width."""
+    rows = [r for r in read("foreign.csv") if r["after"] and r["theirs_after"]]
+    heads = ("library", "model", "checkpoint", "in their library", "tuned", "tuned, in their library", "difference", "codes moved")
+    lines = [
+        f"Checkpoints made by other libraries, tuned for {rows[0]['steps']} steps by `compressor tune --tune peqa` and read by that library again;",
+        f"perplexity on {rows[0]['tokens']} held-out tokens, and the largest relative difference between library and `compressor eval`:",
+        "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|",
+    ]  # fmt: skip
+    for r in rows:
+        grid = ("" if r["library"] == "hqq" else ", symmetric" if r["symmetric"] == "True" else ", asymmetric") + (
+            ", act-order" if r["act_order"] == "True" else ""
+        )
+        worst = max(abs(float(r["difference"])), abs(float(r["difference_after"])))
+        numbers = " | ".join(f"{float(r[key]):.3f}" for key in ("theirs", "ours_after", "theirs_after"))
+        lines.append(
+            f"| {r['library']} {r['version']} | {r['model']} | {r['format']}, {r['bits']} bits{grid} | {numbers} | {worst:.1e} | {r['moved']} |"
+        )
+    return lines
 
 
 def through_vllm() -> str:
