@@ -7,10 +7,12 @@ from compressor.pipelines import folder_facts, servers
 
 
 def section(folder: Path) -> str:
-    """Markdown: one line a server that loads the folder, FOLDER standing for its place; nothing for a folder that the rules are not about."""
+    """Markdown: one line a server that loads the folder, FOLDER standing for its place; nothing for what the rules are not about, as encoders."""
     try:
         found = folder_facts.facts(folder)
     except ModelError:
+        return ""
+    if found.format != "gguf" and not found.architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return ""
     files = sorted(folder.glob("*.gguf")) if found.format == "gguf" else []
     place = Path("FOLDER", files[0].name) if files else Path("FOLDER")

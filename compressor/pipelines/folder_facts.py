@@ -52,7 +52,8 @@ class Facts:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     act_order: bool = False
-    adapter: bool = False
+    adapter: str = ""  # the kind of an adapter beside the weights, as peft calls it; servers take "lora"
+    rank: int = 0  # of it
     uneven: bool = False  # blocks of different widths
     version: str = ""
     maker: str = ""
@@ -106,8 +107,22 @@ def facts(folder: Path) -> Facts:
     ordered = bool(quantization.get("desc_act")) or any(key.endswith(".weight_g_idx") for key in headers)
     plain = frozenset(key.removesuffix(".weight") for key, tensor in headers.items() if key.endswith(".weight") and tensor.dim() == 2) - set(schemes)
     version, made = (gptq.label(quantization), ", ".join(gptq.makers(quantization))) if kind == "gptq" else ("", "")
-    adapter, uneven = (folder / peft.FOLDER).is_dir(), bool(config.get(slicing.WIDTHS))
-    return Facts(kind, architecture, schemes, shapes, ordered, adapter, uneven, version, made, plain)
+    adapter, rank = _adapter(folder / peft.FOLDER)
+    return Facts(kind, architecture, schemes, shapes, ordered, adapter, rank, bool(config.get(slicing.WIDTHS)), version, made, plain)
+
+
+def _adapter(folder: Path) -> tuple[str, int]:
+    """(kind, rank) of the adapter in a folder; nothing where there is none, unknown where its configuration cannot be read."""
+    if not folder.is_dir():
+        return "", 0
+    try:
+        config = json.loads((folder / peft.CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        return "unknown", 0
+    rank, kind = config.get("r"), str(config.get("peft_type", "unknown")).lower()
+    return "dora" if kind == "lora" and config.get("use_dora") else kind, rank if isinstance(rank, int) else 0
 
 
 def format_of(quantization: Mapping[str, Any]) -> str:
@@ -303,7 +318,7 @@ def describe(found: Facts) -> str:
     empty = "16 or 32 bits" if found.format == "dense" else "no packed layers" if found.format in KNOWN else "a format that compressor does not know"
     grids = "; ".join(sorted({_grid(scheme) for scheme in found.kinds})) or empty
     name = found.version or found.format
-    return f"{found.architecture} as {name}: {grids}{', act-order' * found.act_order}{', an adapter beside it' * found.adapter}"
+    return f"{found.architecture} as {name}: {grids}{', act-order' * found.act_order}{', an adapter beside it' * bool(found.adapter)}"
 
 
 def _grid(scheme: Scheme) -> str:
@@ -317,5 +332,5 @@ def document(found: Facts) -> dict[str, Any]:
         {"bits": s.bits, "group": s.group, "symmetric": s.symmetric}
         for s in sorted(found.kinds, key=lambda s: json.dumps([s.bits, s.group, s.symmetric]))
     ]
-    keys = {"format": found.format, "architecture": found.architecture, "grids": grids, "act_order": found.act_order, "adapter": found.adapter}
+    keys = {"format": found.format, "architecture": found.architecture, "grids": grids, "act_order": found.act_order, "adapter": bool(found.adapter)}
     return keys | ({"types": list(found.types)} if found.types else {}) | ({"version": found.version} if found.version else {})

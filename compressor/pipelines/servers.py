@@ -16,6 +16,7 @@ from rich.text import Text
 
 from compressor.errors import RecipeError
 from compressor.pipelines import folder_facts, load
+from compressor.pipelines.card import RANKS
 from compressor.pipelines.folder_facts import Facts, Scheme
 
 YES, CONDITIONS, NO, UNKNOWN = "yes", "with conditions", "no", "unknown"
@@ -251,8 +252,9 @@ def judge(name: str, found: Facts, folder: Path) -> Advice:
 def _beside(name: str, found: Facts, verdict: str) -> tuple[str, list[str]]:
     """The verdict, and more conditions: of an adapter, and of the architecture."""
     reasons = []
-    if found.adapter and name != "vllm":
-        reasons.append("the adapter beside the weights is left out: fold it in with compressor export FOLDER --to bf16 -o OUT")
+    if found.adapter and (name != "vllm" or found.adapter != "lora"):
+        kind = f", of the kind {found.adapter}," if name == "vllm" else ""
+        reasons.append(f"the adapter beside the weights{kind} is left out: fold it in with compressor export FOLDER --to bf16 -o OUT")
     if not found.architecture.lower().startswith(FAMILIES):
         reasons.append(f"whether it knows {found.architecture or 'this architecture'} was not looked at")
     return (CONDITIONS if reasons else verdict), reasons
@@ -274,8 +276,9 @@ def command_of(name: str, found: Facts, folder: Path) -> str:
     command = f"{PYTHON}{shlex.quote(command)}" if code else command
     if name == "vllm" and kind in ("compressed-tensors", "gptq") and split(found):
         command += " --quantization compressor"
-    if name == "vllm" and found.adapter:
-        command += f" --enable-lora --lora-modules tuned={shlex.quote(str(folder / 'adapter'))}"
+    if name == "vllm" and found.adapter == "lora":
+        rank = next((rank for rank in RANKS if rank >= found.rank), RANKS[-1])
+        command += f" --enable-lora --max-lora-rank {rank} --lora-modules tuned={shlex.quote(str(folder / 'adapter'))}"
     return command
 
 

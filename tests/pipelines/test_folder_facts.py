@@ -23,7 +23,7 @@ from tests.pipelines.folders import CONFIG, LAYERS, changed, gguf, gptq, packed,
 def test_facts_of_compressed_tensors(tmp_path: Path, bits: int, symmetric: bool) -> None:
     schemes = {name: weight(bits, 64, symmetric) for name in LAYERS} | {LAYERS[3]: weight(bits, 128, symmetric)}
     found = folder_facts.facts(packed(tmp_path, compressed_tensors.write, schemes))
-    assert (found.format, found.architecture, found.act_order, found.adapter) == ("compressed-tensors", "LlamaForCausalLM", False, False)
+    assert (found.format, found.architecture, found.act_order, found.adapter) == ("compressed-tensors", "LlamaForCausalLM", False, "")
     assert found.schemes[LAYERS[0]] == Scheme(bits, 64, symmetric)
     assert found.schemes[LAYERS[3]] == Scheme(bits, 128, symmetric)
     assert set(found.shapes.values()) == {(64, 128)}
@@ -35,11 +35,12 @@ def test_facts_of_mixed_bits_an_adapter_and_mlx(tmp_path: Path) -> None:
         (tmp_path / place).mkdir()
     schemes = {name: weight(4) for name in LAYERS} | {LAYERS[1]: weight(2)}
     (tmp_path / "a" / "adapter").mkdir()
+    (tmp_path / "a" / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true, "r": 8}')
     found = folder_facts.facts(packed(tmp_path / "a", compressed_tensors.write, schemes))
     assert found.bits == {2, 4}
     assert found.mixed
     assert found.split() in LAYERS[:3]
-    assert found.adapter
+    assert (found.adapter, found.rank) == ("dora", 8)
     again = folder_facts.facts(packed(tmp_path / "b", mlx.write, schemes))
     assert again.format == "mlx"
     assert again.schemes[LAYERS[1]] == Scheme(2, 64, None)

@@ -79,10 +79,12 @@ def test_layers_that_servers_fuse_must_be_alike() -> None:
 
 
 def test_adapters_architectures_and_uneven_blocks() -> None:
-    held = facts("compressed-tensors", adapter=True)
-    assert "--enable-lora --lora-modules tuned=x/adapter" in str(servers.judge("vllm", held, Path("x")).command)
+    held = facts("compressed-tensors", adapter="lora", rank=20)
+    assert "--enable-lora --max-lora-rank 32 --lora-modules tuned=x/adapter" in str(servers.judge("vllm", held, Path("x")).command)
     assert "fold it in" in servers.judge("transformers", held, Path("x")).reasons[-1]
-    strange = Facts(**{**vars(held), "architecture": "MambaForCausalLM", "adapter": False})
+    other = servers.judge("vllm", facts("compressed-tensors", adapter="ia3"), Path("x"))
+    assert "of the kind ia3, is left out" in other.reasons[-1] and "lora" not in str(other.command)
+    strange = Facts(**{**vars(held), "architecture": "MambaForCausalLM", "adapter": ""})
     assert verdict("vllm", strange) == "with conditions"
     assert all(verdict(name, facts("compressed-tensors", uneven=True)) == "no" for name in servers.SERVERS)
 
