@@ -22,7 +22,7 @@ from compressor.errors import ModelError
 from compressor.export import foreign, shards
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
-from compressor.packed import Affine, PackedWeight, Table, by_groups
+from compressor.packed import Affine, PackedWeight, by_groups
 
 NAME = "compressed-tensors pack-quantized"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
@@ -41,19 +41,15 @@ class Group:
 
 def fits(packed: dict[str, PackedWeight]) -> str | None:
     """Why this model cannot be written in this format, or None: affine weights can, unless zeros are floats or columns out of order."""
-    tables = sum(isinstance(weight.values, Table) for weight in packed.values())
-    if tables:
-        return f"{tables} of its {len(packed)} packed layers hold tables, which the format does not know"
-    floats = sum(weight.float_zeros for weight in packed.values())
-    if floats:
-        return f"{floats} of its {len(packed)} packed layers have tuned zeros, and the format's are integers"
+    if why := foreign.affine_reason(packed, layout.STORED):
+        return why
     ordered = sum(weight.columns is not None for weight in packed.values())
     if ordered:
         return f"{ordered} of its {len(packed)} packed layers have columns in another order (act-order), which the format's library no longer reads"
     for name, weight in packed.items():
         if weight.learned.dtype not in foreign.SCALES or not bool(torch.isfinite(weight.learned).all()):
             return f"the scales of {name} are not finite numbers in float16, bfloat16 or float32"
-    return None if packed else "no layer is packed"
+    return None
 
 
 def held(weight: PackedWeight) -> PackedWeight:

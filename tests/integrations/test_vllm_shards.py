@@ -1,7 +1,7 @@
 """What a layer of vLLM takes of a folder, without vLLM: streams to weights, shares of processes, fused layers of unlike parts, and damage."""
 
+import copy
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def folder_of(packed: dict[str, PackedWeight | Tensor]) -> tuple[Folder, dict[st
     config, tensors = stored(packed)
     folder = Folder(config)
     folder.look("here", {name: tensor.dtype for name, tensor in tensors.items()})
-    return pickle.loads(pickle.dumps(folder)), tensors  # as vLLM sends it
+    return copy.deepcopy(folder), tensors  # vLLM sends its parts from process to process, by the same protocol
 
 
 def fill(pieces: Pieces, tensors: dict[str, Tensor], names: list[str], shards: list[Any]) -> None:
