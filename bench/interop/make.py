@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from reading import greedy
 from torch import Tensor, nn
 
 from compressor import linear
@@ -214,21 +215,16 @@ def reference(model: Any, vocab: int) -> dict[str, np.ndarray]:
     """What our forward computes: ids [T], logits [T, V], and the greedy continuation [N] of ids, up to an end of text."""
     ids = torch.randint(1, vocab, (1, IDS), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, longer = model(ids).logits[0].float(), ids
-        for _ in range(GREEDY):
-            longer = torch.cat([longer, model(longer).logits[:, -1:].argmax(-1)], 1)
-    greedy, ends = longer[0, IDS:], model.config.eos_token_id
-    stops = torch.isin(greedy, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])).nonzero()
-    return {"ids": ids[0].numpy(), "logits": logits.numpy(), "greedy": greedy[: int(stops[0]) if len(stops) else None].numpy()}
+        logits = model(ids).logits[0].float()
+    after, ends = greedy(model, ids, GREEDY)[0, IDS:], model.config.eos_token_id
+    stops = torch.isin(after, torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])).nonzero()
+    return {"ids": ids[0].numpy(), "logits": logits.numpy(), "greedy": after[: int(stops[0]) if len(stops) else None].numpy()}
 
 
 def served(model: Any, tokenizer: Any, name: str) -> dict[str, Any]:
     """A prompt, and the text that our greedy generation appends to it."""
     ids = tokenizer(PROMPTS[name], return_tensors="pt").input_ids
-    longer = ids
-    with torch.no_grad():
-        for _ in range(2 * GREEDY):
-            longer = torch.cat([longer, model(longer).logits[:, -1:].argmax(-1)], 1)
+    longer = greedy(model, ids, 2 * GREEDY)
     before, after = (tokenizer.decode(row[0], skip_special_tokens=True) for row in (ids, longer))
     return {"prompt": PROMPTS[name], "text": after.removeprefix(before), "tokens": 2 * GREEDY}
 

@@ -5,35 +5,22 @@ python read_compressed_tensors.py FOLDER...
 
 import json
 import sys
-import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
+from reading import Loaded, compare, refusal
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 
-def measure(folder: Path, options: dict) -> dict:
-    with np.load(folder / "reference.npz") as file:
-        ids, wanted, greedy = torch.from_numpy(file["ids"])[None], torch.from_numpy(file["logits"]), file["greedy"].tolist()
-    began = time.perf_counter()
+def loaded(folder: Path, options: dict) -> Loaded:
+    """The model in float32; RuntimeError where weights would be random."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     odd = [*info["missing_keys"], *info["mismatched_keys"]]
     if odd:
         raise RuntimeError(f"weights would be random: {odd[0]}")
-    with torch.no_grad():
-        got, longer = model.eval()(ids).logits[0].float(), ids
-        for _ in greedy:
-            longer = torch.cat([longer, model(longer).logits[:, -1:].argmax(-1)], 1)
-    error = (got - wanted).abs()
-    return {
-        "max_abs_error": float(error.max()), "mean_abs_error": float(error.mean()), "logit_std": float(wanted.std()),
-        "argmax_agreement": float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
-        "greedy_equal": longer[0, ids.shape[1] :].tolist() == greedy, "seconds": time.perf_counter() - began,
-        "note": f"transformers {version('transformers')}",
-    }  # fmt: skip
+    return model, f"transformers {version('transformers')}"
 
 
 def main() -> None:
@@ -46,9 +33,9 @@ def main() -> None:
         for consumer, options in routes.items():
             row = {"consumer": consumer, "version": version("compressed-tensors"), "folder": folder.name}
             try:
-                row |= measure(folder, options)
+                row |= compare(folder, lambda folder=folder, options=options: loaded(folder, options))
             except Exception as error:  # whatever the library raises
-                row |= {"refused": next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]}
+                row |= refusal(error)
             print(json.dumps(row), flush=True)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from reading import refusal
 
 
 def compare(folder: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def main() -> None:
         try:
             line |= compare(folder)
         except Exception as error:  # whatever a consumer raises is its refusal
-            line |= {"refused": (str(error).splitlines() or [type(error).__name__])[0]}
+            line |= refusal(error)
         print(json.dumps(line))
         sys.stdout.flush()
 

@@ -10,26 +10,25 @@ What the libraries print goes to stderr.
 import json
 import os
 import sys
-import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the kernel compiles its dequantiser otherwise, for minutes
 
-import numpy as np
 import torch
+from reading import Loaded, compare, refusal
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 BACKENDS = {"gptq": "gptq_torch", "awq": "torch_awq"}
 
 
-def loaded(folder: Path, config: dict) -> tuple[torch.nn.Module, str]:
+def loaded(folder: Path, config: dict) -> Loaded:
     """The model in float32, and how it was loaded."""
     if any(key.startswith("+:") for key in config.get("dynamic") or {}):
         from gptqmodel import BACKEND, GPTQModel
 
-        return GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model, "GPTQModel.load in float16"
+        return told(GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model, "GPTQModel.load in float16")
     kind = GPTQConfig if config["quant_method"] == "gptq" else AwqConfig
     options = kind(bits=config["bits"], group_size=config["group_size"], backend=BACKENDS[config["quant_method"]])
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -38,26 +37,12 @@ def loaded(folder: Path, config: dict) -> tuple[torch.nn.Module, str]:
     odd = [*info["missing_keys"], *info["mismatched_keys"]]
     if odd:
         raise RuntimeError(f"weights would be random: {odd[0]}")
-    return model, f"transformers {version('transformers')}"
+    return told(model, f"transformers {version('transformers')}")
 
 
-def measure(folder: Path, config: dict) -> dict:
-    with np.load(folder / "reference.npz") as file:
-        ids, wanted, greedy = torch.from_numpy(file["ids"])[None], torch.from_numpy(file["logits"]), file["greedy"].tolist()
-    began = time.perf_counter()
-    model, note = loaded(folder, config)
-    with torch.no_grad():
-        got, longer = model.eval()(ids).logits[0].float(), ids
-        for _ in greedy:
-            longer = torch.cat([longer, model(longer).logits[:, -1:].argmax(-1)], 1)
-    error = (got - wanted).abs()
-    kernels = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "qweight")})
-    return {
-        "max_abs_error": float(error.max()), "mean_abs_error": float(error.mean()), "logit_std": float(wanted.std()),
-        "argmax_agreement": float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
-        "greedy_equal": longer[0, ids.shape[1] :].tolist() == greedy, "seconds": time.perf_counter() - began,
-        "note": f"{note}; {', '.join(kernels)}",
-    }  # fmt: skip
+def told(model: torch.nn.Module, note: str) -> Loaded:
+    """The model with a note that names its kernels, too."""
+    return model, f"{note}; {', '.join(sorted({type(m).__name__ for m in model.modules() if hasattr(m, 'qweight')}))}"
 
 
 def main() -> None:
@@ -68,9 +53,9 @@ def main() -> None:
         config = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
         row = {"consumer": "gptqmodel", "version": version("gptqmodel"), "folder": folder.name}
         try:
-            row |= measure(folder, config)
+            row |= compare(folder, lambda folder=folder, config=config: loaded(folder, config))
         except Exception as error:  # whatever the libraries raise
-            row |= {"refused": next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]}
+            row |= refusal(error)
         print(json.dumps(row), file=rows, flush=True)
 
 
