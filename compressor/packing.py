@@ -38,7 +38,7 @@ class Packer:
     @property
     def heeds(self) -> set[str]:
         """All keys of Quant that say something to this packer."""
-        return {"bits", "packer", "scale_dtype", "ignore", *self.reads}
+        return {"bits", "packer", "scale_dtype", "ignore", "layers", *self.reads}
 
     def __call__(self, w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
         return self.pack(w, stats, options, group, dtype)

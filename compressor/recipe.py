@@ -36,6 +36,21 @@ class Quant:
     feedback: bool = True  # sketches: codes by a sweep with error feedback; else each weight takes its nearest entry
     refit: bool = True  # sketches: tables by least squares under H given the codes, and codes given the tables
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
+    layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
+
+    def of(self, name: str) -> "Quant":
+        """The options of the linear of this name: what `layers` says of it, on top of the others."""
+        spec = next((spec for key, spec in self.layers.items() if means(key, name)), None)
+        return self.but(spec) if spec is not None else self if not self.layers else replace(self, layers={})
+
+    def but(self, spec: str) -> "Quant":
+        """These options for all linears, with what a spec such as w4g64 says instead."""
+        says = parse_quant(spec)
+        return replace(self, **{"layers": {}, "gpr": None if "group" in says else self.gpr, **says})
+
+    def kinds(self) -> "tuple[Quant, ...]":
+        """The options that some linear may be packed by."""
+        return (replace(self, layers={}), *(self.but(spec) for spec in dict.fromkeys(self.layers.values())))
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,22 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Choose:
+    """Packing every linear its own way, for a size or a loss; at most one of the first three is given, and without one `quant` holds for all."""
+
+    target_bits: float | None = None  # bits a weight of the packed linears, at most
+    target_size: int | None = None  # bytes of the folder, at most
+    max_loss: float | None = None  # share by which packing may raise the perplexity of the domain; as few bytes as that takes
+    candidates: tuple[str, ...] = ()  # ways to pack a linear, such as w3g64, on top of `quant`; none: 2, 3, 4 and 8 bits, groups down to 32
+    measure: str = "kl"  # of the damage: kl, of the logits when one group of linears is packed | error, of the linears' outputs, which runs no model
+    windows: int = 8  # calibration windows that kl is measured on
+
+    @property
+    def active(self) -> bool:
+        return (self.target_bits, self.target_size, self.max_loss) != (None, None, None)
+
+
+@dataclass(frozen=True)
 class Data:
     """Texts: a local file, a hub dataset id, or a builtin name (see pipelines/data.py). None means the builtin python texts."""
 
@@ -135,6 +166,8 @@ class Eval:
 
     window: int | None = None  # tokens; None means seqlen
     max_tokens: int = 65536  # stop after this many tokens of each text; 0 means the whole text
+    tasks: tuple[str, ...] = ()  # files of questions, or tasks that lm-evaluation-harness knows by name, to measure accuracy on
+    task_limit: int = 0  # questions of each; 0: all
 
 
 @dataclass(frozen=True)
@@ -146,6 +179,7 @@ class Recipe:
     finetune: Finetune = field(default_factory=Finetune)
     prune: Prune = field(default_factory=Prune)
     quant: Quant = field(default_factory=Quant)
+    choose: Choose = field(default_factory=Choose)
     data: Data = field(default_factory=Data)
     tune: Tune = field(default_factory=Tune)
     eval: Eval = field(default_factory=Eval)
@@ -178,21 +212,45 @@ class Recipe:
             keys |= {"prune": values["prune"], "train_on_prompt": data["train_on_prompt"]}
         if STAGES.index(upto) >= STAGES.index("compress"):
             keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
+            keys |= {"choose": values["choose"]} if self.choose.active else {}
         if STAGES.index(upto) >= STAGES.index("tune"):
             tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", *AFTER)}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def means(key: str, name: str) -> bool:
+    """Whether a key of Quant.layers means the linear of this name."""
+    return re.search(key[3:], name) is not None if key.startswith("re:") else key == name
+
+
 def parse_quant(text: str) -> dict[str, Any]:
-    """ "3bit", "3bit:rtn", "sketch3", "w3g64" or "W3A16" -> keys of Quant."""
+    """ "3bit", "3bit:rtn", "sketch3", "w3g64", "w3g64:asym" or "W3A16" -> keys of Quant."""
+    if m := re.fullmatch(r"(.+):(a?sym)", text, re.IGNORECASE):
+        return parse_quant(m[1]) | {"symmetric": m[2].lower() == "sym"}
     if m := re.fullmatch(r"(\d+)[-_]?bits?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"packer": m[2].lower()} if m[2] else {})
     if m := re.fullmatch(r"w(\d+)(?:a16)?(?:g(-?\d+))?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"group": int(m[2])} if m[2] else {}) | ({"packer": m[3].lower()} if m[3] else {})
     if m := re.fullmatch(r"sketch[-_:]?(\d+)(?:[-_]?bits?)?", text, re.IGNORECASE):
         return {"bits": int(m[1]), "packer": "sketch"}
-    raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, sketch3, w3g64 or W3A16")
+    raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, 3bit:asym, sketch3, w3g64 or W3A16")
+
+
+def parse_size(text: str) -> int:
+    """ "2.6GB", "700 MB", "1.5GiB" or "1200000" -> bytes."""
+    m = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    if m is None or float(m[1]) <= 0:
+        raise RecipeError(f"--target-size {text!r} is not understood; write for example 2.6GB, 700MB or 1.5GiB")
+    return int(float(m[1]) * (1024 if m[3] else 1000) ** " kmgt".index(m[2].lower() or " "))
+
+
+def parse_share(text: str) -> float:
+    """ "2%" or "0.02" -> 0.02."""
+    m = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
+    if m is None or float(m[1]) <= 0:
+        raise RecipeError(f"--max-loss {text!r} is not understood; write for example 2% or 0.02")
+    return float(m[1]) / (100 if m[2] else 1)
 
 
 def parse_prune(text: str) -> dict[str, Any]:
@@ -238,8 +296,12 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
             pass
     if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    plain = tuple if kind == tuple[str, ...] else kind
-    if not isinstance(value, plain) or (isinstance(value, bool) and kind is not bool):
+    if kind == dict[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in (*value, *value.values())):
+        return dict(value)
+    strings = {tuple[str, ...]: "a list of strings", dict[str, str]: "a mapping of strings to strings"}
+    if kind in strings:
+        raise RecipeError(f"recipe key {where} must be {strings[kind]}, not {value!r}")
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         name = getattr(kind, "__name__", str(kind))
         raise RecipeError(f"recipe key {where} must be {name}, not {value!r}")
     return value
@@ -271,10 +333,23 @@ def _pruning_rules(p: Prune) -> list[tuple[bool, str]]:
     ]  # fmt: skip
 
 
+def _choosing_rules(c: Choose) -> list[tuple[bool, str]]:
+    asked = [c.target_bits, c.target_size, c.max_loss]
+    return [
+        (sum(value is not None for value in asked) < 2, "choose: give one of target_bits, target_size and max_loss"),
+        (all(value is None or 0 < value < math.inf for value in asked), "choose: target_bits, target_size and max_loss must be positive"),
+        (c.measure in ("kl", "error"), f"choose.measure={c.measure!r}: choose kl or error"),
+        (c.windows > 0, f"choose.windows={c.windows} must be positive"),
+        (c.active or c == Choose(), "choose: nothing is chosen: give --target-bits, --target-size or --max-loss"),
+    ]
+
+
 def _check(r: Recipe) -> None:
     q, d, t, e, f = r.quant, r.data, r.tune, r.eval, r.finetune
     rules = [
         *_pruning_rules(r.prune),
+        *_choosing_rules(r.choose),
+        (not (q.layers and r.choose.active), "quant.layers says how linears are packed, and so would the choice: leave one of them out"),
         (len(r.model) < 1024, f"model {r.model[:60]!r}… is no name: it has {len(r.model)} characters"),
         (f.when in ("auto", "always", "never"), f"finetune.when={f.when!r}: choose auto, always or never"),
         (f.steps is None or f.steps > 0, f"finetune.steps={f.steps} must be positive"),
@@ -303,12 +378,16 @@ def _check(r: Recipe) -> None:
         (t.checkpoint_every > 0 and t.eval_every >= 0, "checkpoint_every must be positive and eval_every not negative"),
         (e.window is None or e.window > 1, f"window={e.window} must be at least 2"),
         (e.max_tokens >= 0, f"max_tokens={e.max_tokens} must not be negative"),
+        (e.task_limit >= 0, f"task_limit={e.task_limit} must not be negative"),
     ]
     for fine, message in rules:
         if not fine:
             raise RecipeError(message)
-    for pattern in q.ignore:
+    for pattern in (*q.ignore, *(key[3:] for key in q.layers if key.startswith("re:"))):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise RecipeError(f"ignore pattern {pattern!r} is not a regular expression: {error}") from None
+            raise RecipeError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+    for kind in (*q.kinds()[1:], *(q.but(spec) for spec in r.choose.candidates)):
+        if kind.bits not in (2, 3, 4, 8) or (kind.group != -1 and kind.group < 1):
+            raise RecipeError(f"w{kind.bits}g{kind.group} of quant.layers or choose.candidates cannot be: choose 2, 3, 4 or 8 bits and a group size")

@@ -8,6 +8,7 @@ RANK = {"errors": 0, "kernels": 1, "packed": 2, "recipe": 2, "view": 2, "linear"
 RANK |= {"packing": 4, "prune": 5, "quant": 5, "sketch": 5, "export": 5, "tune": 6, "integrations": 7, "pipelines": 8}
 FREE = {"__init__", "__main__"}  # the package's own front door
 HEAVY = {"transformers", "datasets", "typer", "rich", "matplotlib", "peft", "huggingface_hub", "gguf", "vllm", "mlx", "gptqmodel"}
+HEAVY |= {"lm_eval", "optuna", "scipy"}
 
 
 def imported(path: Path) -> set[str]:

@@ -23,7 +23,7 @@ from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
-from compressor.pipelines.compress import Calibration, Target, collect, shared_inputs
+from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
@@ -96,14 +96,13 @@ def _absorb_block(
 ) -> list[dict[str, Any]]:
     layers = {leaf: layer for leaf, layer in linear.packed_linears(block).items() if leaf in deltas}
     groups = [[leaf] for leaf in layers]
-    targets = {leaf: Target(prefix + leaf, (layer.out_features, layer.in_features)) for leaf, layer in layers.items()}
     if calibration is not None and layers:
         for leaf, layer in layers.items():
             linear.swap(block, leaf, _dense(layer, _merged(layer, deltas[leaf], prefix + leaf), calibration.hidden[0].dtype))
         groups = shared_inputs(block, list(layers), lambda: calibration.run(block, index, keep=False, batches=1))
     rows = []
     for leaves in groups:
-        stats = None if calibration is None else collect(block, index, leaves, quant, calibration, targets)
+        stats = None if calibration is None else collect(block, index, leaves, PACKERS[quant.packer].needs, calibration, prefix + leaves[0])
         for leaf in leaves:
             layer, start = layers[leaf], time.perf_counter()
             merged = _merged(layer, deltas[leaf], prefix + leaf)

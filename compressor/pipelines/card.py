@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from compressor.pipelines.render import clean, count, many, recipe_yaml, scheme, short
-from compressor.pipelines.report import DASH, Report, fixed, heads, number, remarks, results, size, write_text
+from compressor.pipelines.pages import quality_parts
+from compressor.pipelines.pages.parts import clean, many, short
+from compressor.pipelines.render import count, recipe_yaml, scheme
+from compressor.pipelines.report import DASH, STATES, Report, fixed, heads, number, remarks, results, size, write_text
 
 LOAD = """```sh
 pip install "transformers>=5.0" {package}
@@ -95,7 +97,7 @@ def card(report: Report, serving: str = "") -> str:
         _about(report, plan),
         "## Load\n\n" + _load(report, plan),
         serving,
-        _part("Results", _grid(heads(report), results(report)) + _measured(report)),
+        _part("Results", tables(report)),
         _part("Sizes", _sizes(report, plan)),
         _part("Recipe", _fence(recipe_yaml(report), "yaml") if report.recipe else ""),
         _part("Limits", "".join(f"- {line}\n" for line in [*_limits(report, plan), *(_md(r) for r in remarks(report))])),
@@ -130,7 +132,7 @@ def _fence(text: str, kind: str) -> str:
     return f"{fence}{kind}\n{clean(text).rstrip()}\n{fence}\n"
 
 
-def _grid(names: Iterable[str], rows: list[list[str]]) -> str:
+def grid(names: Iterable[str], rows: list[list[str]]) -> str:
     names = list(names)
     lines = [names, ["---", *["---:"] * (len(names) - 1)], *([_md(c) for c in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) if rows else ""
@@ -153,6 +155,7 @@ def _about(report: Report, plan: dict[str, Any]) -> str:
     out += f"Weights of {_md(_title(report))} packed at {_md(plan['bits'])} bits ({_md(', '.join(plan['packers']))})" + (
         f"; {known}.\n" if known else ".\n"
     )
+    out += _chosen(report)
     if plan["method"] != "none":
         told = "the codes stayed, and what was trained is what is stored here"
         if report.export.get("adapter_bytes"):
@@ -161,6 +164,16 @@ def _about(report: Report, plan: dict[str, Any]) -> str:
             told = absorbed
         out += f"The packed model was then tuned in that form ({_md(plan['method'])}): {told}.\n"
     return out + _made(report)
+
+
+def _chosen(report: Report) -> str:
+    """That bits were chosen layer by layer, for what, and what came of it; nothing if they were not."""
+    asked, reached = report.choice.get("target"), report.choice.get("reached")
+    if not asked:
+        return ""
+    bits, loss = number(reached, "bits_per_weight"), number(reached, "loss")
+    came = "" if bits is None else f"; reached: {fixed(bits)} bits per weight" + ("" if loss is None else f", loss {fixed(loss, 4)}")
+    return f"Bits were chosen layer by layer for {_md(short(asked))}{came}.\n"
 
 
 def _absorbed(report: Report) -> str:
@@ -229,7 +242,14 @@ def _serve(report: Report, kind: str) -> str:
     return "" if rank is None else SERVE.format(rank=rank)
 
 
-def _measured(report: Report) -> str:
+def tables(report: Report) -> str:
+    """Results, tasks if any were measured, and the protocol: Markdown that may stand anywhere."""
+    names, rows = quality_parts.task_rows(report)
+    tasks = "\nShares of right answers, ± one standard error:\n\n" + grid(names, rows) if rows else ""
+    return grid(heads(report), results(report)) + tasks + measured(report)
+
+
+def measured(report: Report) -> str:
     """How perplexity was measured: one line a text."""
     lines = []
     for text in ("domain", "outside", "task"):
@@ -256,7 +276,10 @@ def _limits(report: Report, plan: dict[str, Any]) -> list[str]:
     if "task" in report.protocol:
         out.append("Only this one task was measured, on held-out examples of the data it was trained on.")
     else:
-        out.append("Perplexity is the only quality measured here; safety and tasks were not.")
+        if any(getattr(report, state).get("tasks") for state in STATES):
+            out.append("Perplexity and the tasks above are the only qualities measured here; safety was not.")
+        else:
+            out.append("Perplexity is the only quality measured here; safety and tasks were not.")
         if plan["method"] != "none":
             out.append("Tuning fits one domain; the perplexity on the outside text shows what it cost elsewhere.")
     if report.unpacked:

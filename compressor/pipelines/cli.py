@@ -15,8 +15,9 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.pipelines import cli_folders, cli_tasks
-from compressor.recipe import Prune, Quant, Recipe, parse_prune, parse_quant
+from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks
+from compressor.pipelines import cli_flags as flags
+from compressor.recipe import Prune, Quant, Recipe, parse_prune, parse_quant, parse_share, parse_size
 
 ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)
@@ -76,7 +77,29 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "rank": "tune__rank", "alpha": "tune__alpha", "dropout": "tune__dropout", "targets": "tune__targets", "adapter_start": "tune__start",
     "adapter": "tune__adapter", "absorb_limit": "tune__absorb_limit", "grid": "tune__grid",
     "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device", "save": "save",
+    "target_bits": "choose__target_bits", "target_size": "choose__target_size", "max_loss": "choose__max_loss",
+    "candidates": "choose__candidates", "sensitivity": "choose__measure", "layer": "quant__layers", "tasks": "eval__tasks",
+    "task_limit": "eval__task_limit",
 }  # fmt: skip
+
+
+def value_of(flag: str, value: Any) -> Any:
+    """What a flag of `run` puts into the recipe. RecipeError for one that is not understood."""
+    if flag == "layer":
+        return dict(_layer(text) for text in value)
+    if flag in ("candidates", "tasks"):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if flag in ("target_size", "max_loss"):
+        return parse_size(value) if flag == "target_size" else parse_share(value)
+    words = {"absolute": "absolute" if value else "relative", "per_layer": not value, "finetune": "always" if value else "never"}
+    return words[flag] if flag in words else tuple(value) if flag == "ignore" else value
+
+
+def _layer(text: str) -> tuple[str, str]:
+    name, _, spec = text.rpartition("=")
+    if not name:
+        raise RecipeError(f"--layer {text!r} is not understood; write NAME=SPEC, for example 're:down_proj=w4g64'")
+    return name, spec
 
 
 def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
@@ -99,8 +122,7 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
         value = given[name]
         if value is None or value in ([], ()):
             continue
-        words = {"absolute": "absolute" if value else "relative", "per_layer": not value, "finetune": "always" if value else "never"}
-        changes[key] = words[name] if name in words else tuple(value) if name == "ignore" else value
+        changes[key] = value_of(name, value)
     pruned = changes.get("prune__method", base.prune.method) != "none"
     for key in ("batch", "accumulate", "gradient_checkpointing") if pruned else ():
         if f"tune__{key}" in changes:
@@ -129,61 +151,22 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
 
 @app.command()
 def run(
-    ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="tiny, a folder of a decoder or encoder, a hub id, a short name such as llama-7b, or a recipe.yaml")],
-    quant: Annotated[Text, typer.Option(help="bits and packer: 3bit, 2bit:rtn, sketch3, w3g64 …")] = None,
-    tune: Annotated[Text, typer.Option(help="tuner: peqa (scales), table (sketches), qalora (zeros), lora, dora, adalora, ia3 …, or none")] = None,
-    prune: Annotated[Text, typer.Option(help="what to remove first: loraprune:30%, obert:90%, obert:2:4 …; without --quant that is all")] = None,
-    prune_steps: Annotated[Count, typer.Option(help="training steps while pruning; default: two epochs")] = None,
-    prune_lr: Annotated[Number, typer.Option(help="learning rate while pruning; default: the method's own")] = None,
-    unit: Annotated[Text, typer.Option(help="heads go by group (of a key head), query, or auto")] = None,
-    multiple: Annotated[Count, typer.Option(help="FFN channels are kept in multiples of this; default 64, or 128 for wide ones")] = None,
-    per_layer: Annotated[bool | None, typer.Option("--per-layer/--uniform", help="blocks of unlike width, which only we load")] = None,
-    one_shot: Annotated[bool | None, typer.Option("--one-shot/--gradual", help="prune all at once")] = None,
-    finetune: Annotated[bool | None, typer.Option("--finetune/--no-finetune", help="encoders: train the dense model on the task first")] = None,
-    recompute: Annotated[Count, typer.Option(help="oBERT: inverse Fisher estimates a prune")] = None,
-    gradients: Annotated[Count, typer.Option(help="oBERT: gradients an estimate")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", "--output_dir", help="output folder")] = None,
-    data: Annotated[Text, typer.Option("--data", "--dataset", help="tuning text: file, hub dataset or builtin; default: Python's own manual")] = None,
-    outside: Annotated[Text, typer.Option(help="text from outside the tuning domain, for measuring only")] = None,
-    calib: Annotated[Text, typer.Option(help="calibration text; default: the training part of --data")] = None,
-    group: Annotated[Count, typer.Option("--group", "--group-size", "--group_size", help="weights that share a scale; -1: a whole row")] = None,
-    gpr: Annotated[Count, typer.Option("--gpr", help="tables (or groups) per row; tables: 1 unless given")] = None,
-    start: Annotated[Text, typer.Option(help="sketches: tables start as kmeans, or uniform")] = None,
-    exponent: Annotated[Number, typer.Option(help="sketches: how much k-means heeds sensitive columns; 0: not at all")] = None,
-    feedback: Annotated[bool | None, typer.Option("--feedback/--no-feedback", help="sketches: later columns make up for earlier ones")] = None,
-    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="sketches: least-squares tables for the codes chosen")] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="symmetric or asymmetric grids")] = None,
-    scale_dtype: Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, bfloat16 or float32")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="regular expression of layers to leave dense (may be repeated)")] = None,
-    damp: Annotated[Number, typer.Option("--damp", "--damp-percent", "--damp_percent", help="damping of H, share of its mean diagonal")] = None,
-    nsamples: Annotated[Count, typer.Option(help="calibration windows")] = None,
-    seqlen: Annotated[Count, typer.Option(help="tokens of a calibration or tuning window")] = None,
-    steps: Annotated[Count, typer.Option(help="tuning steps; overrides --epochs")] = None,
-    epochs: Annotated[Number, typer.Option(help="passes over the tuning text")] = None,
-    lr: Annotated[Number, typer.Option(help="learning rate; default: the tuner's own")] = None,
-    batch: Annotated[Count, typer.Option("--batch", "--batch-size", "--batch_size", help="windows a micro-batch")] = None,
-    accumulate: Annotated[Count, typer.Option(help="micro-batches a step")] = None,
-    schedule: Annotated[Text, typer.Option(help="cosine, linear or constant")] = None,
-    rank: Annotated[Count, typer.Option(help="adapters and qalora: rank of the path")] = None,
-    alpha: Annotated[Number, typer.Option(help="adapters and qalora: the path is scaled by alpha / rank")] = None,
-    dropout: Annotated[Number, typer.Option(help="adapters: of their inputs")] = None,
-    targets: Annotated[Text, typer.Option(help="adapters: linears that get one, such as q_proj,v_proj; default: all packed ones")] = None,
-    adapter_start: Annotated[Text, typer.Option(help="LoRA starts at zero, or from the dense weight: residual, loftq, principal, eva")] = None,
-    adapter: Annotated[Text, typer.Option(help="keep it beside the packed base, or absorb it")] = None,
-    absorb_limit: Annotated[Number, typer.Option(help="absorbing may raise perplexity by this share; default 0.02")] = None,
-    grid: Annotated[Text, typer.Option(help="peqa: keep scales on the grid of a GGUF type, q4_k, q3_k or q2_k, so that its export is exact")] = None,
-    absolute: Annotated[bool | None, typer.Option("--absolute/--relative", help="learning rate on the scale or entry, or on its change")] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
-    train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,
-    window: Annotated[Count, typer.Option(help="tokens of an evaluation window")] = None,
-    max_tokens: Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")] = None,
-    seed: Annotated[Count, typer.Option(help="of data order and calibration choice")] = None,
-    device: Annotated[Text, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
-    save: Annotated[Text, typer.Option(help="folder, or task: only what the tuning moved, to go with the folder of the same run untuned")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the result of another run in the output folder")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print sizes, memory and time, and stop")] = False,
-) -> None:
+    ctx: typer.Context, model: flags.Model, quant: flags.Quant = None, tune: flags.Tune = None, prune: flags.Prune = None,
+    prune_steps: flags.PruneSteps = None, prune_lr: flags.PruneLr = None, unit: flags.Unit = None, multiple: flags.Multiple = None,
+    per_layer: flags.PerLayer = None, one_shot: flags.OneShot = None, finetune: flags.Finetune = None, recompute: flags.Recompute = None,
+    gradients: flags.Gradients = None, target_bits: flags.TargetBits = None, target_size: flags.TargetSize = None, max_loss: flags.MaxLoss = None,
+    candidates: flags.Candidates = None, sensitivity: flags.Sensitivity = None, layer: flags.Layer = None, output: flags.Output = None,
+    data: flags.Data = None, outside: flags.Outside = None, tasks: flags.Tasks = None, task_limit: flags.TaskLimit = None,
+    calib: flags.Calib = None, group: flags.Group = None, gpr: flags.Gpr = None, start: flags.Start = None, exponent: flags.Exponent = None,
+    feedback: flags.Feedback = None, refit: flags.Refit = None, sym: flags.Sym = None, scale_dtype: flags.ScaleDtype = None,
+    ignore: flags.Ignore = None, damp: flags.Damp = None, nsamples: flags.Nsamples = None, seqlen: flags.Seqlen = None, steps: flags.Steps = None,
+    epochs: flags.Epochs = None, lr: flags.Lr = None, batch: flags.Batch = None, accumulate: flags.Accumulate = None,
+    schedule: flags.Schedule = None, rank: flags.Rank = None, alpha: flags.Alpha = None, dropout: flags.Dropout = None,
+    targets: flags.Targets = None, adapter_start: flags.AdapterStart = None, adapter: flags.Adapter = None, absorb_limit: flags.AbsorbLimit = None,
+    grid: flags.Grid = None, absolute: flags.Absolute = None, gradient_checkpointing: flags.GradientCheckpointing = None,
+    train_on_prompt: flags.TrainOnPrompt = None, window: flags.Window = None, max_tokens: flags.MaxTokens = None, seed: flags.Seed = None,
+    device: flags.Device = None, save: flags.Save = None, overwrite: flags.Overwrite = False, dry_run: flags.DryRun = False,
+) -> None:  # fmt: skip
     """Prune or compress a model or both, tune it in packed form, measure it, and write a folder that servers load."""
     launch(recipe_of(model, quant, ctx.params), output, overwrite, dry_run)
 
@@ -222,22 +205,6 @@ def read_recipe(path: Path) -> Recipe:
     if values is None:
         raise RecipeError(f"the recipe {path} is empty")
     return Recipe.from_dict(values)
-
-
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="a packed or dense model folder, a hub id, or tiny")],
-    data: Annotated[Text, typer.Option("--data", "--dataset", help="text to measure on, or an encoder's examples; default: Python's manual")] = None,
-    window: Annotated[Count, typer.Option(help="tokens of a window; default: what the model was made for, at most 2048")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="stop after this many tokens; 0: the whole text")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-) -> None:
-    """Perplexity of a model on a text, or an encoder's scores on its task, with the protocol; packed folders run packed."""
-    quiet()
-    from compressor.pipelines.show import RichShow
-    from compressor.pipelines.tools import evaluate_folder
-
-    emit(evaluate_folder(model, data, window, max_tokens, device, RichShow(console)))
 
 
 @app.command()
@@ -285,6 +252,9 @@ def tune_kernels(
     emit(tuning.tune(out, list(op) or list(tuning.OPS), list(bits) or [4, 3, 2], device, RichShow(console)))
 
 
+app.command(name="eval")(cli_eval.evaluate)
+app.command()(cli_sweep.sweep)
+app.command()(cli_report.report)
 app.command()(cli_folders.tune)
 app.command()(cli_folders.export)
 app.command()(cli_folders.doctor)

@@ -11,7 +11,6 @@ the dense weight is gone afterwards. What comes after a layer is calibrated on w
 """
 
 import contextlib
-import inspect
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -27,14 +26,13 @@ from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines import journal
+from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
 from compressor.pipelines.fisher import squared_gradients
-from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.packers import PACKERS, needs
 from compressor.quant.starts import STARTS, check
 from compressor.quant.starts import Path as LowRank
-from compressor.recipe import Quant
+from compressor.recipe import Quant, means
 from compressor.stats import LayerStats
-
-BATCH_TOKENS = 8192  # tokens of calibration that run through a block at once
 
 
 @dataclass
@@ -46,6 +44,7 @@ class Target:
     group: int = 0
     note: str = ""
     reason: str = ""  # non-empty: left dense
+    quant: Quant = field(default_factory=Quant)  # how this one is packed
 
 
 @dataclass
@@ -59,9 +58,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class How:
-    """How every layer is packed: `start`, zero or one of STARTS, of paths of `rank`; `keep_zeros`, pruned weights stay zero."""
+    """How all layers are packed: `start`, zero or one of STARTS, of paths of `rank`; `keep_zeros`, pruned weights stay zero."""
 
-    quant: Quant
     dtype: torch.dtype  # of scales and tables
     keep_zeros: bool = False
     start: str = "zero"
@@ -81,16 +79,18 @@ def plan(model: nn.Module, quant: Quant) -> Plan:
         row = []
         for leaf, layer in linear.linears(block).items():
             full = f"{name}.{index}.{leaf}"
-            target = Target(full, (layer.out_features, layer.in_features))
+            target = Target(full, (layer.out_features, layer.in_features), quant=quant.of(full))
             if any(re.search(pattern, full) for pattern in quant.ignore):
                 target.reason = "named by --ignore"
             else:
-                target.group, target.note = PACKERS[quant.packer].resolve(layer.in_features, quant, full)
+                target.group, target.note = PACKERS[target.quant.packer].resolve(layer.in_features, target.quant, full)
             row.append(target)
         out.targets.append(row)
         for leaf, parameter in block.named_parameters():
             if parameter.ndim == 3:
                 row.append(Target(f"{name}.{index}.{leaf}", tuple(parameter.shape), reason="fused experts are not packed yet"))
+    if strange := [key for key in quant.layers if not any(means(key, t.name) for row in out.targets for t in row)]:
+        raise RecipeError(f"quant.layers names {strange[0]!r}, and no linear of the decoder blocks is called so: give a whole name, or re:PATTERN")
     if not out.packed():
         raise ModelError("nothing is left to pack: every linear layer is named by --ignore")
     return out
@@ -103,103 +103,9 @@ def check_finite(model: nn.Module) -> None:
             raise ModelError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch it again")
 
 
-class _Stop(Exception):
-    """Raised in a hook: the rest of this forward pass is of no use."""
-
-
-class Calibration:
-    """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once a batch size."""
-
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor):
-        count, seqlen = ids.shape
-        size = max(1, min(count, BATCH_TOKENS // seqlen))
-        device = next(model.parameters()).device
-        self.batches = [part.to(device) for part in ids.split(size)]  # equal ones, and perhaps a smaller last one
-        self.hidden: list[Tensor] = []
-        self.arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]  # by the size of the batch: masks have its shape
-        self._record(model, blocks)
-
-    @torch.no_grad()
-    def _record(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        """The first batch of each size records every block's keyword arguments and stops at the last block; the others stop at the first."""
-        size = 0
-
-        def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.hidden.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
-            if size in self.arguments[0]:
-                raise _Stop
-
-        def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                names = list(inspect.signature(blocks[index].forward).parameters)[1 : len(args)]  # of what encoders pass by position
-                if any(value is not None and not isinstance(value, Tensor) for value in args[1:]):
-                    kind = type(blocks[index]).__name__
-                    raise ModelError(f"{kind} takes positional arguments; this architecture cannot be calibrated, use --quant 3bit:rtn")
-                given = kwargs | dict(zip(names, args[1:], strict=True))
-                kept = {k: v for k, v in given.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
-                self.arguments[index][size] = kept
-                if index + 1 == len(blocks):
-                    raise _Stop  # logits of thousands of tokens take gigabytes
-
-            return hook
-
-        hooks = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]  # before the one that may stop
-        hooks += [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        try:
-            for batch in self.batches:
-                size = len(batch)
-                with contextlib.suppress(_Stop):
-                    model(input_ids=batch, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @torch.no_grad()
-    def run(self, block: nn.Module, index: int, keep: bool, batches: int | None = None) -> None:
-        """All hidden states (or the first few batches) through one block; `keep` makes the outputs the next block's inputs.
-
-        A hook inside the block may raise _Stop to end the pass of its batch.
-        """
-        device = next(block.parameters()).device
-        for i, hidden in enumerate(self.hidden[:batches]):
-            with contextlib.suppress(_Stop):
-                out = block(hidden.to(device), **self.arguments[index][len(hidden)])
-                if keep:
-                    self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
-
-
-def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -> list[list[str]]:
-    """The block's linears in the order they run, those that read the same tensor together; layers that did not run come last, alone."""
-    order: list[list[str]] = []
-    seen: list[Tensor] = []  # kept alive, so that identity cannot be reused
-    last: dict[str, int] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_m: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in last:
-                return
-            place = next((i for i, t in enumerate(seen) if t is args[0]), None)
-            if place is None:
-                place = len(seen)
-                seen.append(args[0])
-                order.append([])
-            order[place].append(name)
-            last[name] = place
-
-        return record
-
-    hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        run()
-    finally:
-        for h in hooks:
-            h.remove()
-    return order + [[name] for name in names if name not in last]
-
-
 def check_keep_zeros(quant: Quant) -> None:
     """RecipeError if the packer cannot keep a pruned weight at exactly zero."""
-    if PACKERS[quant.packer].table:
+    if any(PACKERS[kind.packer].table for kind in quant.kinds()):
         instead = f"--quant {quant.bits}bit:gptq or {quant.bits}bit:rtn"
         raise RecipeError(f"{quant.packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")
 
@@ -228,15 +134,14 @@ def compress(
     """
     if keep_zeros:
         check_keep_zeros(quant)
-    todo, how = plan(model, quant), How(quant, scale_dtype, keep_zeros, start, rank, beside)
+    todo, how = plan(model, quant), How(scale_dtype, keep_zeros, start, rank, beside)
     if start != "zero":
         shapes = {t.name: t.shape for t in todo.packed() if how.beside(t.name)}
-        check(start, rank, PACKERS[quant.packer].needs if ids is not None else (), shapes)
+        check(start, rank, needs(quant) if ids is not None else (), shapes)
     blocks = model.get_submodule(todo.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
-    packer = PACKERS[quant.packer]
-    fisher = _fisher(model, todo, ids, work) if packer.fisher and ids is not None else {}
-    calibration = Calibration(model, blocks, ids) if packer.needs and ids is not None else None
+    fisher = _fisher(model, todo, ids, work) if ids is not None else {}
+    calibration = Calibration(model, blocks, ids) if needs(quant) and ids is not None else None
     rows: list[dict[str, Any]] = []
     resumed = 0
     for index, block in enumerate(blocks):
@@ -266,9 +171,9 @@ def compress(
 
 
 def _fisher(model: nn.Module, todo: Plan, ids: Tensor, work: Path | None) -> dict[str, Tensor]:
-    """Squared gradients of all linears whose block is not in `work` yet."""
+    """Squared gradients of the linears whose packers want them and whose block is not in `work` yet."""
     open_rows = [row for i, row in enumerate(todo.targets) if work is None or journal.kept_facts(_block_path(work, i)) is None]
-    missing = [t.name for row in open_rows for t in row if not t.reason]
+    missing = [t.name for row in open_rows for t in row if not t.reason and PACKERS[t.quant.packer].fisher]
     return squared_gradients(model, missing, ids) if missing else {}
 
 
@@ -289,7 +194,9 @@ def _pack_block(
     for leaves in groups:
         start = time.perf_counter()
         with _beside(block, paths):
-            stats = None if calibration is None else collect(block, index, leaves, how.quant, calibration, by_leaf)
+            sums = dict.fromkeys(each for leaf in leaves for each in PACKERS[by_leaf[leaf].quant.packer].needs)
+            name = by_leaf[leaves[0]].name
+            stats = collect(block, index, leaves, tuple(sums), calibration, name) if calibration is not None and sums else None
         spent = (time.perf_counter() - start) / len(leaves)
         for leaf in leaves:
             if stats is not None:
@@ -321,28 +228,10 @@ def _beside(block: nn.Module, paths: dict[str, LowRank]) -> Iterator[None]:
             handle.remove()
 
 
-def collect(block: nn.Module, index: int, leaves: list[str], quant: Quant, calibration: Calibration, by_leaf: dict[str, Target]) -> LayerStats:
-    """Statistics of the input that `leaves` share, over all calibration windows; a layer is taken to run once in a pass through its block."""
-    layer = block.get_submodule(leaves[0])
-    stats = LayerStats(by_leaf[leaves[0]].shape[1], PACKERS[quant.packer].needs)
-
-    def add(_m: nn.Module, args: tuple[Any, ...]) -> None:
-        stats.add(args[0])
-        raise _Stop  # what comes after this layer is not needed
-
-    hook = layer.register_forward_pre_hook(add)
-    try:
-        calibration.run(block, index, keep=False)
-    finally:
-        hook.remove()
-    stats.check(by_leaf[leaves[0]].name)
-    return stats
-
-
 def _pack_layer(
     block: nn.Module, leaf: str, target: Target, how: How, stats: LayerStats | None, spent: float
 ) -> tuple[dict[str, Any], LowRank | None]:
-    start, quant, path = time.perf_counter(), how.quant, None
+    start, quant, path = time.perf_counter(), target.quant, None
     layer = block.get_submodule(leaf)
     assert isinstance(layer, nn.Linear)
     weight, packer = layer.weight.detach().float(), PACKERS[quant.packer]  # [n, k]

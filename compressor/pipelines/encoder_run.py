@@ -22,7 +22,7 @@ from compressor.pipelines.job import Job, default_output, digest, plain, source_
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
-from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.packers import needs
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.prune import slicing
@@ -101,7 +101,7 @@ class EncoderRun(Job):
             compress.check_finite(model)
             targets = compress.plan(model, self.recipe.quant).packed() if self.packs else []
             if self.tunes:
-                check_layers(self.recipe.tune, {t.name: t.shape for t in targets}, PACKERS[self.recipe.quant.packer].needs)
+                check_layers(self.recipe.tune, {t.name: t.shape for t in targets}, needs(self.recipe.quant))
             if self.prunes:
                 encoder_prune.check(model, self.recipe.prune)
             encode = encoder_tokens.encode
@@ -151,7 +151,7 @@ class EncoderRun(Job):
 
     def _compress(self, journal: Journal) -> None:
         recipe = self.recipe
-        ids = calibration(self.train_rows, recipe.data.nsamples, recipe.seed) if PACKERS[recipe.quant.packer].needs else None
+        ids = calibration(self.train_rows, recipe.data.nsamples, recipe.seed) if needs(recipe.quant) else None
         if ids is not None:
             self.report.notes.append(calibrated(self.train_rows, ids))
         self.pack(self.encoder.loaded, ids, self.key_compress, journal)

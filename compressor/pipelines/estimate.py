@@ -5,6 +5,7 @@ and divides by the matmul speed measured now, times EFFICIENCY (the share of it 
 Evaluations in the course of tuning are not counted. Adapters are counted by peft itself, beside linears of the same shapes without weights.
 """
 
+import functools
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from compressor.errors import ModelError
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
 from compressor.pipelines import compress, evaluate, load
-from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.packers import PACKERS, needs
 from compressor.prune import slicing
 from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
@@ -120,9 +121,9 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     todo = compress.plan(model, recipe.quant)
     packed = todo.packed()
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
-    values = sum(_values(t, recipe.quant) for t in packed)
+    values, codes = sum(map(_values, packed)), sum(t.shape[0] * t.shape[1] * t.quant.bits for t in packed)
     value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
-    packed_bytes = (weights * recipe.quant.bits + _zero_bits(recipe, packed, value_bytes)) // 8 + values * value_bytes
+    packed_bytes = (codes + _zero_bits(recipe, packed, value_bytes)) // 8 + values * value_bytes
     adapter = added(recipe.tune, packed)
     parameters = _parameters(model)
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
@@ -159,19 +160,20 @@ def retuning(
     }  # fmt: skip
 
 
-def _values(target: compress.Target, quant: Quant) -> int:
+def _values(target: compress.Target) -> int:
     """Scales or table entries of a layer."""
     n, k = target.shape
-    return n * -(-k // target.group) * (1 << quant.bits if PACKERS[quant.packer].table else 1)
+    return n * -(-k // target.group) * (1 << target.quant.bits if PACKERS[target.quant.packer].table else 1)
 
 
 def _zero_bits(recipe: Recipe, packed: list[compress.Target], value_bytes: int) -> int:
     """Of all zeros: floats where they are tuned, as wide as scales of float32, else as many bits as a code; none of symmetric weights and tables."""
-    quant, tuned = recipe.quant, set[str]()
+    tuned = set[str]()
     if recipe.tune.method == "qalora":
         tuned = {t.name for t in adapted(recipe.tune, packed)}
-    floats, codes = 32 if value_bytes == 4 else 16, 0 if quant.symmetric or PACKERS[quant.packer].table else quant.bits
-    return sum(_values(t, quant) * (floats if t.name in tuned else codes) for t in packed)
+    floats = 32 if value_bytes == 4 else 16
+    codes = {t.name: 0 if t.quant.symmetric or PACKERS[t.quant.packer].table else t.quant.bits for t in packed}
+    return sum(_values(t) * (floats if t.name in tuned else codes[t.name]) for t in packed)
 
 
 def adapted(options: Tune, packed: list[compress.Target]) -> list[compress.Target]:
@@ -234,15 +236,16 @@ def _memory(
     logits = min(evaluate.LOGIT_BYTES, evaluate.BATCH_TOKENS * vocab * size)
     out = {"load": dense, "evaluate": max(dense, small) + 2 * logits + 3 * evaluate.CHUNK_BYTES, "compress": dense}
     alive = 12 * hidden + 4 * inner  # numbers a token and block, from forward to backward
-    packer = PACKERS[recipe.quant.packer]
-    if packer.needs:
+    packers = [PACKERS[kind.packer] for kind in recipe.quant.kinds()]
+    table = any(packer.table for packer in packers)
+    if needs(recipe.quant):
         widest = max(m.in_features for m in linear.linears(model).values())
-        out["compress"] += counts.calibration * hidden * size + (5 if packer.table else 4) * widest * widest * 4
-    if packer.table:
+        out["compress"] += counts.calibration * hidden * size + (5 if table else 4) * widest * widest * 4
+    if table:
         largest = max(m.in_features * m.out_features for m in linear.linears(model).values())
         buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
         out["compress"] += SKETCHING * min(learned.PANEL, largest) + 4 * largest + buckets
-    if packer.fisher:
+    if any(packer.fisher for packer in packers):
         out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * (alive * layers + 4 * vocab) * size
     if recipe.tune.method != "none":
         kept = hidden if recipe.tune.gradient_checkpointing else alive
@@ -258,7 +261,7 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     if device.type == "cpu" and evaluate.samples_pay(device, weights):
         times = (1 if recipe.tune.method == "none" else 2) * evaluate.SAMPLES * evaluate.SAMPLE_TOKENS
         out["evaluate"] += times * weights * DECODE[cpu.available()]
-    out["compress"] = packing = _packing_seconds(recipe.quant, packed, counts, parameters, speed)
+    out["compress"] = packing = _packing_seconds(packed, counts, parameters, speed)
     if recipe.tune.start != "zero":
         out["compress"] += _path_seconds(recipe, adapted(recipe.tune, packed), speed)
     if recipe.tune.method != "none":
@@ -268,21 +271,21 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     return {key: round(value, 1) for key, value in out.items()}
 
 
-def _packing_seconds(quant: Quant, packed: list[compress.Target], counts: Counts, parameters: int, speed: float) -> float:
-    packer, weights = PACKERS[quant.packer], sum(t.shape[0] * t.shape[1] for t in packed)
-    seconds = sum(_layer_seconds(t, quant, speed) for t in packed)
-    if packer.needs:
-        hessian = sum(t.shape[1] ** 2 for t in packed) * counts.calibration * 2
-        backward = 4 * parameters * counts.calibration if packer.fisher else 0
+def _packing_seconds(packed: list[compress.Target], counts: Counts, parameters: int, speed: float) -> float:
+    weights, seconds = sum(t.shape[0] * t.shape[1] for t in packed), sum(_layer_seconds(t, speed) for t in packed)
+    calibrated = [t for t in packed if PACKERS[t.quant.packer].needs]
+    if calibrated:
+        hessian = sum(t.shape[1] ** 2 for t in calibrated) * counts.calibration * 2
+        backward = 4 * parameters * counts.calibration if any(PACKERS[t.quant.packer].fisher for t in packed) else 0
         seconds += (2 * weights * counts.calibration * PASSES + hessian + backward) / speed
     return seconds
 
 
-def _layer_seconds(target: compress.Target, quant: Quant, speed: float) -> float:
+def _layer_seconds(target: compress.Target, speed: float) -> float:
     """Of packing a layer whose statistics are known."""
     n, k = target.shape
-    solve = 3 * k**3 + 2 * _products(quant) * n * k**2 if PACKERS[quant.packer].needs else 0
-    return _start_seconds(target, quant) + solve / speed
+    solve = 3 * k**3 + 2 * _products(target.quant) * n * k**2 if PACKERS[target.quant.packer].needs else 0
+    return _start_seconds(target) + solve / speed
 
 
 def _path_seconds(recipe: Recipe, targets: list[compress.Target], speed: float) -> float:
@@ -292,13 +295,13 @@ def _path_seconds(recipe: Recipe, targets: list[compress.Target], speed: float) 
     for target in targets:
         n, k = target.shape
         found = 10 * n**3 if max(n, k) <= starts.EXACT else (starts.PASSES + 1) * (recipe.tune.rank + starts.EXTRA) * (4 * n * k + 2 * k**2)
-        seconds += rounds * found / speed + (rounds - 1) * _layer_seconds(target, recipe.quant, speed)
+        seconds += rounds * found / speed + (rounds - 1) * _layer_seconds(target, speed)
     return seconds
 
 
-def _start_seconds(target: compress.Target, quant: Quant) -> float:
+def _start_seconds(target: compress.Target) -> float:
     """Of the search for a layer's grids, or of the k-means of its rows."""
-    n, k = target.shape
+    (n, k), quant = target.shape, target.quant
     if not PACKERS[quant.packer].table:
         return GRID * n * k
     segments = -(-k // target.group)
@@ -313,6 +316,12 @@ def _products(quant: Quant) -> int:
     return sweeps * 3 + (sweeps + learned.ROUNDS) * (1 << quant.bits) + learned.ROUNDS
 
 
+def forward_seconds(model: nn.Module, device: torch.device, tokens: int) -> float:
+    """Of so many tokens through the dense model."""
+    return 2 * _parameters(model) * tokens / (matmul_speed(device) * EFFICIENCY)
+
+
+@functools.cache
 def matmul_speed(device: torch.device) -> float:
     """Floating-point operations a second of a square matmul, in the dtype the device computes in."""
     size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)

@@ -2,7 +2,9 @@
 
 Protocol. A text is cut into windows that do not overlap (stride = window); in each, every token but the first is predicted from those before
 it; a tail shorter than a window is dropped, unless the whole text is shorter: then it is the only window. Perplexity is exp(sum of -log p /
-predicted tokens), log-softmax in float32, sums in float64. GPTQ-style scripts cut WikiText-2 in the same way.
+predicted tokens), log-softmax in float32, sums in float64. GPTQ-style scripts cut WikiText-2 in the same way. With a stride below the window the
+next window starts that much later, and of every window but the first only its last `stride` tokens count: each is predicted from at least
+window - stride tokens, and none counts twice. That costs window / stride times as much.
 
 Stream. A corpus of one plain text is tokenised in one go with the tokenizer's own special tokens. Of several documents each is preceded by
 BOS; a tokenizer without BOS gets EOS between documents, and one with neither a blank line. Pairs are packed like training windows (data.py),
@@ -42,20 +44,19 @@ def perplexity(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     labels: Tensor | None = None,
+    stride: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `model` on the first `max_tokens` tokens (0: all) of `ids`, by the protocol above.
 
     ids int64 [tokens], or [count, window] already cut; labels of the same shape, -100 where a token does not count. `device` None means that
-    of the model. Returns perplexity, loss (nats a token), tokens (predicted), window, stride, windows, tokens_per_second, seconds.
-    Raises DataError if nothing is predicted, NumericError if the loss is not finite.
+    of the model, `stride` None the window. Returns perplexity, loss (nats a token), tokens (predicted), window, stride, windows,
+    tokens_per_second, seconds. Raises DataError if nothing is predicted, NumericError if the loss is not finite.
     """
-    rows, targets = _cut(ids, window, max_tokens), _cut(ids if labels is None else labels, window, max_tokens)  # [count, window]
+    rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
     tokens = int((targets[:, 1:] != IGNORE).sum())
-    if not tokens:
-        raise DataError(f"a text of {ids.numel()} tokens leaves nothing to predict; perplexity needs at least two tokens")
     device = next(model.parameters()).device if device is None else device
     start, total, done, batch = time.perf_counter(), 0.0, 0, 1
-    with _evaluating(model):
+    with evaluating(model):
         while done < len(rows):
             part = slice(done, done + batch)
             logits = _logits(model, rows[part].to(device))  # [batch, window, vocab]
@@ -63,12 +64,20 @@ def perplexity(
             if not math.isfinite(loss):
                 raise NumericError(f"the loss of windows {done} to {min(done + batch, len(rows)) - 1} is not finite: the model does not predict")
             total, done = total + loss, min(done + batch, len(rows))
-            batch = max(1, min(LOGIT_BYTES // (logits[0].numel() * logits.element_size()), BATCH_TOKENS // window))
+            batch = batch_of(logits)
             if progress:
                 progress(done, len(rows))
-    seconds = time.perf_counter() - start
-    result = {"perplexity": _exp(total / tokens), "loss": total / tokens, "tokens": tokens, "window": rows.shape[1], "stride": rows.shape[1]}
+    seconds, length = time.perf_counter() - start, rows.shape[1]
+    result = {"perplexity": exp(total / tokens), "loss": total / tokens, "tokens": tokens, "window": length, "stride": min(stride or length, length)}
     return result | {"windows": len(rows), "tokens_per_second": tokens / seconds, "seconds": seconds}
+
+
+def tokens_of(corpus: Corpus, tokenizer: Any, window: int) -> tuple[Tensor, Tensor | None, dict[str, int]]:
+    """(ids, labels, what was lost): a stream [tokens] without labels, or pairs as windows [count, window] with theirs; pairs cut and dropped."""
+    if not corpus.pairs:
+        return stream(corpus, tokenizer), None, {}
+    packed = windows(corpus, tokenizer, window)
+    return packed.ids, packed.labels, {"cut": packed.cut, "dropped": packed.dropped}
 
 
 def stream(corpus: Corpus, tokenizer: Any) -> Tensor:
@@ -102,6 +111,7 @@ def measure(
     max_tokens: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     device: torch.device | str | None = None,
+    stride: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What `perplexity` returns for every corpus, under its key ("domain", "outside"); under "protocol" and the same key how it was measured.
 
@@ -110,20 +120,21 @@ def measure(
     """
     out: dict[str, dict[str, Any]] = {"protocol": {}}
     for key, corpus in corpora.items():
-        if corpus.pairs:
-            packed = windows(corpus, tokenizer, window)
-            ids, labels, lost = packed.ids, packed.labels, {"cut": packed.cut, "dropped": packed.dropped}
-        else:
-            ids, labels, lost = stream(corpus, tokenizer), None, {}
+        ids, labels, lost = tokens_of(corpus, tokenizer, window)
         report = (lambda done, count, key=key: progress(key, done, count)) if progress else None
         try:
-            found = out[key] = perplexity(model, ids, window, max_tokens, device, report, labels)
+            found = out[key] = perplexity(model, ids, window, max_tokens, device, report, labels, stride)
         except (DataError, NumericError) as error:
             raise type(error)(f"{corpus.name}: {error}") from None
-        data = {"name": corpus.name, "data_sha256": corpus.sha256, "documents": len(corpus.documents), "bos": joining(corpus, tokenizer)}
-        data |= {"counted": "completions" if corpus.pairs else "all tokens"} | {k: found[k] for k in ("window", "stride", "tokens")}
-        out["protocol"][key] = data | {"max_tokens": max_tokens} | lost
+        out["protocol"][key] = protocol(corpus, tokenizer, found, max_tokens) | lost
     return out
+
+
+def protocol(corpus: Corpus, tokenizer: Any, found: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    """How a result of `perplexity` came about: the data, its hash, how documents were joined, and what counted."""
+    data = {"name": corpus.name, "data_sha256": corpus.sha256, "documents": len(corpus.documents), "bos": joining(corpus, tokenizer)}
+    data |= {"counted": "completions" if corpus.pairs else "all tokens"} | {key: found[key] for key in ("window", "stride", "tokens")}
+    return data | {"max_tokens": max_tokens}
 
 
 def samples_pay(device: torch.device, packed_parameters: int) -> bool:
@@ -143,13 +154,13 @@ def prompts(corpus: Corpus, tokenizer: Any, count: int = SAMPLES, tokens: int = 
 
 def generate_samples(model: nn.Module, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
     """What the model writes after each prompt, greedily, without special tokens."""
-    with _evaluating(model):
+    with evaluating(model):
         rows = [generate(model, tokenizer, [prompt], max_new_tokens)[0] for prompt in prompts]
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, no graph; the training flag comes back. Not inference_mode: what a layer caches here must stay usable in training."""
     training = model.training
     model.eval()
@@ -160,13 +171,31 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _cut(ids: Tensor, window: int, max_tokens: int) -> Tensor:
-    """[tokens] or [count, window] -> [count, window], or [1, tokens] for a text shorter than a window."""
+def cut(ids: Tensor, labels: Tensor | None, window: int, max_tokens: int = 0, stride: int | None = None) -> tuple[Tensor, Tensor]:
+    """(rows, targets), int64 [count, window]: the windows of the protocol above, and -100 where a token does not count; [1, tokens] for a shorter
+    text. ids and labels as of `perplexity`. DataError if nothing is left to predict, or for windows that are cut already and a stride."""
+    stride = stride or window
+    if ids.ndim == 2 and stride != window:
+        raise DataError("pairs of prompt and completion are packed whole into windows, which do not overlap: leave the stride out")
+    rows, targets = (_windows(each, window, max_tokens, stride) for each in (ids, ids if labels is None else labels))
+    if stride < window and len(rows) > 1:
+        targets = targets.clone()
+        targets[1:, : window - stride] = IGNORE  # they counted in the windows before
+    if not bool((targets[:, 1:] != IGNORE).any()):
+        raise DataError(f"a text of {ids.numel()} tokens leaves nothing to predict; perplexity needs at least two tokens")
+    return rows, targets
+
+
+def _windows(ids: Tensor, window: int, max_tokens: int, stride: int) -> Tensor:
     if ids.ndim == 2:
         return ids[: max(1, max_tokens // window)] if max_tokens else ids
     ids = ids[:max_tokens] if max_tokens else ids
-    count = len(ids) // window
-    return ids[: count * window].reshape(count, window) if count else ids.reshape(1, -1)
+    return ids.unfold(0, window, stride) if len(ids) >= window else ids.reshape(1, -1)
+
+
+def batch_of(logits: Tensor) -> int:
+    """Windows to take at once, from the logits [batch, window, vocab] of some."""
+    return max(1, min(LOGIT_BYTES // (logits[0].numel() * logits.element_size()), BATCH_TOKENS // logits.shape[1]))
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -185,7 +214,8 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
     return float(total)
 
 
-def _exp(loss: float) -> float:
+def exp(loss: float) -> float:
+    """Perplexity of a loss in nats a token; NumericError beyond what a float holds."""
     if loss > 700:
         raise NumericError(f"a loss of {loss:.0f} nats a token has no finite perplexity: the model does not predict")
     return math.exp(loss)

@@ -23,7 +23,7 @@ from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
-from compressor.recipe import KEPT, Recipe
+from compressor.recipe import KEPT, Quant, Recipe
 from compressor.tune.loop import OnStep
 
 
@@ -78,9 +78,9 @@ class Job:
         with Stage(name, self.report.seconds, self.report.peak_bytes, str(self.device)):
             yield
 
-    def pack(self, loaded: load.Loaded, ids: torch.Tensor | None, key: str, journal: Journal) -> None:
-        """Pack the model's linears in place; ids: windows to calibrate on, for packers that need them."""
-        quant = self.recipe.quant
+    def pack(self, loaded: load.Loaded, ids: torch.Tensor | None, key: str, journal: Journal, chosen: Quant | None = None) -> None:
+        """Pack the model's linears in place, as the recipe says or as was chosen; ids: windows to calibrate on, for packers that need them."""
+        quant = chosen or self.recipe.quant
         targets = compress.plan(loaded.model, quant).packed()
         write.round_to_folder(loaded, {t.name for t in targets})
         folder = journal.subfolder("blocks", key)
@@ -128,6 +128,8 @@ class Job:
         more = sum(weight.zero_bits() for weight in load.packed_weights(loaded.model).values()) - self.zero_bits
         if self.packs and more:  # tuning made the zeros floats, which packing alone would not have stored
             self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=size - more // 8)
+        if self.report.choice:
+            self.report.choice["reached"] |= {"bits_per_weight": bits, "folder_bytes": size}
         self.report.resumed, self.report.keys = journal.resumed, key
         self.report.save(folder / "report.json")
         render.write_html(self.report, folder / "report.html")
@@ -147,7 +149,11 @@ def default_output(recipe: Recipe) -> Path:
         name += f"-{prune.method}{100 * prune.ratio:.3g}" + (f"-{prune.pattern.replace(':', 'of')}" if prune.pattern else "")
     if quant.packer in ("none", KEPT):
         return Path(name if recipe.tune.method == "none" else f"{name}-{recipe.tune.method}")
-    table = quant.packer in PACKERS and PACKERS[quant.packer].table
+    table, choose = quant.packer in PACKERS and PACKERS[quant.packer].table, recipe.choose
+    if choose.active:
+        bits, loss = f"{choose.target_bits:g}bit" if choose.target_bits else f"{choose.target_size}", f"loss{100 * (choose.max_loss or 0):g}"
+        tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
+        return Path(f"{name}-{loss if choose.max_loss else bits}-{quant.packer}{tune}" + ("-task" if recipe.save == "task" else ""))
     group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"
     tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
     return Path(f"{name}-w{quant.bits}{group}-{quant.packer}{tune}" + ("-task" if recipe.save == "task" else ""))

@@ -272,7 +272,18 @@ def load(name: str, device: str = "auto") -> Loaded:
     if not _fits(model, dtype):
         dtype = stored  # beyond float16, or not finite: the run says which
     compute = torch.float32 if where.type == "cpu" else dtype
-    return Loaded(model.to(compute).to(where).eval(), load_tokenizer(folder), folder, name, config, dtype)
+    return Loaded(cast(model, compute).to(where).eval(), load_tokenizer(folder), folder, name, config, dtype)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What the model stores in `dtype`, in place. Tables that it computes for itself, such as rotary frequencies, stay as exact as it made them:
+    16 bits would turn far positions by whole angles. Packed linears keep their values as they are."""
+    stored = model.state_dict(keep_vars=True)
+    packed = {f"{name}.{key}" for name, layer in linear.packed_linears(model).items() for key, _ in layer.named_buffers()}
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and name not in packed:
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name: str) -> Loaded:
@@ -292,7 +303,7 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     _fill(model, tensors, folder)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
     compute = torch.float32 if device.type == "cpu" else dtype
-    loaded = Loaded(model.to(compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
+    loaded = Loaded(cast(model, compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
     if (folder / peft.FOLDER).is_dir():
         loaded.adapter = attach.load(loaded.model, folder / peft.FOLDER)
     return loaded

@@ -21,6 +21,7 @@ def check_names(recipe: Recipe) -> None:
         return
     if recipe.quant.bits == 8 and PACKERS[recipe.quant.packer].table:
         raise RecipeError(f"packer {recipe.quant.packer} makes tables of 4, 8 or 16 entries: choose 2, 3 or 4 bits")
+    check_kinds(recipe.quant)
     given, usual = asdict(recipe.quant), asdict(Quant())
     heeded = PACKERS[recipe.quant.packer].heeds
     idle = [key for key in given if key not in heeded and given[key] != usual[key]]
@@ -29,6 +30,17 @@ def check_names(recipe: Recipe) -> None:
     if idle:
         hint = "; tables go by --gpr" if idle[0] == "group" else ""
         raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")
+
+
+def check_kinds(quant: Quant) -> None:
+    """RecipeError for a linear's own packer that does not exist, or that makes tables where others make grids: no format holds both."""
+    for kind in quant.kinds()[1:]:
+        if kind.packer not in PACKERS:
+            raise RecipeError(f"quant.layers: packer {kind.packer!r} is unknown; choose {' or '.join(PACKERS)}")
+        if PACKERS[kind.packer].table != PACKERS[quant.packer].table:
+            raise RecipeError(f"quant.layers: {kind.packer} and {quant.packer} make tables and grids, which no format holds in one folder")
+        if PACKERS[kind.packer].table and kind.bits == 8:
+            raise RecipeError("quant.layers: tables have 2, 3 or 4 bits")
 
 
 def check_heeded(options: Prune, heeded: set[str]) -> None:

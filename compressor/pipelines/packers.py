@@ -2,5 +2,11 @@
 
 from compressor import quant, sketch
 from compressor.packing import Packer
+from compressor.recipe import Quant
 
 PACKERS: dict[str, Packer] = quant.PACKERS | sketch.PACKERS
+
+
+def needs(quant: Quant) -> tuple[str, ...]:
+    """The sums of the inputs that packing by these options asks for; none if no linear's packer looks at data."""
+    return tuple(dict.fromkeys(each for kind in quant.kinds() for each in PACKERS[kind.packer].needs))

@@ -5,53 +5,20 @@ names and samples come from strangers, so everything is escaped. The same report
 or shown as a dash; comparisons that the numbers do not support are said in words (`remarks`).
 """
 
-import html
 import os
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from compressor.pipelines import plots
-from compressor.pipelines.report import DASH, STATES, Report, dicts, duration, fixed, heads, number, plain, remarks, results, size, write_text
+from compressor.pipelines.pages import layer_plots, quality_parts, run_plots
+from compressor.pipelines.pages.figures import Panel
+from compressor.pipelines.pages.parts import cell, clean, document, esc, many, note, pairs, panels, pre, section, shape, table
+from compressor.pipelines.report import DASH, STATES, Report, dicts, duration, heads, number, plain, remarks, results, size, write_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-CSS = """
-:root { color-scheme: light dark; --paper: #fff; --box: #f6f7f9; --ink: #1c2128; --muted: #5d6673; --line: #d9dde3;
-  --dense: #7a8492; --pruned: #7a4fc4; --packed: #c2710c; --tuned: #1f6fd6; --accent: #3d7fd6 }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --box: #1c2027; --ink: #e4e7ec; --muted: #98a2b0; --line: #333a45;
-  --dense: #97a1af; --pruned: #b095ee; --packed: #eda04a; --tuned: #6aa9f7; --accent: #5b9bf0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 2.2rem 1.2rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 2.4rem 0 .6rem } p { margin: .4rem 0 }
-.muted, caption, th, dt { color: var(--muted) } .remarks { border-left: 3px solid var(--packed); padding: .1rem .9rem; margin: 1.2rem 0 }
-dl.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin: 1.4rem 0 0 }
-dl.cards div { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem }
-dl.cards dd { margin: .1rem 0 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums }
-dl.cards dd i { font-style: normal; font-weight: 400; color: var(--muted) } dl.cards dt { font-size: .85rem }
-dl.cards dd + dd { font-size: .8rem; font-weight: 400; color: var(--muted) } table.keys td:first-child,
-table.rows td:not(:last-child) { white-space: nowrap }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums }
-th { text-align: left; font-weight: 500; vertical-align: bottom } th, td { padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line) }
-td { vertical-align: top; overflow-wrap: anywhere } .right th:not(:first-child),
-.right td:not(:first-child) { text-align: right; padding: .28rem 0 .28rem .8rem; white-space: nowrap }
-table td.bar { width: 35%; vertical-align: middle } td.bar b { display: block; height: .6rem; border-radius: 2px; background: var(--accent) }
-svg { display: block; width: 100%; min-width: 38rem; height: auto } svg text { font-family: inherit }
-pre { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: .8rem; overflow-x: auto;
-  font-size: .82rem; line-height: 1.45 }
-.sample { border: 1px solid var(--line); border-radius: 8px; padding: .8rem; margin: .8rem 0; break-inside: avoid }
-.sample div { white-space: pre-wrap; overflow-wrap: anywhere; font: .82rem/1.45 ui-monospace, monospace; padding: .5rem 0;
-  border-top: 1px solid var(--line) }
-.sample div:first-child { border: 0; padding-top: 0 } .sample div:last-child { padding-bottom: 0 }
-.sample b { display: block; font: 500 .8rem system-ui, sans-serif; color: var(--muted) } summary { cursor: pointer; padding: .3rem 0 }
-@media print { body { max-width: none; padding: 0; font-size: 11px } svg { min-width: 0 } h2 { break-after: avoid } pre { white-space: pre-wrap }
-  details::details-content { content-visibility: visible; block-size: auto } section > .scroll:has(svg) { break-inside: avoid } }
-"""
 
 
 def scheme(report: Report) -> dict[str, Any]:
@@ -81,6 +48,8 @@ def recipe_yaml(report: Report) -> str:
 
 # The page.
 
+LEVEL = "The dashed line is the dense model; the arrow is what tuning did. Speed and memory are those of measuring, with Python and its libraries."
+
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
     """One file that needs nothing but itself."""
@@ -90,72 +59,50 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 def page(report: Report) -> str:
     title = clean(report.model.get("name") or "a model")
     facts = [report.model.get("architecture"), count(report), report.created, f"compressor {report.compressor}"]
-    warnings = "".join(f"<p>{_esc(r)}</p>" for r in remarks(report))
+    warnings = "".join(f"<p>{esc(r)}</p>" for r in remarks(report))
+    pruned = {k: v for k, v in report.pruning.items() if k not in ("curve", "notes")}
+    quality = run_plots.quality(report)
     parts = [
-        f"<h1>{_esc(title)}</h1><p class=muted>{_esc(' · '.join(str(f) for f in facts if f))}</p>",
+        f"<h1>{esc(title)}</h1><p class=muted>{esc(' · '.join(str(f) for f in facts if f))}</p>",
         _headline(report),
         f"<div class=remarks>{warnings}</div>" if warnings else "",
-        _section("Results", _table(heads(report), results(report), "right")),
-        _section("Protocol", _protocol(report)),
-        _section("Quality against size", _figure(plots.quality(report))),
-        _section(
-            "Pruning", _pairs({k: v for k, v in report.pruning.items() if k not in ("curve", "notes")}) + _figure(plots.training(report, "pruning"))
-        ),
-        _section("Training", _figure(plots.training(report))),
-        _section("Packing error", _figure(plots.layers(report))),
-        _section("Layers", _layers(report)),
-        _section("Time and memory", _stages(report)),
-        _section("Samples", "".join(_sample(s) for s in dicts(report.samples))),
-        _section("Recipe", _pre(recipe_yaml(report)) + (f"<p class=muted>Command</p>{_pre(report.command)}" if report.command else "")),
-        _section("Model, folder and environment", _pairs(report.model) + _pairs(report.export) + _pairs(report.environment)),
+        section("Results", table(heads(report), results(report), "right")),
+        section("Tasks", quality_parts.tasks(report)),
+        section("Divergence from the dense model", quality_parts.divergence(report)),
+        section("Quality against size", (note(LEVEL) if quality else "") + panels(quality)),
+        section("Choice of bits by layer", quality_parts.choice(report)),
+        section("Protocol", quality_parts.protocol(report)),
+        section("Pruning", pairs(pruned) + panels(run_plots.training(report, "pruning"))),
+        section("Training", panels(run_plots.training(report))),
+        section("Packing error", panels(layer_plots.errors(report))),
+        section("Bits per layer", _bits(report)),
+        section("Layers", _layers(report)),
+        section("Time and memory", _stages(report)),
+        section("Samples", "".join(_sample(s) for s in dicts(report.samples))),
+        section("Recipe", pre(recipe_yaml(report)) + (f"<p class=muted>Command</p>{pre(report.command)}" if report.command else "")),
+        section("Model, folder and environment", pairs(report.model) + pairs(report.export) + pairs(report.environment)),
     ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><meta name="viewport" content="width=device-width">'
-    head += f"\n<title>{_esc(title)} · compressor</title><style>{CSS}</style>"
-    body = "\n".join(p for p in parts if p)
-    return f"<!doctype html>\n<html lang=en><head>{head}</head>\n<body>\n{body}\n</body></html>\n"
+    return document(title, parts)
 
 
-def clean(value: Any) -> str:
-    """Text without control and direction-changing characters; new lines and tabs stay."""
-    return "".join(
-        c if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else "\ufffd" for c in str(value).replace("\r\n", "\n")
-    )
+def figures_of(report: Report) -> Iterator[Panel]:
+    """Every figure of the page, for files of their own."""
+    yield from run_plots.quality(report)
+    yield from run_plots.choice(report)
+    for name in ("pruning", "training"):
+        yield from run_plots.training(report, name)
+    yield from layer_plots.errors(report)
+    yield from layer_plots.bits(report)
 
 
-def _esc(value: Any) -> str:
-    return html.escape(clean(DASH if value is None else value))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
-
-
-def _pre(text: str | None) -> str:
-    return f"<pre>{_esc(text)}</pre>" if text else ""
-
-
-def _figure(svg: str | None) -> str:
-    return f"<div class=scroll>{svg}</div>" if svg else ""
-
-
-def _table(heads: Iterable[str], rows: list[list[Any]], kind: str = "") -> str:
-    if not rows:
-        return ""
-    body = "".join("<tr>" + "".join(f"<td>{_esc(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f'<div class=scroll><table class="{kind}"><tr>{"".join(f"<th>{_esc(h)}</th>" for h in heads)}</tr>\n{body}</table></div>'
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    return _table(("", ""), [[key.replace("_", " "), short(value)] for key, value in values.items() if value not in (None, {}, [])], "keys")
-
-
-def short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {short(v)}" for k, v in value.items())
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _bits(report: Report) -> str:
+    """A map of bits where layers differ; where they are alike, a sentence."""
+    rows = [r for r in dicts(report.layers) if number(r, "bits") is not None]
+    if not rows or (found := layer_plots.bits(report)):
+        return panels(found) if rows else ""
+    group = number(rows[0], "group")
+    grouped = "" if group is None else ", one scale a row" if group < 0 else f" in groups of {group:g}"
+    return note(f"All {many(len(rows), 'packed linear')} have {number(rows[0], 'bits'):g} bits{grouped}.")
 
 
 def count(report: Report) -> str | None:
@@ -171,7 +118,7 @@ def _headline(report: Report) -> str:
 
     def trend(column: int, states: list[str]) -> tuple[str, str]:
         cells = {s: rows[s][column] for s in states if s in rows and rows[s][column] != DASH}
-        return " <i>→</i> ".join(_esc(c) for c in cells.values()), " → ".join(cells) if len(cells) > 1 else ""
+        return " <i>→</i> ".join(esc(c) for c in cells.values()), " → ".join(cells) if len(cells) > 1 else ""
 
     names = heads(report)
     cards = [(names[i], *trend(i, list(STATES))) for i in (1, 2)]
@@ -180,14 +127,6 @@ def _headline(report: Report) -> str:
         cards += [(names[i], *trend(i, [last[0]])) for i in (6, 3, 4)]
     filled = "".join(f"<div><dt>{name}</dt><dd>{value}</dd>{legend and f'<dd>{legend}</dd>'}</div>" for name, value, legend in cards if value)
     return f"<dl class=cards>{filled}</dl>" if filled else ""
-
-
-def _protocol(report: Report) -> str:
-    texts = {text: values for text in ("domain", "outside", "task") if isinstance(values := report.protocol.get(text), dict)}
-    keys = list(dict.fromkeys(key for values in texts.values() for key in values))
-    rows = [[key.replace("_", " "), *(short(v[key]) if key in v else None for v in texts.values())] for key in keys]
-    rates = [[f"{s}, evaluated tokens/s", *(fixed(number(getattr(report, s), t, "tokens_per_second"), 0) for t in texts)] for s in STATES]
-    return _table(("", *texts), rows + [row for row in rates if set(row[1:]) != {DASH}], "keys")
 
 
 def _layers(report: Report) -> str:
@@ -200,11 +139,11 @@ def _layers(report: Report) -> str:
     known = ("name", "shape", "bits", "group", "zero", "packer", "error", "start_error", "damp", "seconds", "note")
     keys = tuple(h for h in known if any(r.get(h) is not None for r in rows))
     names = ["error with its path" if key == "start_error" else key for key in keys]
-    cells = [[_shape(r.get(h)) if h == "shape" else _cell(r.get(h)) for h in keys] for r in rows]
-    every = f"<details><summary>{many(len(rows), 'packed linear')}, one by one</summary>{_table(names, cells, 'rows')}</details>" if rows else ""
-    left = [[r.get("name"), _shape(r.get("shape")), r.get("reason")] for r in dicts(report.unpacked)]
-    dense = f"<p class=muted>Left dense</p>{_table(('name', 'shape', 'reason'), left, 'rows')}" if left else ""
-    return _table(("packed", "bits", "group", "zero", "packer"), counts) + every + dense
+    cells = [[shape(r.get(h)) if h == "shape" else cell(r.get(h)) for h in keys] for r in rows]
+    every = f"<details><summary>{many(len(rows), 'packed linear')}, one by one</summary>{table(names, cells, 'rows')}</details>" if rows else ""
+    left = [[r.get("name"), shape(r.get("shape")), r.get("reason")] for r in dicts(report.unpacked)]
+    dense = f"<p class=muted>Left dense</p>{table(('name', 'shape', 'reason'), left, 'rows')}" if left else ""
+    return table(("packed", "bits", "group", "zero", "packer"), counts) + every + dense
 
 
 def _zero(row: dict[str, Any], report: Report) -> str | None:
@@ -218,18 +157,6 @@ def _zero(row: dict[str, Any], report: Report) -> str | None:
     return words.get(str(row["symmetric"])) if "symmetric" in row else None
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else short(value)
-
-
-def many(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-def _shape(value: Any) -> str:
-    return " × ".join(str(v) for v in value) if isinstance(value, list | tuple) else _cell(value)
-
-
 def _stages(report: Report) -> str:
     names = list(dict.fromkeys([*report.seconds, *(k.removesuffix("_gpu") for k in report.peak_bytes)]))
     longest = max([number(report.seconds, n) or 0 for n in names], default=0)
@@ -239,14 +166,14 @@ def _stages(report: Report) -> str:
         spent = number(report.seconds, n)
         bar = f'<b style="width:{100 * (spent or 0) / longest:.1f}%"></b>' if longest else ""
         peaks = [size(number(report.peak_bytes, key)) for key in ((n, n + "_gpu") if gpu else (n,))]
-        rows.append(f"<tr><td>{_esc(n)}</td><td class=bar>{bar}</td>{''.join(f'<td>{_esc(c)}</td>' for c in (duration(spent), *peaks))}</tr>\n")
+        rows.append(f"<tr><td>{esc(n)}</td><td class=bar>{bar}</td>{''.join(f'<td>{esc(c)}</td>' for c in (duration(spent), *peaks))}</tr>\n")
     heads = "<th>stage</th><th></th><th>time</th><th>peak memory</th>" + ("<th>peak on the GPU</th>" if gpu else "")
     return f"<div class=scroll><table class=right><tr>{heads}</tr>\n{''.join(rows)}</table></div>" if rows else ""
 
 
 def _sample(sample: dict[str, Any]) -> str:
     texts = [("prompt", sample.get("prompt")), *((s, sample.get(s)) for s in STATES)]
-    return f"<div class=sample>{''.join(f'<div><b>{name}</b>{_esc(text)}</div>' for name, text in texts if text is not None)}</div>"
+    return f"<div class=sample>{''.join(f'<div><b>{name}</b>{esc(text)}</div>' for name, text in texts if text is not None)}</div>"
 
 
 # The terminal.

@@ -45,6 +45,7 @@ class Report:
     pruned: dict[str, Any] = field(default_factory=dict)
     packed: dict[str, Any] = field(default_factory=dict)
     tuned: dict[str, Any] = field(default_factory=dict)
+    choice: dict[str, Any] = field(default_factory=dict)  # what was asked of the size or the loss, predicted, chosen layer by layer, and reached
     layers: list[Any] = field(default_factory=list)
     unpacked: list[Any] = field(default_factory=list)
     pruning: dict[str, Any] = field(default_factory=dict)

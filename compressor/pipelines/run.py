@@ -15,11 +15,13 @@ from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.pipelines import adapters, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
+from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.measure import tasks as questions
 from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
-from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.packers import PACKERS, needs
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
@@ -33,6 +35,9 @@ class Run(Job):
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         check_methods(recipe)
         tasks.check(recipe)
+        choosing.check(recipe)
+        if recipe.eval.tasks:
+            questions.check(recipe.eval.tasks)
         if recipe.finetune != Finetune():
             raise RecipeError(f"fine-tuning on a task first is for encoders, and {recipe.model} is none: leave --finetune out")
         recipe = recipe.with_(tune=resolved(recipe.tune))
@@ -63,13 +68,17 @@ class Run(Job):
     def _fingerprints(self, model: str) -> None:
         """One key a stage: the model, the texts it reads, the recipe up to it, the kind of device and the version of this program."""
         recipe, base = self.recipe, (model, self.device.type, __version__)
-        measured = (asdict(recipe.eval), self.window, self.domain.test.sha256, self.outside.sha256)
-        calibration = (self.calib.sha256, self.seqlen) if self.packs and PACKERS[recipe.quant.packer].needs else ()
+        asked = asdict(recipe.eval) | ({"tasks": questions.digest(recipe.eval.tasks)} if recipe.eval.tasks else {})
+        measured = (asked, self.window, self.domain.test.sha256, self.outside.sha256)
+        calibration = (self.calib.sha256, self.seqlen) if self.calibrates() else ()
         pruning = (recipe.digest("prune"), self.domain.train.sha256, self.seqlen) if self.prunes else ()
         self.key_dense = digest(base, measured)
+        candidates = (asdict(recipe.quant), recipe.choose.measure, recipe.choose.windows, recipe.data.nsamples, recipe.seed)
         self.key_prune = digest(base, pruning)
         self.key_pruned = digest(self.key_prune, measured)
-        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started())
+        loss = () if recipe.choose.max_loss is None else (self.key_dense,)  # what is packed depends on what was measured
+        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started(), *loss)
+        self.key_damage = digest(self.key_prune, candidates, calibration)
         self.key_packed = digest(self.key_compress, measured)
         self.key_tune = digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
         after = [getattr(recipe.tune, key) for key in AFTER]
@@ -84,7 +93,9 @@ class Run(Job):
             self.dense(loaded, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
-            if self.packs:
+            if self.packs and self.recipe.choose.active and calibration is not None:
+                loaded = choosing.pack(self, loaded, calibration, journal)
+            elif self.packs:
                 self.pack(loaded, calibration, self.key_compress, journal)
                 self.measured("packed", self.key_packed, loaded, journal)
             if self.tunes and windows is not None:
@@ -121,22 +132,30 @@ class Run(Job):
         """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""
         prune, quant = self.recipe.prune, self.recipe.quant
         if self.packs and self.prunes and not prune.uniform:  # any multiple may come out
-            PACKERS[quant.packer].resolve(pruning.multiple(model, prune), quant, "an FFN of uneven width")
+            for kind in quant.kinds():
+                PACKERS[kind.packer].resolve(pruning.multiple(model, prune), kind, "an FFN of uneven width")
         found = compress.plan(model, quant).packed() if self.packs else []
         if self.tunes:
-            check_layers(self.recipe.tune, {t.name: t.shape for t in found}, PACKERS[quant.packer].needs)
+            check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
         return found
+
+    def calibrates(self) -> bool:
+        """Whether packing, or choosing how, looks at calibration windows."""
+        return self.packs and (self.recipe.choose.active or bool(needs(self.recipe.quant)))
 
     def cost(self, model: torch.nn.Module, counts: estimate.Counts, before: torch.nn.Module | None) -> dict[str, Any]:
         """Sizes, memory and time; model: a shell of what is packed and tuned; before: of what is pruned to that."""
         self.targets(model)
         folder = load.folder_dtype(load.stored_dtype(self.source), self.config)
-        return estimate.estimate(self.recipe, model, folder, counts, self.source, before)
+        if not self.recipe.choose.active:
+            return estimate.estimate(self.recipe, model, folder, counts, self.source, before)
+        forward = estimate.forward_seconds(model, self.device, self.recipe.choose.windows * self.seqlen)
+        return choosing.cost(self.recipe, lambda recipe: estimate.estimate(recipe, model, folder, counts, self.source, before), forward)
 
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
         recipe, ids, windows = self.recipe, None, None
-        if self.packs and PACKERS[recipe.quant.packer].needs:
+        if self.calibrates():
             ids = data.calibration(self.calib, tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
         if self.tunes or self.prunes:
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
@@ -216,6 +235,8 @@ class Run(Job):
                     advance(1, "")
 
             found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
+            if self.recipe.eval.tasks:
+                found["tasks"] = questions.measure(loaded, self.recipe.eval.tasks, self.recipe.eval.task_limit, seed=self.recipe.seed)
             prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if self._samples() else []
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
@@ -236,7 +257,7 @@ class Run(Job):
         return lambda: evaluate.perplexity(loaded.model, ids, self.window, self.recipe.eval.max_tokens, labels=labels)["perplexity"]
 
     def measured_as(self, name: str, found: dict[str, Any]) -> None:
-        self.record(name, **{k: found[k] for k in ("domain", "outside") if k in found})
+        self.record(name, **{k: found[k] for k in ("domain", "outside", "tasks") if k in found})
         for i, prompt in enumerate(found.get("prompts", [])):
             if len(self.report.samples) <= i:
                 self.report.samples.append({"prompt": prompt})

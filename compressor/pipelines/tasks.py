@@ -29,7 +29,7 @@ from compressor.pipelines import bases, load
 from compressor.pipelines.bases import MOVED, base_digest, marks
 from compressor.pipelines.job import source_name
 from compressor.pipelines.output import TASK_FILE, read_report
-from compressor.pipelines.render import clean
+from compressor.pipelines.pages.parts import clean
 from compressor.pipelines.report import plain
 from compressor.recipe import Recipe
 

@@ -13,30 +13,19 @@ from compressor.export import sparse
 from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
-from compressor.pipelines import adapters, data, encoder_load, encoder_run, evaluate, load, write
+from compressor.pipelines import adapters, load, write
 from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
 from compressor.pipelines.report import environment, size
 from compressor.pipelines.show import Show
-from compressor.recipe import Recipe
 
 
 def evaluate_folder(model: str, source: str | None, window: int | None, max_tokens: int, device: str, show: Show) -> dict[str, Any]:
-    """Perplexity with its protocol, or for an encoder the scores of its task; and the size of what was measured. source None: builtin text."""
-    if encoder_load.is_encoder(load.any_config(load.resolve(model))):
-        if source is None:
-            raise RecipeError("an encoder is measured on labelled examples: give them with --data")
-        return encoder_run.evaluate_encoder(model, source, device, show, window)
-    loaded = load.load(model, device)
-    corpus = data.load_text("python" if source is None else source)
-    Recipe().with_(eval__window=window, eval__max_tokens=max_tokens)  # checks both
-    window = load.context(loaded.config, window)
-    with show.task("evaluate", 1) as advance:
-        found = evaluate.measure(loaded.model, loaded.tokenizer, {"text": corpus}, window, max_tokens, None)
-        advance(1, "")
-    sizes = sizes_of(loaded)
-    keys = ("perplexity", "tokens", "window", "stride", "tokens_per_second")
-    return {"model": model, "data": corpus.name, "data_sha256": corpus.sha256} | {k: found["text"][k] for k in keys} | sizes
+    """One model on one text, or an encoder on its task, measured anew: what `compressor eval` prints. source None: builtin text."""
+    from compressor.pipelines.measure import compare
+
+    data = () if source is None else (source,)
+    return compare.evaluate_all(compare.Asked((model,), data, window=window, max_tokens=max_tokens, device=device), show)
 
 
 def sizes_of(loaded: load.Loaded) -> dict[str, Any]:

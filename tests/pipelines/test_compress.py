@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.linear import find_blocks, linears, packed_linears
 from compressor.packing import Packer
-from compressor.pipelines import compress, load
+from compressor.pipelines import calibrate, compress, load
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
@@ -35,16 +35,16 @@ def test_plan_finds_all_block_linears_and_nothing_else() -> None:
 def test_linears_that_read_the_same_input_share_statistics() -> None:
     model = fresh()
     block = model.model.layers[1]
-    calibration = compress.Calibration(model, model.model.layers, IDS)
+    calibration = calibrate.Calibration(model, model.model.layers, IDS)
     names = [n for n, m in block.named_modules() if isinstance(m, nn.Linear)]
-    groups = compress.shared_inputs(block, names, lambda: calibration.run(block, 1, keep=False, batches=1))
+    groups = calibrate.shared_inputs(block, names, lambda: calibration.run(block, 1, keep=False, batches=1))
     leaves = [[n.rpartition(".")[2] for n in group] for group in groups]
     assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 def test_calibration_walks_the_model_as_the_model_itself() -> None:
     model = fresh()
-    calibration = compress.Calibration(model, model.model.layers, IDS)
+    calibration = calibrate.Calibration(model, model.model.layers, IDS)
     for index, block in enumerate(model.model.layers):
         calibration.run(block, index, keep=True)
     with torch.no_grad():
@@ -62,14 +62,14 @@ def test_recording_stops_before_the_last_block_runs() -> None:
     layers = model.model.layers
     for module in (model.lm_head, model.model.norm, layers[-1].self_attn):
         module.register_forward_pre_hook(refuse)
-    calibration = compress.Calibration(model, layers, IDS)
+    calibration = calibrate.Calibration(model, layers, IDS)
     assert all(calibration.arguments) and len(torch.cat(calibration.hidden)) == len(IDS)
 
 
 def test_a_single_block_is_recorded() -> None:
     model = fresh()
     model.model.layers = model.model.layers[:1]
-    calibration = compress.Calibration(model, model.model.layers, IDS)
+    calibration = calibrate.Calibration(model, model.model.layers, IDS)
     assert len(calibration.hidden) == 1 and list(calibration.arguments[0]) == [len(IDS)]
 
 
@@ -82,8 +82,8 @@ def test_seven_windows_in_batches_of_three_are_as_one_by_one(attention: str, mon
     blocks, ids = model.model.layers, torch.cat([IDS, IDS[:1] + 7]) % 96
     walked = []
     for size, sizes in ((1, [1] * 7), (3, [3, 3, 1])):
-        monkeypatch.setattr(compress, "BATCH_TOKENS", size * ids.shape[1])
-        calibration = compress.Calibration(model, blocks, ids)
+        monkeypatch.setattr(calibrate, "BATCH_TOKENS", size * ids.shape[1])
+        calibration = calibrate.Calibration(model, blocks, ids)
         assert [len(batch) for batch in calibration.batches] == sizes
         for index, block in enumerate(blocks):
             calibration.run(block, index, keep=True)
@@ -95,7 +95,7 @@ def test_seven_windows_in_batches_of_three_are_as_one_by_one(attention: str, mon
 def test_statistics_stop_the_block_once_they_are_taken() -> None:
     model = fresh()
     block = model.model.layers[1]
-    calibration = compress.Calibration(model, model.model.layers, IDS)
+    calibration = calibrate.Calibration(model, model.model.layers, IDS)
     ran = dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"), 0)
 
     def count(leaf: str) -> None:
@@ -106,8 +106,7 @@ def test_statistics_stop_the_block_once_they_are_taken() -> None:
 
     for leaf in ran:
         count(leaf)
-    target = compress.Target("o_proj", (128, 128))
-    stats = compress.collect(block, 1, ["self_attn.o_proj"], Quant(packer="gptq"), calibration, {"self_attn.o_proj": target})
+    stats = calibrate.collect(block, 1, ["self_attn.o_proj"], ("hessian",), calibration, "o_proj")
     assert stats.tokens == IDS.numel()
     assert ran == {"self_attn.q_proj": len(calibration.batches), "self_attn.o_proj": 0, "mlp.down_proj": 0}
 
@@ -347,3 +346,23 @@ def test_gpt2_is_refused_with_the_reason() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96))
     with pytest.raises(ModelError, match="Conv1D"):
         compress.plan(model, Quant())
+
+
+def test_linears_are_packed_as_their_names_say() -> None:
+    quant = Quant(bits=3, packer="rtn", layers={"model.layers.0.mlp.down_proj": "w4g64:gptq", "re:down_proj": "2bit", "re:[qkv]_proj$": "w4g32:asym"})
+    model = fresh()
+    rows, _, _ = compress.compress(model, quant, torch.float16, IDS)
+    found = {r["name"].removeprefix("model.layers."): (r["bits"], r["group"], r["packer"], r["symmetric"]) for r in rows}
+    assert found["0.mlp.down_proj"] == (4, 64, "gptq", True)
+    assert found["1.mlp.down_proj"] == (2, 128, "rtn", True)
+    assert found["1.self_attn.v_proj"] == (4, 32, "rtn", False)
+    assert found["3.self_attn.o_proj"] == found["3.mlp.up_proj"] == (3, 128, "rtn", True)
+    alone = fresh()
+    compress.compress(alone, Quant(bits=4, group=32, symmetric=False, packer="rtn"), torch.float16, None)
+    name = "model.layers.2.self_attn.k_proj"
+    assert torch.equal(packed_linears(model)[name].packed().dequantize(), packed_linears(alone)[name].packed().dequantize())
+
+
+def test_a_name_that_no_linear_has_is_an_error_before_any_work() -> None:
+    with pytest.raises(RecipeError, match="no linear of the decoder blocks is called so"):
+        compress.plan(fresh(), Quant(layers={"down_proj": "w4g64"}))

@@ -314,3 +314,18 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="sees no GPU"):
             load.pick_device("cuda")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sixteen_bits_leave_what_a_model_computes_for_itself_exact(packed: bool) -> None:
+    model = load.load("tiny", "cpu").model
+    if packed:
+        compress.compress(model, Quant(packer="rtn", scale_dtype="float32"), torch.float32, None)
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    assert exact
+    load.cast(model, torch.float16)
+    assert {name: buffer.dtype for name, buffer in model.named_buffers() if name in exact} == dict.fromkeys(exact, torch.float32)
+    assert model.get_input_embeddings().weight.dtype == model.lm_head.weight.dtype == torch.float16
+    if packed:
+        assert {weight.learned.dtype for weight in load.packed_weights(model).values()} == {torch.float32}
+    assert torch.isfinite(model(torch.arange(1, 9).unsqueeze(0)).logits).all()

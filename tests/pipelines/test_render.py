@@ -11,42 +11,30 @@ import yaml
 from rich.console import Console
 
 from compressor.pipelines import card as cards
-from compressor.pipelines import plots, render
+from compressor.pipelines import render
+from compressor.pipelines.pages import figures, layer_plots, run_plots
 from compressor.pipelines.report import STATES, Report
 from compressor.recipe import Recipe
+from tests.pipelines.reports import full
 
 EVIL = "<script>alert(1)</script> `x` | [a](http://e.example) $y$ {z} \x1b[31m\u202e\n---\n# h ```"
 
 
-def full(blocks: int = 3) -> Report:
-    out = Report(created="2025-01-01T00:00:00+00:00", command="compressor run tiny")
-    out.recipe = Recipe().with_(tune__method="peqa").to_dict()
-    out.model = {"name": "some-model", "source": "org/some-model", "parameters": 1_000_000, "packed_parameters": 800_000, "dense_bytes": 2_000_000}
-    out.model |= {"dense_dtype": "float16", "architecture": "LlamaForCausalLM"}
-    text = {"name": "python", "data_sha256": "ab" * 32, "window": 512, "stride": 512, "tokens": 4096}
-    out.protocol = {"domain": text, "outside": text | {"name": "other", "data_sha256": "cd" * 32}}
-    for state, inside, outside, bits, folder in (
-        ("dense", 5.68129, 3.2, 16.0, 2_000_000),
-        ("pruned", 6.1, 3.5, 16.0, 1_500_000),
-        ("packed", 6.4522, 3.7, 3.125, 450_000),
-        ("tuned", 5.9, 3.75, 3.125, 450_000),
-    ):
-        texts = {"domain": {"perplexity": inside, "tokens": 4096, "tokens_per_second": 321.5}, "outside": {"perplexity": outside, "tokens": 4096}}
-        setattr(out, state, texts | {"bits_per_weight": bits, "folder_bytes": folder, "ratio": 2_000_000 / folder})
-    kinds = ("self_attn.q_proj", "mlp.down_proj", "mlp.experts.0.up_proj", "mlp.experts.1.up_proj")
-    row = {"shape": [64, 256], "bits": 3, "group": 128, "symmetric": True, "packer": "gptq", "damp": 0.01, "seconds": 0.5, "note": None}
-    out.layers = [row | {"name": f"model.layers.{b}.{k}", "error": 0.01 * (b + i + 1)} for b in range(blocks) for i, k in enumerate(kinds)]
-    out.unpacked = [{"name": "lm_head", "shape": [512, 64], "reason": "output embeddings stay dense"}]
-    out.training = {
-        "curve": [{"step": i, "loss": 2 - i / 100, "lr": 1e-3} for i in range(1, 41)],
-        "evals": [{"step": 20, "perplexity": 6.0}],
-        "notes": [],
-    }
-    out.pruning = {"method": "loraprune", "ratio": 0.25, "prunable": 800_000, "heads": 2, "ffn": 256, "curve": out.training["curve"]}
-    out.seconds, out.peak_bytes = {"compress": 12.5, "tune": 400.0}, {"compress": 10_000_000, "tune": 20_000_000, "tune_gpu": 30_000_000}
-    out.samples = [{"prompt": "def f", "dense": "(x):", "packed": "(y):", "tuned": "(z):"}]
-    out.export = {"format": "compressed-tensors pack-quantized", "verified": True, "files": {"model.safetensors": 450_000}}
-    return out
+DRAWN: dict[str, str] = {}
+
+
+@pytest.fixture(autouse=True)
+def draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels of equal names and numbers are drawn once for all tests here: most of a page's time goes there."""
+    draw = figures.inline
+
+    def inline(panel: figures.Panel) -> str:
+        key = f"{panel.name} {panel.paint}"
+        if key not in DRAWN:
+            DRAWN[key] = draw(panel)
+        return DRAWN[key]
+
+    monkeypatch.setattr(figures, "inline", inline)
 
 
 class Tags(HTMLParser):
@@ -89,9 +77,20 @@ def test_the_page_loads_nothing(tmp_path: Path) -> None:
 
 def test_the_page_shows_every_section() -> None:
     page = render.page(full())
-    for title in ("Results", "Protocol", "Quality against size", "Training", "Packing error", "Layers", "Time and memory", "Samples", "Recipe"):
+    titles = (
+        "Results",
+        "Tasks",
+        "Divergence from the dense model",
+        "Quality against size",
+        "Choice of bits by layer",
+        "Protocol",
+        "Pruning",
+        "Training",
+    )
+    for title in (*titles, "Packing error", "Bits per layer", "Layers", "Time and memory", "Samples", "Recipe"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("<svg ") == 4 and page.count("</svg>") == 4
+    quality, choice, training, pruning, layers = 3 * 3, 2, 2, 1, 1  # quality: two texts and a task against bits, bytes and speed; no memory is known
+    assert page.count("<svg ") == page.count("</svg>") == quality + choice + training + pruning + layers
     for text in (
         "ab" * 32,
         "5.681",
@@ -103,22 +102,44 @@ def test_the_page_shows_every_section() -> None:
         "(z):",
         "packer: gptq",
         "model.layers.2.mlp.down_proj",
+        "0.550 ± 0.015",
+        "engine lm-eval 0.4.13",
+        "87.50%",
+        "Asked for: bits: 3.2.",
+        "uniform w2g128",
+        "All 12 packed linears have 3 bits in groups of 128.",
     ):
         assert text in page
 
 
-def test_plots_follow_the_colours_of_the_page() -> None:
-    svg = "".join(str(draw(full())) for draw in (plots.quality, plots.training, plots.layers))
+def test_figures_follow_the_colours_of_the_page() -> None:
+    svg = "".join(figures.inline(panel) for panel in render.figures_of(full()))
     assert not re.findall(r"(?:fill|stroke): ?#(?!fff)", svg)
     assert set(re.findall(r"var\(--(\w+)\)", svg)) >= {"ink", "muted", "dense", "packed", "tuned", "accent"}
     assert "mlp.experts.*.up_proj" in svg and not re.search(r"<g id=", svg)
+    assert set(re.findall(r"--(\w+)\)", svg)) <= set(figures.LIGHT) and set(figures.LIGHT) == set(figures.DARK)
 
 
 def test_layers_without_blocks_become_bars() -> None:
     report = full()
     report.layers = [{"name": f"part{'abc'[i]}", "error": 0.1 * i} for i in range(3)]
-    svg = str(plots.layers(report))
+    svg = figures.inline(layer_plots.errors(report)[0])
     assert "parta" in svg and "faint" not in svg
+
+
+def test_bits_are_drawn_only_where_they_differ() -> None:
+    report = full()
+    assert layer_plots.bits(report) == []
+    report.layers[0] |= {"bits": 4, "group": 64}
+    assert "4 g64" in figures.inline(layer_plots.bits(report)[0]) and "packed linears have" not in render.page(report)
+
+
+def test_every_measured_state_is_a_point_of_every_panel_that_knows_its_size() -> None:
+    report = full()
+    report.peak_bytes |= {"evaluate dense": 1e9, "evaluate tuned": 2e9}
+    points = {panel.name: set(re.findall(r"<title>(\w+): ", figures.inline(panel))) for panel in run_plots.quality(report)}
+    assert points["perplexity-domain-by-bits"] == points["perplexity-outside-by-size"] == {"dense", "pruned", "packed", "tuned"}
+    assert points["task-0-by-size"] == {"dense", "packed", "tuned"} and points["perplexity-domain-by-memory"] == {"dense", "tuned"}
 
 
 def test_hostile_text_stays_text() -> None:
@@ -130,6 +151,9 @@ def test_hostile_text_stays_text() -> None:
     report.layers[0] |= {"name": f"m.0.{EVIL}", "note": EVIL, "packer": EVIL}
     report.unpacked[0]["reason"] = report.export["format"] = EVIL
     report.seconds[EVIL] = 1.0
+    report.packed["tasks"] = report.packed["divergence"] = {EVIL: {"mean": 1.0, "value": 0.5, "metric": EVIL, "engine": EVIL}}
+    report.choice = {"target": {EVIL: EVIL}, "solver": {EVIL: EVIL}, "uniform": [{"spec": EVIL, "bits_per_weight": 3.0, "loss": 1.0}]}
+    report.choice["units"] = [{"layers": [EVIL], "chosen": EVIL, "options": [{"spec": EVIL, "bits": 3.0, "damage": 0.1}]}]
     page, card, text = render.page(report), cards.card(report), shown(report)
     assert "script" not in {tag for tag, _ in tags(page)} and "<script" not in page and "&lt;script&gt;" in page
     assert not re.search("[\x1b\u202e]", page + card) and "\u202e" not in text
@@ -154,6 +178,14 @@ def test_a_run_that_stopped_midway_renders() -> None:
     report = full()
     report.tuned = report.export = report.training = {}
     report.packed = {"domain": {"perplexity": None}, "outside": None}
+    report.choice = {
+        "target": 3,
+        "predicted": "damaged",
+        "reached": {"loss": None},
+        "uniform": [3, {}],
+        "units": [{}, {"layers": 3, "options": [{}]}],
+    }
+    report.dense["tasks"], report.dense["divergence"] = {"boolq": None, "arc": {"value": "x"}}, {"domain": None, "mean": "x"}
     report.layers = [{}, "damaged", {"name": "x", "error": None}, {"shape": 3, "bits": [3], "packer": ["a"]}]
     report.samples, report.unpacked = [{}, None, {"prompt": "only"}], [None, {}]
     page = render.page(report)
@@ -174,6 +206,17 @@ def test_only_a_hub_id_is_a_base_model(source: str | None) -> None:
     report.model |= {"source": source, "name": "/data/private/model"}
     card = cards.card(report)
     assert "base_model" not in front_matter(card) and "private" not in card and "# model, 25.0% pruned, 3 bits" in card
+
+
+def test_card_names_tasks_and_the_choice_of_bits() -> None:
+    card = cards.card(full())
+    assert "| boolq | 0.620 ± 0.015 | 0.550 ± 0.015 | 0.600 ± 0.015 |" in card and "Perplexity and the tasks above are the only qualities" in card
+    assert "Bits were chosen layer by layer for bits: 3.2; reached: 3.190 bits per weight, loss 0.1200." in card
+    report = full()
+    report.choice = {}
+    for state in STATES:
+        getattr(report, state).pop("tasks", None)
+    assert "chosen layer by layer" not in cards.card(report) and "safety and tasks were not" in cards.card(report)
 
 
 def test_card_says_how_to_load() -> None:
@@ -262,7 +305,9 @@ def test_the_same_report_gives_the_same_bytes(tmp_path: Path) -> None:
     report = full()
     report.save(tmp_path / "report.json")
     again = Report.load(tmp_path / "report.json")
-    assert render.page(report) == render.page(again)
+    page = render.page(report)
+    DRAWN.clear()
+    assert page == render.page(again)
     assert cards.card(report) == cards.card(again)
 
 

@@ -1,0 +1,134 @@
+"""Calibration windows on their way through a model's blocks, one block at a time, and the sums that packers ask for of what each linear reads.
+
+Hidden states wait in main memory; a block is run as often as there are groups of linears that read the same input, and once more for its outputs.
+Which linears share an input is seen by running the block once, not known by name.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError
+from compressor.stats import LayerStats
+
+BATCH_TOKENS = 8192  # tokens of calibration that run through a block at once
+
+
+class Stop(Exception):
+    """Raise it in a hook: the rest of this forward pass is of no use."""
+
+
+class Calibration:
+    """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once a batch size."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor):
+        count, seqlen = ids.shape
+        size = max(1, min(count, BATCH_TOKENS // seqlen))
+        device = next(model.parameters()).device
+        self.batches = [part.to(device) for part in ids.split(size)]  # equal ones, and perhaps a smaller last one
+        self.hidden: list[Tensor] = []
+        self.arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]  # by the size of the batch: masks have its shape
+        self._record(model, blocks)
+
+    @torch.no_grad()
+    def _record(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+        """The first batch of each size records every block's keyword arguments and stops at the last block; the others stop at the first."""
+        size = 0
+
+        def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.hidden.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
+            if size in self.arguments[0]:
+                raise Stop
+
+        def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                names = list(inspect.signature(blocks[index].forward).parameters)[1 : len(args)]  # of what encoders pass by position
+                if any(value is not None and not isinstance(value, Tensor) for value in args[1:]):
+                    kind = type(blocks[index]).__name__
+                    raise ModelError(f"{kind} takes positional arguments; this architecture cannot be calibrated, use --quant 3bit:rtn")
+                given = kwargs | dict(zip(names, args[1:], strict=True))
+                kept = {k: v for k, v in given.items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
+                self.arguments[index][size] = kept
+                if index + 1 == len(blocks):
+                    raise Stop  # logits of thousands of tokens take gigabytes
+
+            return hook
+
+        hooks = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]  # before the one that may stop
+        hooks += [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
+        try:
+            for batch in self.batches:
+                size = len(batch)
+                with contextlib.suppress(Stop):
+                    model(input_ids=batch, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, keep: bool, batches: int | None = None) -> None:
+        """All hidden states (or the first few batches) through one block; `keep` makes the outputs the next block's inputs.
+
+        A hook inside the block may raise Stop to end the pass of its batch.
+        """
+        device = next(block.parameters()).device
+        for i, hidden in enumerate(self.hidden[:batches]):
+            with contextlib.suppress(Stop):
+                out = block(hidden.to(device), **self.arguments[index][len(hidden)])
+                if keep:
+                    self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
+
+
+def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -> list[list[str]]:
+    """The block's linears in the order they run, those that read the same tensor together; layers that did not run come last, alone."""
+    order: list[list[str]] = []
+    seen: list[Tensor] = []  # kept alive, so that identity cannot be reused
+    last: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_m: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in last:
+                return
+            place = next((i for i, t in enumerate(seen) if t is args[0]), None)
+            if place is None:
+                place = len(seen)
+                seen.append(args[0])
+                order.append([])
+            order[place].append(name)
+            last[name] = place
+
+        return record
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        run()
+    finally:
+        for h in hooks:
+            h.remove()
+    return order + [[name] for name in names if name not in last]
+
+
+def collect(block: nn.Module, index: int, leaves: list[str], needs: tuple[str, ...], calibration: Calibration, name: str) -> LayerStats:
+    """Sums `needs` over the input that `leaves` share, of all calibration windows; a layer is taken to run once in a pass through its block.
+
+    name: what an error about them calls the layer.
+    """
+    layer = block.get_submodule(leaves[0])
+    assert isinstance(layer, nn.Linear)
+    stats = LayerStats(layer.in_features, needs)
+
+    def add(_m: nn.Module, args: tuple[Any, ...]) -> None:
+        stats.add(args[0])
+        raise Stop  # what comes after this layer is not needed
+
+    hook = layer.register_forward_pre_hook(add)
+    try:
+        calibration.run(block, index, keep=False)
+    finally:
+        hook.remove()
+    stats.check(name)
+    return stats

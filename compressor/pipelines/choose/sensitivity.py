@@ -1,0 +1,164 @@
+"""What packing one group of linears by each of several options costs: bits, and damage to the model when only this group is packed.
+
+A unit is the linears of a block that read the same input (q/k/v, gate/up): they get one option together, so that servers can fuse them. One pass
+of the calibration windows through the dense model's blocks collects their inputs; every unit is packed by every option, on inputs of the dense model.
+
+    kl      damage = mean over tokens of KL(p_dense || p_now), nats, logits of a few calibration windows with only this unit packed
+    error   damage = sum over the unit's linears of the relative squared error of their outputs on the calibration inputs; runs no model
+
+To second order both add up over units as long as errors are small and independent (Dong et al., HAWQ-V2, 2020, arXiv 1911.03852; Li et al., BRECQ,
+2021, arXiv 2102.05426); what they really come to together is measured after packing. Damages of kl are nats of the loss, those of error know nothing
+of how much a layer matters.
+
+Price: options times the packing of the model; for kl one forward pass of the sample for every unit and option, at most SAMPLE logits kept in memory.
+Finished blocks are kept in the work folder.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.packing import relative_error
+from compressor.pipelines import journal
+from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
+from compressor.pipelines.compress import Plan
+from compressor.pipelines.packers import PACKERS
+from compressor.recipe import Choose, Quant
+from compressor.stats import LayerStats
+
+SAMPLE = 1 << 28  # logits of the dense model that are kept, at most
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to pack a unit: the candidates that come to it here, the bits that it stores, and what it costs."""
+
+    specs: tuple[str, ...]
+    bits: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Linears that are packed alike, by dotted name; `weights` is how many they have."""
+
+    layers: tuple[str, ...]
+    weights: int
+    options: tuple[Option, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Unit":
+        """The inverse of dataclasses.asdict, also after JSON."""
+        options = tuple(Option(tuple(row["specs"]), row["bits"], row["damage"]) for row in values["options"])
+        return cls(tuple(values["layers"]), values["weights"], options)
+
+
+class Divergence:
+    """KL(p_dense || p_now) a token, in nats, on a few windows int64 [count, seqlen]; made while the model is still dense."""
+
+    def __init__(self, model: nn.Module, ids: Tensor):
+        self.model = model
+        self.rows = ids.to(next(model.parameters()).device).split(1)
+        self.dense = [self._log_probs(row) for row in self.rows]
+
+    def __call__(self) -> float:
+        total = sum(float(self._kl(row, dense)) for row, dense in zip(self.rows, self.dense, strict=True))
+        return max(0.0, total / sum(row.numel() for row in self.rows))
+
+    def _kl(self, row: Tensor, dense: Tensor) -> Tensor:
+        """Sum over the tokens of a row."""
+        return nn.functional.kl_div(self._log_probs(row), dense, reduction="sum", log_target=True)
+
+    @torch.no_grad()
+    def _log_probs(self, row: Tensor) -> Tensor:
+        return self.model(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)  # [seqlen, vocab]
+
+
+def sample(ids: Tensor, options: Choose, vocabulary: int) -> Tensor:
+    """The windows [count, seqlen] that kl is measured on: spread over the calibration windows, as many as SAMPLE allows."""
+    count = max(1, min(options.windows, len(ids), SAMPLE // (ids.shape[1] * max(vocabulary, 1))))
+    return ids[:: len(ids) // count][:count]
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    todo: Plan,
+    ways: dict[str, Quant],
+    scale_dtype: torch.dtype,
+    ids: Tensor,
+    divergence: Divergence | None,
+    work: Path,
+    on_option: Callable[[int, str], None],
+    keep_zeros: bool = False,
+) -> list[Unit]:
+    """All units of the linears that `todo` packs, with an option for every one of `ways` (those that come to the same are one option).
+
+    ids: calibration windows int64 [count, seqlen]. `divergence`: measures kl; None: error is the damage. on_option(linears times candidates done,
+    which unit). The model is left as it was.
+    """
+    blocks = model.get_submodule(todo.blocks_name)
+    assert isinstance(blocks, nn.ModuleList)
+    calibration = Calibration(model, blocks, ids)
+    units: list[Unit] = []
+    for index, block in enumerate(blocks):
+        path, prefix = work / f"damage-{index:05d}.safetensors", f"{todo.blocks_name}.{index}."
+        found = journal.kept_facts(path)
+        if found is None:
+            leaves = [t.name.removeprefix(prefix) for t in todo.targets[index] if not t.reason]
+            found = []
+            for group in shared_inputs(block, leaves, partial(calibration.run, block, index, keep=False, batches=1)):
+                sums = tuple(dict.fromkeys(each for quant in ways.values() for each in (*PACKERS[quant.packer].needs, "hessian")))
+                stats = collect(block, index, group, sums, calibration, prefix + group[0])
+                found.append(asdict(_unit(block, prefix, group, ways, scale_dtype, stats, divergence, on_option, keep_zeros)))
+            journal.keep(path, {}, found)
+        units += [Unit.from_dict(row) for row in found]
+        if index + 1 < len(blocks):
+            calibration.run(block, index, keep=True)
+    return units
+
+
+def _unit(
+    block: nn.Module, prefix: str, leaves: Sequence[str], ways: dict[str, Quant], dtype: torch.dtype, stats: LayerStats,
+    divergence: Divergence | None, on_option: Callable[[int, str], None], keep_zeros: bool,
+) -> Unit:  # fmt: skip
+    layers = {leaf: block.get_submodule(leaf) for leaf in leaves}
+    weights = {leaf: layer.get_parameter("weight") for leaf, layer in layers.items()}
+    k = next(iter(weights.values())).shape[1]
+    options = []
+    for quant, group, specs in _distinct(ways, k, prefix + leaves[0]):
+        kept = {leaf: weight.detach().clone() for leaf, weight in weights.items()}
+        bits, damage = 0, 0.0
+        for leaf, weight in weights.items():
+            exact = kept[leaf].float()
+            stats.keep = exact != 0 if keep_zeros else None
+            packed = PACKERS[quant.packer](exact, stats, quant, group, dtype)[0]
+            bits += packed.stored_bits()
+            damage += relative_error(exact, packed, stats) ** 2
+            weight.copy_(packed.dequantize(weight.dtype))
+        if divergence is not None:
+            damage = divergence()
+        for leaf, weight in weights.items():
+            weight.copy_(kept[leaf])
+        options.append(Option(tuple(specs), bits, damage))
+        on_option(len(specs) * len(leaves), f"{prefix}{leaves[0]} {specs[0]}")
+    return Unit(tuple(prefix + leaf for leaf in leaves), sum(w.numel() for w in weights.values()), tuple(options))
+
+
+def _distinct(ways: dict[str, Quant], k: int, name: str) -> list[tuple[Quant, int, list[str]]]:
+    """The ways that differ for a linear of k inputs, each with its group size and all candidates that come to it."""
+    found: list[tuple[dict[str, Any], Quant, int, list[str]]] = []
+    for spec, quant in ways.items():
+        group = PACKERS[quant.packer].resolve(k, quant, name)[0]
+        key = asdict(quant) | {"group": group, "gpr": None}
+        same = next((row for row in found if row[0] == key), None)
+        if same is None:
+            found.append((key, quant, group, [spec]))
+        else:
+            same[3].append(spec)
+    return [row[1:] for row in found]

@@ -1,0 +1,123 @@
+"""The stage of a run that packs by a target instead of one width for all: measure every unit's options, choose, pack, see what was reached.
+
+For a target of loss the packed model is measured, and the model packed again from the dense one, until the loss is near the target and within it
+(choice.py). A model that this run has pruned cannot be loaded anew: its first packing stands, and a note says so if it lost more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compressor.errors import RecipeError
+from compressor.pipelines import compress, load, write
+from compressor.pipelines.choose import sensitivity
+from compressor.pipelines.choose.choice import Choice, overhead, vocabulary, ways
+from compressor.pipelines.job import digest
+from compressor.pipelines.journal import Journal
+from compressor.recipe import Choose, Quant, Recipe
+
+UNITS = 4 / 7  # units a linear, where q, k, v and gate, up read the same input
+
+if TYPE_CHECKING:
+    from compressor.pipelines.run import Run
+
+
+def check(recipe: Recipe) -> None:
+    """RecipeError, before any work, for a target that this recipe cannot have."""
+    if not recipe.choose.active:
+        return
+    if recipe.choose.max_loss is not None and recipe.choose.measure != "kl":
+        raise RecipeError("choose.max_loss is counted in nats, which measure=error does not know: leave choose.measure at kl")
+    ways(recipe.quant, recipe.choose)
+
+
+def cost(recipe: Recipe, estimate: Callable[[Recipe], dict[str, Any]], forward: float) -> dict[str, Any]:
+    """What a run will cost whose widths are still to be chosen: sizes are those of the target; of a target of loss, of the largest candidate.
+
+    estimate: of a recipe without a choice; forward: seconds that the windows of the sample take through the model.
+    """
+    plain = recipe.with_(choose=Choose())
+    found = sorted((estimate(plain.with_(quant=way)) for way in ways(recipe.quant, recipe.choose).values()), key=lambda row: row["bits_per_weight"])
+    asked, size = recipe.choose.target_bits, recipe.choose.target_size
+    fits = [row for row in found if row["bits_per_weight"] <= (asked or math.inf) and row["folder_bytes"] <= (size or math.inf)]
+    if not fits:
+        least = f"{found[0]['bits_per_weight']:.3f} bits per weight, {found[0]['folder_bytes']:,} bytes"
+        raise RecipeError(f"the target is below the smallest of the candidates ({least}): ask for more")
+    seconds = sum(row["seconds"]["compress"] for row in found)
+    if recipe.choose.measure == "kl":
+        seconds += forward * len(found) * found[0]["packed_layers"] * UNITS
+    best = fits[-1] | {"seconds": fits[-1]["seconds"] | {"choose": round(seconds, 1)}}
+    best["notes"] = [*best["notes"], "which linear gets how many bits is found in the run; sizes are those allowed, and will be a little less"]
+    return best | _between(best, found[len(fits)], asked, size) if len(fits) < len(found) else best
+
+
+def _between(low: dict[str, Any], high: dict[str, Any], bits: float | None, size: int | None) -> dict[str, Any]:
+    """Sizes at the target, from those of the candidates below and above it: bytes grow in proportion to bits."""
+    key, target = ("bits_per_weight", bits) if bits is not None else ("folder_bytes", size)
+    if target is None or high[key] <= low[key]:
+        return {}
+    share = (target - low[key]) / (high[key] - low[key])
+    folder = low["folder_bytes"] + share * (high["folder_bytes"] - low["folder_bytes"])
+    told = {"bits_per_weight": low["bits_per_weight"] + share * (high["bits_per_weight"] - low["bits_per_weight"]), "folder_bytes": round(folder)}
+    return told | {"ratio": low["ratio"] * low["folder_bytes"] / folder}
+
+
+def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> load.Loaded:
+    """Choose, pack and measure; the packed model, which is another than the one given where it had to be loaded again."""
+    probe = _probe(run, loaded, ids)
+    choice = _choice(run, loaded, ids, probe, journal)
+    while True:
+        quant = choice.quant()
+        predicted = choice.predicted()
+        run.show.say(f"chosen: {_counts(quant)}; predicted {_told(predicted, choice)}")
+        key = digest(run.key_compress, sorted(quant.layers.items()))
+        run.pack(loaded, ids, key, journal, quant)
+        run.measured("packed", digest(run.key_packed, key), loaded, journal)
+        rise = math.log(run.report.packed["domain"]["perplexity"] / run.report.dense["domain"]["perplexity"])
+        if run.recipe.choose.max_loss is None or run.prunes or not choice.learn(rise):
+            break
+        run.show.say(f"perplexity grew by {math.expm1(rise):.2%}; packing again")
+        loaded = run.read()
+    run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
+    if probe is not None:
+        probe.model = loaded.model
+        run.report.choice["reached"]["loss"] = probe()
+    wanted = run.recipe.choose.max_loss
+    if wanted is not None and math.expm1(rise) > wanted:
+        run.report.notes.append(f"packing raised the perplexity by {math.expm1(rise):.2%}, more than the {wanted:.2%} that were asked for")
+        run.show.say(run.report.notes[-1])
+    return loaded
+
+
+def _probe(run: Run, loaded: load.Loaded, ids: torch.Tensor) -> sensitivity.Divergence | None:
+    """The dense model's logits on a sample, for kl."""
+    if run.recipe.choose.measure != "kl":
+        return None
+    return sensitivity.Divergence(loaded.model, sensitivity.sample(ids, run.recipe.choose, vocabulary(loaded.model)))
+
+
+def _choice(run: Run, loaded: load.Loaded, ids: torch.Tensor, probe: sensitivity.Divergence | None, journal: Journal) -> Choice:
+    recipe = run.recipe
+    candidates, todo = ways(recipe.quant, recipe.choose), compress.plan(loaded.model, recipe.quant)
+    names, dtype = [t.name for t in todo.packed()], load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
+    linears = sum(t.shape[0] * t.shape[1] for t in todo.packed())
+    fixed = write.tensor_bytes(loaded) - linears * loaded.dtype.itemsize + overhead(names, len(candidates))
+    work = journal.subfolder("damage", digest(run.key_damage, sorted(candidates)))
+    with run.stage("choose"), run.show.task("choose", len(names) * len(candidates)) as advance:
+        units = sensitivity.measure(loaded.model, todo, candidates, dtype, ids, probe, work, advance, run.sparse)
+    return Choice(recipe.choose, recipe.quant, units, fixed)
+
+
+def _counts(quant: Quant) -> str:
+    """Linears by way: 12 w3g128, 4 w2g64."""
+    specs = list(quant.layers.values())
+    return ", ".join(f"{specs.count(spec)} linears {spec}" for spec in sorted(set(specs)))
+
+
+def _told(point: dict[str, Any], choice: Choice) -> str:
+    loss = f", loss {point['loss']:+.4f} nats a token" if choice.options.measure == "kl" else ""
+    return f"{point['bits_per_weight']:.3f} bits per weight, {point['folder_bytes'] / 1e6:,.2f} MB{loss}"

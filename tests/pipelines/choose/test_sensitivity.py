@@ -1,0 +1,89 @@
+"""What is measured of every unit and option: bits as they are stored, damage as it is, and a model that is left as it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import linear
+from compressor.pipelines import compress, load
+from compressor.pipelines.choose import sensitivity
+from compressor.recipe import Choose, Quant
+
+IDS = torch.randint(1, 2000, (4, 32), generator=torch.Generator().manual_seed(0))
+WAYS = {
+    "2bit": Quant(bits=2),
+    "w3g64": Quant(bits=3, group=64),
+    "w3g64:rtn": Quant(bits=3, group=64, packer="rtn"),
+    "w3g60": Quant(bits=3, group=100),
+}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return load.load("tiny", "cpu").model
+
+
+def measured(model: nn.Module, work: Path, divergence: Any, ways: dict[str, Quant] = WAYS) -> list[sensitivity.Unit]:
+    todo = compress.plan(model, Quant())
+    return sensitivity.measure(model, todo, ways, torch.float16, IDS, divergence, work, lambda count, note: None)
+
+
+def test_units_bits_and_damage(model: nn.Module, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        dense = model(IDS).logits.log_softmax(-1)
+    units = measured(model, tmp_path, sensitivity.Divergence(model, IDS))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    leaves = [tuple(name.rpartition(".")[2] for name in unit.layers) for unit in units]
+    assert leaves == 4 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    specs = [option.specs for option in units[1].options]
+    assert specs == [("2bit",), ("w3g64", "w3g60"), ("w3g64:rtn",)]  # groups of 100 do not divide 128: 64 is used
+    # the first unit, packed alone by its first option, does what was measured
+    bits = 0
+    for name in units[0].layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        path = tmp_path / "again"
+        path.mkdir(exist_ok=True)
+        packed = compress.PACKERS["rtn"](layer.weight.detach(), None, WAYS["w3g64:rtn"], 64, torch.float16)[0]
+        bits += packed.stored_bits()
+        linear.swap(model, name, linear.to_packed(layer, packed))
+    with torch.no_grad():
+        now = model(IDS).logits.log_softmax(-1)
+    damage = float((dense.exp() * (dense - now)).sum(-1).mean())
+    option = units[0].options[2]
+    assert option.bits == bits
+    assert option.damage == pytest.approx(damage, rel=1e-3)
+
+
+def test_fewer_bits_do_more_damage_by_either_measure(model: nn.Module, tmp_path: Path) -> None:
+    ways = {f"{bits}bit": Quant(bits=bits) for bits in (2, 3, 4)}
+    for name, divergence in (("kl", sensitivity.Divergence(model, IDS)), ("error", None)):
+        (tmp_path / name).mkdir()
+        for unit in measured(model, tmp_path / name, divergence, ways):
+            damages = [option.damage for option in unit.options]
+            assert damages[0] > damages[1] > damages[2] > 0
+
+
+def test_finished_blocks_are_not_measured_again(model: nn.Module, tmp_path: Path) -> None:
+    first = measured(model, tmp_path, sensitivity.Divergence(model, IDS))
+    (tmp_path / "damage-00002.safetensors").unlink()
+    runs = []
+
+    class Counted(sensitivity.Divergence):
+        def __call__(self) -> float:
+            runs.append(1)
+            return super().__call__()
+
+    assert measured(model, tmp_path, Counted(model, IDS)) == first
+    assert len(runs) == sum(len(unit.options) for unit in first) // 4
+
+
+def test_the_sample_is_spread_and_bounded() -> None:
+    ids = torch.arange(20).reshape(10, 2)
+    assert sensitivity.sample(ids, Choose(target_bits=3, windows=5), 10)[:, 0].tolist() == [0, 4, 8, 12, 16]
+    assert len(sensitivity.sample(ids, Choose(target_bits=3, windows=50), 10)) == 10
+    assert len(sensitivity.sample(ids, Choose(target_bits=3, windows=8), sensitivity.SAMPLE)) == 1

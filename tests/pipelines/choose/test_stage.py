@@ -1,0 +1,116 @@
+"""A run whose bits are chosen: within its target, better than uniform packing of the same size, resumable, readable by others."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.errors import RecipeError
+from compressor.linear import packed_linears
+from compressor.pipelines import load
+from compressor.pipelines.choose import sensitivity
+from compressor.pipelines.run import dry_run, run
+from compressor.pipelines.show import Show
+from compressor.recipe import Recipe
+
+QUICK = Recipe().with_(data__nsamples=8, data__seqlen=64, eval__max_tokens=2048, quant__packer="rtn", device="cpu")
+
+
+THREE = ("w2g128", "w3g128", "w4g128")  # enough where the mix itself is not looked at
+
+
+def chosen(folder: Path, **changes: Any) -> dict[str, Any]:
+    run(QUICK.with_(**changes), folder)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
+    return report
+
+
+@pytest.fixture(scope="module")
+def by_bits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("choose") / "out"
+    return folder, chosen(folder, choose__target_bits=2.7)
+
+
+def test_the_target_is_kept_and_the_prediction_near(by_bits: tuple[Path, dict[str, Any]]) -> None:
+    choice = by_bits[1]["choice"]
+    assert 2.6 < choice["reached"]["bits_per_weight"] <= 2.7
+    assert choice["reached"]["bits_per_weight"] == choice["predicted"]["bits_per_weight"] == by_bits[1]["packed"]["bits_per_weight"]
+    assert choice["reached"]["folder_bytes"] <= choice["predicted"]["folder_bytes"] < 1.01 * choice["reached"]["folder_bytes"]
+    assert choice["reached"]["loss"] == pytest.approx(choice["predicted"]["loss"], rel=0.25)
+    line = {row["spec"]: (row["bits_per_weight"], row["loss"]) for row in choice["uniform"]}
+    (x0, y0), (x1, y1) = line["w2g128"], line["w3g128"]
+    between = y0 + (y1 - y0) * (choice["reached"]["bits_per_weight"] - x0) / (x1 - x0)
+    assert choice["reached"]["loss"] < between
+
+
+def test_linears_that_servers_fuse_are_alike(by_bits: tuple[Path, dict[str, Any]]) -> None:
+    model = load.load(str(by_bits[0]), "cpu").model
+    found = {name: (layer.bits, layer.group) for name, layer in packed_linears(model).items()}
+    assert len(set(found.values())) > 1
+    for index in range(4):
+        for fused in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({found[f"model.layers.{index}.{leaf}"] for leaf in fused}) == 1
+
+
+def test_transformers_reads_the_mix(by_bits: tuple[Path, dict[str, Any]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(1, 60).unsqueeze(0)
+    theirs = AutoModelForCausalLM.from_pretrained(by_bits[0], dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, load.load(str(by_bits[0]), "cpu").model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_of_bytes_counts_the_whole_folder(tmp_path: Path) -> None:
+    report = chosen(tmp_path / "out", choose__target_size=1_000_000, choose__measure="error", choose__candidates=THREE)
+    assert 990_000 < report["packed"]["folder_bytes"] <= 1_000_000
+    assert "loss" not in report["choice"]["reached"]
+
+
+def test_a_target_of_loss_is_kept(tmp_path: Path) -> None:
+    report = chosen(tmp_path / "out", choose__max_loss=0.1, choose__candidates=THREE)
+    assert 0 < report["choice"]["reached"]["perplexity_rise"] <= 0.1
+    assert report["packed"]["bits_per_weight"] < 6
+    assert report["packed"]["domain"]["perplexity"] == pytest.approx(
+        report["dense"]["domain"]["perplexity"] * (1 + report["choice"]["reached"]["perplexity_rise"])
+    )
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that stops after the measuring goes on with the packing, for another target too."""
+    from compressor.pipelines import job
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.Job, "pack", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(QUICK.with_(choose__target_bits=2.7, choose__candidates=THREE), tmp_path / "out")
+    monkeypatch.setattr(sensitivity, "_unit", stop)
+    report = chosen(tmp_path / "out", choose__target_bits=3.1, choose__candidates=THREE)
+    assert 3.0 < report["packed"]["bits_per_weight"] <= 3.1
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_the_dry_run_tells_the_target(tmp_path: Path) -> None:
+    told = dry_run(QUICK.with_(choose__target_bits=3.1), tmp_path / "out", Show())
+    assert told["bits_per_weight"] == pytest.approx(3.1)
+    assert told["seconds"]["choose"] > 0
+    assert "found in the run" in told["notes"][-1]
+    with pytest.raises(RecipeError, match="below the smallest of the candidates"):
+        dry_run(QUICK.with_(choose__target_bits=1.5), tmp_path / "out", Show())
+
+
+def test_recipes_that_cannot_choose() -> None:
+    with pytest.raises(RecipeError, match="give one of target_bits"):
+        QUICK.with_(choose__target_bits=3.0, choose__max_loss=0.1)
+    with pytest.raises(RecipeError, match="nothing is chosen"):
+        QUICK.with_(choose__windows=3)
+    with pytest.raises(RecipeError, match="leave one of them out"):
+        QUICK.with_(choose__target_bits=3.0, quant__layers={"re:down": "w4g64"})
+    with pytest.raises(RecipeError, match="does not know: leave choose.measure at kl"):
+        run(QUICK.with_(choose__max_loss=0.1, choose__measure="error"), Path("never"))
