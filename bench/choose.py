@@ -2,7 +2,7 @@
 
 Every row is a whole run with the same calibration windows and the same packer, in a process of its own; sizes are those of the written folders.
 `loss_predicted` is the sum of the units' damages, `loss_reached` the KL to the dense model that the packed one really has, nats a token on the
-sample. `front` says, for a chosen row, the perplexity of the best uniform recipe that is no larger; `better` is the share by which the choice is
+sample. `front` says, for a chosen row, the perplexity of the best uniform recipe that keeps to its size; `better` is the share by which the choice is
 below it. With --tune the values of every row are tuned afterwards.
 
     python bench/choose.py --model tiny --sizes 0.9MB 0.975MB 1.02MB
@@ -64,8 +64,9 @@ class Bench:
         return row
 
     def _beside(self, row: dict[str, Any], key: str, front: str, better: str) -> None:
-        """The best uniform recipe that is no larger."""
-        fits = [r[key] for r in self.rows if r["arm"].startswith("uniform") and r["folder_bytes"] <= row["folder_bytes"] * 1.0005]
+        """The best uniform recipe of the size that was asked for, or, for another target, no larger than the folder."""
+        size = json.loads(row["target"]).get("target_size", row["folder_bytes"])
+        fits = [r[key] for r in self.rows if r["arm"].startswith("uniform") and r["folder_bytes"] <= size]
         if fits:
             row |= {front: min(fits), better: round(1 - row[key] / min(fits), 4)}
 

@@ -9,6 +9,9 @@ import csv
 import sys
 from pathlib import Path
 
+import measure_tables
+import quality_table
+
 from compressor.pipelines import capabilities, servers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,24 +21,6 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 def read(name: str) -> list[dict[str, str]]:
     with (ROOT / "bench" / "results" / name).open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def label(row: dict[str, str]) -> str:
-    tuned = {"none": "", "full": " tuned (control)", "peqa": " + PEQA"}[row["tune"]]
-    return {"dense": "dense", "rtn": "RTN", "gptq": "GPTQ"}[row["method"]] + tuned
-
-
-def table(rows: list[dict[str, str]]) -> list[str]:
-    """One table for a model and bit width, the dense rows of the model first; of the tuned dense rows only the best one."""
-    out = ["| | bits per weight | perplexity in domain | out of domain |", "|---|---|---|---|"]
-    full = [r for r in rows if r["tune"] == "full"]
-    best = min(full, key=lambda r: float(r["domain_ppl"])) if full else None
-    for row in rows:
-        if row["tune"] == "full" and row is not best:
-            continue
-        bits = f"{float(row['bits_per_weight']):.3f}" if row["bits_per_weight"] else "16" if row["model"] == "tiny" else "32"
-        out.append(f"| {label(row)} | {bits} | {float(row['domain_ppl']):.2f} | {float(row['outside_ppl']):.2f} |")
-    return out
 
 
 def peers(rows: list[dict[str, str]]) -> list[str]:
@@ -343,20 +328,12 @@ def through_vllm() -> str:
 
 def text() -> str:
     """The section between the marks of README.md."""
-    rows = read("quality.csv")
-    tiny = [r for r in rows if r["model"] == "tiny" and r["bits"] in ("", "3") and r["group"] in ("", "128") and r["symmetric"] == "True"]
-    baby = [r for r in rows if r["model"] == "babyllama" and r["bits"] in ("", "3") and r["symmetric"] == "True"]
     kernels, served = read("cpu_kernels.csv"), [r for r in read("interop.csv") if r["step"] == "compressed-tensors" and r["max_abs_error"]]
     worst = {kind: max(float(r["max_abs_error"]) for r in served if r["symmetric"] == str(kind)) for kind in (True, False)}
     count = f"{len(served)} folders of {len({r['model'] for r in served})} models"
     versions = f"{served[0]['note']} with compressed-tensors {served[0]['version']}"
-    protocol = f"windows of {tiny[0]['window']} tokens that do not overlap, {tiny[0]['tokens']} tokens"
     lines = [
-        f"`tiny` at 3 bits, groups of 128, held-out part of Python's language reference ({protocol}); out of domain: standard-library source:", "",
-        *table(tiny), "",
-        "Tuning also fits the domain, so the dense model tuned on the same tokens is the control.", "",
-        "A LLaMA for children's stories (babyllama, one million parameters), 3 bits, groups of 32:", "",
-        *table(baby), "",
+        *quality_table.section(read("quality.csv")),
         "Our GPTQ beside GPTQModel 7.4.0 on `tiny`, groups of 128, same calibration windows, mean of three draws, perplexity in domain:", "",
         *peers(read("gptqmodel_peer.csv")), "",
         f"Largest difference of logits between our packed forward and {versions}, float32, 2 to 4 bits, {count}:",
@@ -380,6 +357,8 @@ def main() -> None:
     sections = {
         "README.md": text, "docs/sketches.md": sketches, "docs/pruning.md": pruning, "docs/adapters.md": adapters, "docs/tasks.md": merges,
         "docs/exports.md": exports, "docs/serving.md": servers.section, "docs/vllm.md": through_vllm,
+        "docs/choosing.md": lambda: measure_tables.choosing(read("choose.csv")), "docs/sweeps.md": lambda: measure_tables.sweeping(read("sweep.csv")),
+        "docs/evaluation.md": lambda: measure_tables.harness(read("harness.csv")),
     }  # fmt: skip
     for name, make in sections.items():
         path, section = ROOT / name, make()

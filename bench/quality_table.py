@@ -1,0 +1,92 @@
+"""The headline tables as README shows them, from the rows of bench/results/quality.csv; bench/readme.py puts them in place.
+
+No row is left out, failed ones stand with their reason; of the dense control tuned at several rates only the best is shown. Bold, and named in the
+lists below the tables, is the least perplexity in domain among rows that are equally large: at most a tenth more bits per weight than our GPTQ of the
+same width. Pruned rows are smaller, and trained while they are pruned: they compare with none.
+"""
+
+EQUAL = 1.1  # bits per weight over those of our GPTQ, up to which rows are taken for equally large
+SHOWN = ("", "bits per weight", "perplexity in domain", "out of domain", "accuracy, %", "packing, s", "tuning, s", "peak MB")
+
+
+def rival(row: dict[str, str]) -> bool:
+    """Whether an arm is the work of others, by their library or by our code."""
+    return bool(row["library"]) or row["arm"].startswith("EfficientQAT")
+
+
+def stages(rows: list[dict[str, str]]) -> list[list[dict[str, str]]]:
+    """The rows of a width that are equally large, untuned and tuned, each by perplexity in domain."""
+    limit = EQUAL * min((float(r["bits_per_weight"]) for r in rows if r["arm"] == "GPTQ" and r["bits_per_weight"]), default=0.0)
+    fair = [r for r in rows if r["domain_ppl"] and r["bits"] != "16" and float(r["bits_per_weight"]) <= limit and "pruned" not in r["arm"]]
+    parts = [[r for r in fair if bool(r["tune_seconds"]) == tunes] for tunes in (False, True)]
+    return [sorted(part, key=lambda r: float(r["domain_ppl"])) for part in parts if part]
+
+
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """The table of one model, by width; of the dense model tuned at several rates only the best."""
+    full = [r for r in rows if r["arm"].startswith("dense tuned") and r["domain_ppl"]]
+    best = min(full, key=lambda r: float(r["domain_ppl"])) if full else None
+    out = [f"| {' | '.join(SHOWN)} |", "|---" * len(SHOWN) + "|"]
+    for bits in dict.fromkeys(r["bits"] for r in rows):
+        own = [r for r in rows if r["bits"] == bits and (not r["arm"].startswith("dense tuned") or r is best)]
+        if bits != "16":
+            out.append(f"| **{bits} bits** |" + " |" * (len(SHOWN) - 1))
+        first = [id(part[0]) for part in stages(own)]
+        out += [line_of(r, id(r) in first) for r in sorted(own, key=lambda r: bool(r["tune_seconds"]))]
+    return out
+
+
+def number(perplexity: str) -> str:
+    value = float(perplexity)
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}"
+
+
+def line_of(row: dict[str, str], bold: bool) -> str:
+    library, comma, rest = row["arm"].partition(", ")
+    name = "dense tuned (control)" if library == "dense tuned" else f"{library} {row['version']}".strip() + comma + rest
+    if row["failed"]:
+        return f"| {name} | failed: {row['failed'].splitlines()[0].replace('|', ' ')[:120]} |" + " |" * (len(SHOWN) - 2)
+    ppl, outside = (number(row[key]) for key in ("domain_ppl", "outside_ppl"))
+    correct = f"{100 * float(row['accuracy']):.1f} ± {100 * float(row['accuracy_stderr']):.1f}" if row["accuracy"] else "–"
+    took = [f"{float(row[key]):.0f}" if row[key] else "–" for key in ("pack_seconds", "tune_seconds", "peak_mb")]
+    cells = [name, f"{float(row['bits_per_weight']):.2f}", f"**{ppl}**" if bold else ppl, outside, correct, *took]
+    return f"| {' | '.join(cells)} |"
+
+
+def contest(rows: list[dict[str, str]]) -> list[str]:
+    """At every width, untuned and tuned, ours beside the best of the others among equally large rows."""
+    out = []
+    for bits in dict.fromkeys(r["bits"] for r in rows if r["bits"] != "16"):
+        for part in stages([r for r in rows if r["bits"] == bits]):
+            ours, theirs = (next((r for r in part if rival(r) is which), None) for which in (False, True))
+            if ours is None or theirs is None:
+                continue
+            change = float(theirs["domain_ppl"]) / float(ours["domain_ppl"]) - 1
+            verdict = f"{theirs['arm']} is {-100 * change:.1f} % better" if change < 0 else f"ours is {100 * change / (1 + change):.1f} % better"
+            tuned = "tuned" if part[0]["tune_seconds"] else "untuned"
+            pair = f"{ours['arm']} {number(ours['domain_ppl'])}, {theirs['arm']} {number(theirs['domain_ppl'])}"
+            out.append(f"- {bits} bits, {tuned}: {pair}: {verdict}.")
+    return out
+
+
+TEXT = """What it costs, and what tuning gives back. `tiny` in groups of 128, measured on the held-out part of Python's language reference (windows of
+{window} tokens that do not overlap, {domain_tokens} tokens); out of domain, standard-library source ({outside_tokens} tokens). Every packer
+that calibrates sees the same {nsamples} windows, every tuner the same batches for {steps} steps, at its method's default rate. Bits per
+weight count all that is stored of the linears, adapters too. Accuracy: {questions} multiple-choice continuations of the held-out text
+through lm-evaluation-harness, chance 25 %. Seconds are those of one thread's processor time, peak memory that of the process with its
+libraries. Settings of each row: [quality.csv](bench/results/quality.csv). **Bold**: the least perplexity among rows of equal bytes (up to a
+tenth more than our GPTQ), untuned and tuned."""
+
+
+def section(rows: list[dict[str, str]]) -> list[str]:
+    """What README says of both models."""
+    tiny, baby = ([r for r in rows if r["model"] == name] for name in ("tiny", "babyllama"))
+    steps = max(int(r["steps"] or 0) for r in tiny)
+    return [
+        *TEXT.format(**tiny[0] | {"steps": steps}).splitlines(), "", *table(tiny), "",
+        "Tuning also fits the domain, so the dense model tuned on the same tokens is the control. Ours beside the best of others at equal bytes",
+        "(EfficientQAT's recipe by our code):", "", *contest(tiny), "",
+        f"A LLaMA for children's stories (babyllama, one million parameters), groups of 32, {baby[0]['domain_tokens']} tokens,",
+        f"{baby[0]['questions']} questions:", "",
+        *table(baby), "", *contest(baby), "",
+    ]  # fmt: skip
