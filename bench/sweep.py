@@ -1,9 +1,10 @@
 """A sweep that is ended by `kill -9` in the middle and goes on, and one that two processes share; on `tiny`, by the command that users type.
 
-The first part starts a sweep of 27 experiments in a process group of its own, kills the whole group once --killed rows are finished, starts the same
-command again, and then checks: no finished row was run again (attempts, and times of the reports), and experiments that a never-killed sweep runs
-afresh, elsewhere, have the same perplexities to the last digit. The second part starts two processes with one Optuna storage (SQLite), each in a
-folder of its own, and checks that every experiment was run once. Rows go to results/sweep.csv: those of the first sweep, then one a check.
+The first part starts a sweep of 27 experiments in a process group of its own, kills the whole group once --killed rows are finished and the next
+experiment has measured its dense model, starts the same command again, and then checks: no finished row was run again (attempts, and times of the
+reports), and experiments that a never-killed sweep runs afresh, elsewhere, have the same perplexities to the last digit. The second part starts two
+processes with one Optuna storage (SQLite), each in a folder of its own, and checks that every experiment was run once. Rows go to results/sweep.csv:
+those of the first sweep, then one a check.
 
     OMP_NUM_THREADS=1 python bench/sweep.py --work /tmp/sweep
 """
@@ -82,10 +83,11 @@ def flat(part: str, row: dict[str, Any]) -> dict[str, Any]:
 def killed(work: Path, grid: Path, enough: int) -> list[dict[str, Any]]:
     """The sweep that is killed and goes on, beside experiments that never were."""
     folder = work / "killed"
+    assert not folder.exists(), f"{folder} is there already: give --work a new folder, so that the kill comes in the middle"
     process = start(grid, folder)
-    while len(finished(folder)) < enough and process.poll() is None:
-        time.sleep(0.2)
-    time.sleep(4)  # into the middle of the next experiment
+    while len(finished(folder)) < enough or not any(folder.glob("runs/*.partial/journal.json")):
+        assert process.poll() is None, f"the sweep ended before {enough} rows were finished"
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before, running = finished(folder), [row["id"] for row in rows_of(folder) if row["status"] == "running"]
@@ -128,8 +130,8 @@ def write(path: Path, grid: dict[str, Any]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the sweeps, which go on where they are")
-    parser.add_argument("--killed", type=int, default=10, help="finished rows when the group is killed")
+    parser.add_argument("--work", type=Path, required=True, help="a new folder for the sweeps")
+    parser.add_argument("--killed", type=int, default=12, help="finished rows, of 27, when the group is killed")
     parser.add_argument("--out", default="sweep.csv")
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)

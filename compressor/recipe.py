@@ -234,13 +234,13 @@ def parse_quant(text: str) -> dict[str, Any]:
         return {"bits": int(m[1])} | ({"group": int(m[2])} if m[2] else {}) | ({"packer": m[3].lower()} if m[3] else {})
     if m := re.fullmatch(r"sketch[-_:]?(\d+)(?:[-_]?bits?)?", text, re.IGNORECASE):
         return {"bits": int(m[1]), "packer": "sketch"}
-    raise RecipeError(f"--quant {text!r} is not understood; write for example 3bit, 3bit:rtn, 3bit:asym, sketch3, w3g64 or W3A16")
+    raise RecipeError(f"{text!r} is not understood as a way to pack; write for example 3bit, 3bit:rtn, 3bit:asym, sketch3, w3g64 or W3A16")
 
 
 def parse_size(text: str) -> int:
     """ "2.6GB", "700 MB", "1.5GiB" or "1200000" -> bytes."""
     m = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
-    if m is None or float(m[1]) <= 0:
+    if m is None or not 0 < float(m[1]) < 1e18:
         raise RecipeError(f"--target-size {text!r} is not understood; write for example 2.6GB, 700MB or 1.5GiB")
     return int(float(m[1]) * (1024 if m[3] else 1000) ** " kmgt".index(m[2].lower() or " "))
 
@@ -248,7 +248,7 @@ def parse_size(text: str) -> int:
 def parse_share(text: str) -> float:
     """ "2%" or "0.02" -> 0.02."""
     m = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text.strip())
-    if m is None or float(m[1]) <= 0:
+    if m is None or not 0 < float(m[1]) < (1e6 if m[2] else 1):
         raise RecipeError(f"--max-loss {text!r} is not understood; write for example 2% or 0.02")
     return float(m[1]) / (100 if m[2] else 1)
 
@@ -270,6 +270,9 @@ def parse_prune(text: str) -> dict[str, Any]:
     return {"method": method, "ratio": share, "pattern": m[3]}
 
 
+WORDS = {"choose.target_size": parse_size, "choose.max_loss": parse_share}  # keys that a file may say as flags do
+
+
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise RecipeError(f"recipe{where and ' section ' + where} must be a mapping of keys to values, not {type(values).__name__}")
@@ -289,10 +292,12 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
+    if isinstance(value, str) and where in WORDS:
+        return WORDS[where](value)
     if kind in (float, float | None) and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
         return tuple(value)

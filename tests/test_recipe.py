@@ -3,7 +3,7 @@
 import pytest
 
 from compressor.errors import RecipeError
-from compressor.recipe import Recipe, parse_quant
+from compressor.recipe import Quant, Recipe, parse_quant, parse_share, parse_size
 
 
 def test_round_trip_and_yaml_numbers() -> None:
@@ -64,3 +64,26 @@ def test_quant_grammar(text: str, values: dict) -> None:
 def test_quant_grammar_refuses(text: str) -> None:
     with pytest.raises(RecipeError, match="not understood"):
         parse_quant(text)
+
+
+def test_targets_in_words_and_in_files() -> None:
+    assert [parse_size(text) for text in ("2.6GB", "700 mb", "1.5GiB", "1200000")] == [2_600_000_000, 700_000_000, 1_610_612_736, 1_200_000]
+    assert [parse_share(text) for text in ("2%", "0.02", "250%")] == [0.02, 0.02, 2.5]
+    for text in ("", "2.6 litres", "-1GB", "0", "9" * 400):
+        with pytest.raises(RecipeError, match="not understood"):
+            parse_size(text)
+    for text in ("", "2", "-1%", "0%", "nan"):
+        with pytest.raises(RecipeError, match="not understood"):
+            parse_share(text)
+    assert Recipe.from_dict({"choose": {"target_size": "2.6GB"}}).choose.target_size == 2_600_000_000
+    assert Recipe.from_dict({"choose": {"max_loss": "2%"}}).choose.max_loss == 0.02
+
+
+def test_what_layers_say() -> None:
+    quant = Quant(gpr=2, layers={"a.down": "w4g64:asym", "re:^b": "2bit:rtn"})
+    assert (quant.of("a.down").bits, quant.of("a.down").group, quant.of("a.down").gpr, quant.of("a.down").symmetric) == (4, 64, None, False)
+    assert (quant.of("b.q").packer, quant.of("b.q").gpr, quant.of("a.q").bits, quant.of("a.q").layers) == ("rtn", 2, 3, {})
+    assert Recipe.from_dict(Recipe(quant=quant).to_dict()).quant == quant
+    for layers in ({"a": 3}, {"re:[": "3bit"}, {"a": "magic"}, ["a"]):
+        with pytest.raises(RecipeError):
+            Recipe.from_dict({"quant": {"layers": layers}})

@@ -194,17 +194,22 @@ def launch(recipe: Recipe, output: Path | None, overwrite: bool, dry_run: bool) 
 
 def read_recipe(path: Path) -> Recipe:
     """A recipe from YAML."""
+    return Recipe.from_dict(read_yaml(path, "recipe"))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a recipe or grid file holds. RecipeError if it is missing, empty or no YAML."""
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
+        raise RecipeError(f"there is no {what} {path}") from None
     except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the {what} {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, and dates that are none, are ValueErrors
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
-        raise RecipeError(f"the recipe {path} is empty")
-    return Recipe.from_dict(values)
+        raise RecipeError(f"the {what} {path} is empty")
+    return values
 
 
 @app.command()

@@ -31,9 +31,9 @@ def evaluate(
     tasks: Annotated[
         Text, typer.Option(help="task files, or names that lm-eval knows, by comma; --data is then measured only if it is given")
     ] = None,
-    limit: Annotated[int, typer.Option(help="tasks: examples of each; 0: all")] = 0,
-    shots: Annotated[int, typer.Option(help="tasks: solved examples in front of each question")] = 0,
-    seed: Annotated[int, typer.Option(help="tasks: of the choice of solved examples")] = 42,
+    limit: Annotated[Count, typer.Option(help="tasks: examples of each; default: all, as with 0")] = None,
+    shots: Annotated[Count, typer.Option(help="tasks: solved examples in front of each question; default: 0")] = None,
+    seed: Annotated[Count, typer.Option(help="tasks: of the choice of solved examples; default: 42")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file as Markdown, for a model card")] = None,
     cache: Annotated[Path | None, typer.Option(help="folder of earlier measurements; default: compressor/eval in the user's cache folder")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="measure anew, and keep nothing")] = False,
@@ -49,17 +49,39 @@ def evaluate(
 
     if no_cache and cache is not None:
         raise RecipeError("--cache says where measurements are kept and --no-cache that none are: leave one out")
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    names = _names(tasks, {"limit": limit, "shots": shots, "seed": seed})
+    if markdown is not None:
+        _check_place(markdown)
     asked = compare.Asked(
-        tuple(models), tuple(data), tuple(protocol), window, stride, max_tokens, reference, names, limit, shots, seed, device,
-        None if no_cache else cache or cache_folder(),
+        tuple(models), tuple(data), tuple(protocol), window, stride, max_tokens, reference, names, limit or 0, shots or 0,
+        42 if seed is None else seed, device, None if no_cache else cache or cache_folder(),
     )  # fmt: skip
     document = compare.evaluate_all(asked, RichShow(console))
+    emit(document)  # before anything that may fail
     console.print(tables.shown(document))
     if markdown is not None:
         write_text(markdown, tables.markdown(document))
         console.print(f"the tables are in {markdown}", highlight=False, markup=False)
-    emit(document)
+
+
+def _names(tasks: str | None, numbers: dict[str, int | None]) -> tuple[str, ...]:
+    """The tasks that were named; RecipeError for an option that names none, and for numbers of tasks without any."""
+    if tasks is None:
+        if flag := next((name for name, value in numbers.items() if value is not None), None):
+            raise RecipeError(f"--{flag} says how tasks are asked, and there are none: give --tasks, or leave it out")
+        return ()
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not names:
+        raise RecipeError(f"--tasks {tasks!r} names no task; give task files or names that lm-eval knows, by comma")
+    return names
+
+
+def _check_place(file: Path) -> None:
+    """RecipeError where a file cannot be written for want of a folder."""
+    if not file.parent.is_dir():
+        raise RecipeError(f"--markdown {str(file)!r}: there is no folder {str(file.parent)!r}; make it first")
+    if file.is_dir():
+        raise RecipeError(f"--markdown {str(file)!r} is a folder; give the name of a file")
 
 
 def cache_folder() -> Path:

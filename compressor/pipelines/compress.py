@@ -105,9 +105,9 @@ def check_finite(model: nn.Module) -> None:
 
 def check_keep_zeros(quant: Quant) -> None:
     """RecipeError if the packer cannot keep a pruned weight at exactly zero."""
-    if any(PACKERS[kind.packer].table for kind in quant.kinds()):
-        instead = f"--quant {quant.bits}bit:gptq or {quant.bits}bit:rtn"
-        raise RecipeError(f"{quant.packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")
+    if tables := [kind for kind in quant.kinds() if PACKERS[kind.packer].table]:
+        instead = f"--quant {tables[0].bits}bit:gptq or {tables[0].bits}bit:rtn"
+        raise RecipeError(f"{tables[0].packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")
 
 
 def compress(

@@ -194,6 +194,10 @@ def check(recipe: Recipe) -> None:
     check_methods(recipe)
     if recipe.prune.method != "none":
         encoder_prune.resolved(recipe.prune, 12)
+    if recipe.choose.active:
+        raise RecipeError("choosing bits by layer is for causal language models: leave the target out, or say it by hand with --layer")
+    if recipe.eval.tasks:
+        raise RecipeError("tasks of questions are for causal language models; an encoder is measured on its own: leave --tasks out")
     if recipe.tune.adapter == "absorb":
         raise RecipeError("absorbing is judged by perplexity, which an encoder has none of: leave --adapter absorb out")
     for key in ("outside", "calib"):

@@ -121,9 +121,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     todo = compress.plan(model, recipe.quant)
     packed = todo.packed()
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
-    values, codes = sum(map(_values, packed)), sum(t.shape[0] * t.shape[1] * t.quant.bits for t in packed)
-    value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
-    packed_bytes = (codes + _zero_bits(recipe, packed, value_bytes)) // 8 + values * value_bytes
+    values, packed_bytes = sum(map(_values, packed)), stored_bits(recipe, packed, folder) // 8
     adapter = added(recipe.tune, packed)
     parameters = _parameters(model)
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
@@ -140,6 +138,13 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
         "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, todo.targets)),
         "seconds": _seconds(recipe, packed, device, counts, parameters), "notes": notes,
     }  # fmt: skip
+
+
+def stored_bits(recipe: Recipe, packed: list[compress.Target], folder: torch.dtype) -> int:
+    """Codes, values and zeros of packed linears."""
+    value_bytes = torch.finfo(load.scale_dtype(recipe.quant.scale_dtype, folder)).bits // 8
+    codes, values = sum(t.shape[0] * t.shape[1] * t.quant.bits for t in packed), sum(map(_values, packed))
+    return codes + _zero_bits(recipe, packed, value_bytes) + 8 * values * value_bytes
 
 
 def retuning(

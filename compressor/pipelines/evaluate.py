@@ -10,7 +10,8 @@ Stream. A corpus of one plain text is tokenised in one go with the tokenizer's o
 BOS; a tokenizer without BOS gets EOS between documents, and one with neither a blank line. Pairs are packed like training windows (data.py),
 and only their completions count. Every result names its data, its hash and this rule, because a perplexity without them compares with nothing.
 
-Price: logits of a batch are kept below 256 MiB where a single window allows it; the float32 copy below 64 MiB.
+Price: logits of a batch are kept below 256 MiB where a single window allows it; the float32 copy below 64 MiB. The first window runs once more,
+before the clock starts: kernels are compiled and caches filled in it, which would halve the speed of a short text.
 """
 
 import math
@@ -50,13 +51,15 @@ def perplexity(
 
     ids int64 [tokens], or [count, window] already cut; labels of the same shape, -100 where a token does not count. `device` None means that
     of the model, `stride` None the window. Returns perplexity, loss (nats a token), tokens (predicted), window, stride, windows,
-    tokens_per_second, seconds. Raises DataError if nothing is predicted, NumericError if the loss is not finite.
+    tokens_per_second, seconds (both without the warm-up). Raises DataError if nothing is predicted, NumericError if the loss is not finite.
     """
     rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
     tokens = int((targets[:, 1:] != IGNORE).sum())
     device = next(model.parameters()).device if device is None else device
-    start, total, done, batch = time.perf_counter(), 0.0, 0, 1
+    total, done, batch = 0.0, 0, 1
     with evaluating(model):
+        _loss(_logits(model, rows[:1].to(device)), targets[:1].to(device))  # the warm-up; a GPU has done it when the loss is here
+        start = time.perf_counter()
         while done < len(rows):
             part = slice(done, done + batch)
             logits = _logits(model, rows[part].to(device))  # [batch, window, vocab]
@@ -182,7 +185,9 @@ def cut(ids: Tensor, labels: Tensor | None, window: int, max_tokens: int = 0, st
         targets = targets.clone()
         targets[1:, : window - stride] = IGNORE  # they counted in the windows before
     if not bool((targets[:, 1:] != IGNORE).any()):
-        raise DataError(f"a text of {ids.numel()} tokens leaves nothing to predict; perplexity needs at least two tokens")
+        raise DataError(
+            f"a text of {ids.numel()} {'token' if ids.numel() == 1 else 'tokens'} leaves nothing to predict; perplexity needs at least two tokens"
+        )
     return rows, targets
 
 

@@ -129,12 +129,21 @@ class Job:
         if self.packs and more:  # tuning made the zeros floats, which packing alone would not have stored
             self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=size - more // 8)
         if self.report.choice:
-            self.report.choice["reached"] |= {"bits_per_weight": bits, "folder_bytes": size}
+            self.report.choice["reached"] |= {"bits_per_weight": bits, "folder_bytes": size + beside}
+            self._compare_with_target(bits, size + beside)
         self.report.resumed, self.report.keys = journal.resumed, key
         self.report.save(folder / "report.json")
         render.write_html(self.report, folder / "report.html")
         card.write_card(self.report, folder / "README.md", card_serving.section(folder))
         (folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), "utf-8")
+
+    def _compare_with_target(self, bits: float, size: int) -> None:
+        """A note where the folder is larger than was asked for, which tuned zeros can make it."""
+        choose = self.recipe.choose
+        if bits > (choose.target_bits or bits) or size > (choose.target_size or size):
+            asked = f"{choose.target_bits:g} bits a weight" if choose.target_bits else f"{choose.target_size:,} bytes"
+            self.report.notes.append(f"asked for were {asked}; what tuning added makes it {bits:.3f} bits a weight, {size:,} bytes")
+            self.show.say(self.report.notes[-1])
 
 
 def digest(*parts: Any) -> str:
@@ -150,6 +159,7 @@ def default_output(recipe: Recipe) -> Path:
     if quant.packer in ("none", KEPT):
         return Path(name if recipe.tune.method == "none" else f"{name}-{recipe.tune.method}")
     table, choose = quant.packer in PACKERS and PACKERS[quant.packer].table, recipe.choose
+    name += "-mixed" if quant.layers else ""
     if choose.active:
         bits, loss = f"{choose.target_bits:g}bit" if choose.target_bits else f"{choose.target_size}", f"loss{100 * (choose.max_loss or 0):g}"
         tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"

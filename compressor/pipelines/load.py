@@ -276,8 +276,7 @@ def load(name: str, device: str = "auto") -> Loaded:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What the model stores in `dtype`, in place. Tables that it computes for itself, such as rotary frequencies, stay as exact as it made them:
-    16 bits would turn far positions by whole angles. Packed linears keep their values as they are."""
+    """What the model stores in `dtype`, in place. What it computes for itself, such as rotary frequencies, stays exact, and so do packed values."""
     stored = model.state_dict(keep_vars=True)
     packed = {f"{name}.{key}" for name, layer in linear.packed_linears(model).items() for key, _ in layer.named_buffers()}
     for name, tensor in stored.items():
@@ -397,4 +396,5 @@ def context(config: dict[str, Any], asked: int | None = None, name: str = "windo
 
 
 def first_line(error: BaseException) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 3 if lines[0].endswith(":") else 1])[:300]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from compressor.errors import RecipeError
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.tuners import TUNERS
-from compressor.recipe import KEPT, Prune, Quant, Recipe
+from compressor.recipe import KEPT, Prune, Quant, Recipe, parse_quant
 from compressor.tune.kgrid import GRIDS
 
 
@@ -32,11 +32,20 @@ def check_names(recipe: Recipe) -> None:
         raise RecipeError(f"{idle[0]}={given[idle[0]]} means nothing to packer {recipe.quant.packer}: leave it out{hint}")
 
 
+def check_spec(spec: str, kind: Quant) -> None:
+    """RecipeError for a way to pack, such as w3g64, that says what its packer does not heed."""
+    idle = sorted(parse_quant(spec).keys() - PACKERS[kind.packer].heeds)
+    if idle:
+        raise RecipeError(f"{spec} says {idle[0]}, which means nothing to packer {kind.packer}: leave it out")
+
+
 def check_kinds(quant: Quant) -> None:
     """RecipeError for a linear's own packer that does not exist, or that makes tables where others make grids: no format holds both."""
-    for kind in quant.kinds()[1:]:
+    for spec in dict.fromkeys(quant.layers.values()):
+        kind = quant.but(spec)
         if kind.packer not in PACKERS:
             raise RecipeError(f"quant.layers: packer {kind.packer!r} is unknown; choose {' or '.join(PACKERS)}")
+        check_spec(spec, kind)
         if PACKERS[kind.packer].table != PACKERS[quant.packer].table:
             raise RecipeError(f"quant.layers: {kind.packer} and {quant.packer} make tables and grids, which no format holds in one folder")
         if PACKERS[kind.packer].table and kind.bits == 8:

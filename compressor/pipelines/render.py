@@ -48,7 +48,15 @@ def recipe_yaml(report: Report) -> str:
 
 # The page.
 
-LEVEL = "The dashed line is the dense model; the arrow is what tuning did. Speed and memory are those of measuring, with Python and its libraries."
+LEVEL = "The dashed line is the dense model; the arrow is what tuning did. Speed is that of measuring, with Python and its libraries."
+BARS = (
+    "Bars are one standard error: of tasks over their examples, of the domain's perplexity that of its paired difference to the dense model, "
+    "on the windows of the divergence. Points whose bars overlap may be equal."
+)
+ERROR = (
+    "The relative root-mean-square error of a linear's outputs on the calibration inputs, or of its weights where it was packed without; "
+    "a cell of experts shows the largest of theirs."
+)
 
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
@@ -61,7 +69,7 @@ def page(report: Report) -> str:
     facts = [report.model.get("architecture"), count(report), report.created, f"compressor {report.compressor}"]
     warnings = "".join(f"<p>{esc(r)}</p>" for r in remarks(report))
     pruned = {k: v for k, v in report.pruning.items() if k not in ("curve", "notes")}
-    quality = run_plots.quality(report)
+    quality, errors = run_plots.quality(report), layer_plots.errors(report)
     parts = [
         f"<h1>{esc(title)}</h1><p class=muted>{esc(' · '.join(str(f) for f in facts if f))}</p>",
         _headline(report),
@@ -69,12 +77,12 @@ def page(report: Report) -> str:
         section("Results", table(heads(report), results(report), "right")),
         section("Tasks", quality_parts.tasks(report)),
         section("Divergence from the dense model", quality_parts.divergence(report)),
-        section("Quality against size", (note(LEVEL) if quality else "") + panels(quality)),
+        section("Quality against size", (note(f"{LEVEL} {BARS}") if quality else "") + panels(quality)),
         section("Choice of bits by layer", quality_parts.choice(report)),
         section("Protocol", quality_parts.protocol(report)),
         section("Pruning", pairs(pruned) + panels(run_plots.training(report, "pruning"))),
         section("Training", panels(run_plots.training(report))),
-        section("Packing error", panels(layer_plots.errors(report))),
+        section("Packing error", (note(ERROR) if errors else "") + panels(errors)),
         section("Bits per layer", _bits(report)),
         section("Layers", _layers(report)),
         section("Time and memory", _stages(report)),

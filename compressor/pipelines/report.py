@@ -9,6 +9,9 @@ import json
 import math
 import os
 import platform
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -90,6 +93,8 @@ class Report:
             raise ModelError(f"{path} cannot be read ({error.strerror}); give a report.json that a run wrote") from None
         except ValueError as error:
             raise ModelError(f"{path} is not JSON ({error}); give a report.json that a run wrote") from None
+        except RecursionError:
+            raise ModelError(f"{path} is nested too deeply for a report; give a report.json that a run wrote") from None
         return cls.from_dict(values, str(path))
 
 
@@ -172,8 +177,22 @@ def number(values: Any, *keys: str) -> float | None:
     """The finite number at values[key][key]…, or None."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
-    good = isinstance(values, int | float) and not isinstance(values, bool) and math.isfinite(values)
+    good = isinstance(values, int | float) and not isinstance(values, bool) and abs(values) <= sys.float_info.max
     return values if good else None
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """name -> how readers see it: of a path its last part, and of equal ones as many folders before it as tell them apart.
+
+    Paths of the machine that ran say nothing to a reader; report.json keeps them.
+    """
+    parts = {name: [part for part in re.split(r"[/\\]", name) if part] or [name] for name in names}
+    out = {}
+    for name, own in parts.items():
+        others = [other for key, other in parts.items() if key != name]
+        kept = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        out[name] = "/".join(own[-kept:])
+    return out
 
 
 def fixed(value: float | None, digits: int = 3, unit: str = "") -> str:

@@ -15,9 +15,11 @@ from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.pipelines import adapters, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
+from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.measure import divergence
 from compressor.pipelines.measure import tasks as questions
 from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract, publish
@@ -27,6 +29,8 @@ from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
+
+COMPARED = 8192  # tokens of the domain's text on which logits are compared with those of the dense model
 
 
 class Run(Job):
@@ -54,6 +58,7 @@ class Run(Job):
         self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
         self.outside = data.load_text("python-source" if recipe.data.outside is None else recipe.data.outside)
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
+        self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
         self._fingerprints(load.fingerprint(self.source))
 
     def check_source(self) -> None:
@@ -73,7 +78,7 @@ class Run(Job):
         calibration = (self.calib.sha256, self.seqlen) if self.calibrates() else ()
         pruning = (recipe.digest("prune"), self.domain.train.sha256, self.seqlen) if self.prunes else ()
         self.key_dense = digest(base, measured)
-        candidates = (asdict(recipe.quant), recipe.choose.measure, recipe.choose.windows, recipe.data.nsamples, recipe.seed)
+        candidates = (asdict(recipe.quant), recipe.choose.measure, recipe.choose.windows, recipe.data.nsamples, recipe.seed, self.calib.sha256)
         self.key_prune = digest(base, pruning)
         self.key_pruned = digest(self.key_prune, measured)
         loss = () if recipe.choose.max_loss is None else (self.key_dense,)  # what is packed depends on what was measured
@@ -115,6 +120,8 @@ class Run(Job):
             loaded = load.load(self.recipe.model, self.recipe.device)
         compress.check_finite(loaded.model)
         found = self.targets(loaded.model if after is None else after)
+        if self.recipe.choose.active and after is None:
+            choosing.check_size(self.recipe, loaded.model, choosing.fixed_bytes(self.recipe, loaded), loaded.dtype)
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
             "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
@@ -149,7 +156,8 @@ class Run(Job):
         folder = load.folder_dtype(load.stored_dtype(self.source), self.config)
         if not self.recipe.choose.active:
             return estimate.estimate(self.recipe, model, folder, counts, self.source, before)
-        forward = estimate.forward_seconds(model, self.device, self.recipe.choose.windows * self.seqlen)
+        windows = sensitivity.windows(self.recipe.choose, self.seqlen, self.config.get("vocab_size", 1))
+        forward = estimate.forward_seconds(model, self.device, windows * self.seqlen)
         return choosing.cost(self.recipe, lambda recipe: estimate.estimate(recipe, model, folder, counts, self.source, before), forward)
 
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
@@ -173,6 +181,9 @@ class Run(Job):
         self.record("dense", bits_per_weight=bits_per_weight, folder_bytes=self.report.model["dense_bytes"])
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
+        ids, labels = evaluate.cut(*self._domain_text(loaded), self.window, self.recipe.eval.max_tokens)
+        few = slice(max(1, COMPARED // self.window))
+        self.near = divergence.Sample(loaded.model, ids[few], labels[few])
 
     def _prune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
         options, seed, objective = self.recipe.prune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
@@ -237,6 +248,8 @@ class Run(Job):
             found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
             if self.recipe.eval.tasks:
                 found["tasks"] = questions.measure(loaded, self.recipe.eval.tasks, self.recipe.eval.task_limit, seed=self.recipe.seed)
+            if self.near is not None:
+                found["divergence"] = self.near.compare(loaded.model)
             prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if self._samples() else []
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
@@ -249,15 +262,18 @@ class Run(Job):
 
     def _domain_perplexity(self, loaded: load.Loaded) -> Callable[[], float]:
         """What the training loop calls now and then; the text is tokenised once."""
-        if self.domain.test.pairs:
-            cut = data.windows(self.domain.test, loaded.tokenizer, self.window)
-            ids, labels = cut.ids, cut.labels
-        else:
-            ids, labels = evaluate.stream(self.domain.test, loaded.tokenizer), None
+        ids, labels = self._domain_text(loaded)
         return lambda: evaluate.perplexity(loaded.model, ids, self.window, self.recipe.eval.max_tokens, labels=labels)["perplexity"]
 
+    def _domain_text(self, loaded: load.Loaded) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ids and labels as `evaluate.perplexity` takes them."""
+        if not self.domain.test.pairs:
+            return evaluate.stream(self.domain.test, loaded.tokenizer), None
+        cut = data.windows(self.domain.test, loaded.tokenizer, self.window)
+        return cut.ids, cut.labels
+
     def measured_as(self, name: str, found: dict[str, Any]) -> None:
-        self.record(name, **{k: found[k] for k in ("domain", "outside", "tasks") if k in found})
+        self.record(name, **{k: found[k] for k in ("domain", "outside", "tasks", "divergence") if k in found})
         for i, prompt in enumerate(found.get("prompts", [])):
             if len(self.report.samples) <= i:
                 self.report.samples.append({"prompt": prompt})

@@ -69,7 +69,7 @@ def test_batches_do_not_change_the_result(model: Any, monkeypatch: pytest.Monkey
     sizes, forward = [], evaluate._logits
     monkeypatch.setattr(evaluate, "_logits", lambda m, x: sizes.append(len(x)) or forward(m, x))
     assert evaluate.perplexity(model, ids, 16)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    assert sizes == [1] + [3] * 13
+    assert sizes == [1, 1] + [3] * 13, "the first is the warm-up"
 
 
 def test_masked_labels_do_not_count(model: Any) -> None:

@@ -136,10 +136,31 @@ def test_bits_are_drawn_only_where_they_differ() -> None:
 
 def test_every_measured_state_is_a_point_of_every_panel_that_knows_its_size() -> None:
     report = full()
-    report.peak_bytes |= {"evaluate dense": 1e9, "evaluate tuned": 2e9}
+    report.peak_bytes |= {"evaluate dense": 3e9, "evaluate packed": 3e9}  # of the process: says more of the order of stages than of models
+    assert not [panel.name for panel in run_plots.quality(report) if "memory" in panel.name]
+    report.peak_bytes |= {"evaluate dense_gpu": 1e9, "evaluate tuned_gpu": 2e9}
     points = {panel.name: set(re.findall(r"<title>(\w+): ", figures.inline(panel))) for panel in run_plots.quality(report)}
     assert points["perplexity-domain-by-bits"] == points["perplexity-outside-by-size"] == {"dense", "pruned", "packed", "tuned"}
     assert points["task-0-by-size"] == {"dense", "packed", "tuned"} and points["perplexity-domain-by-memory"] == {"dense", "tuned"}
+
+
+def test_numbers_that_no_axis_holds_are_left_out() -> None:
+    report = full()
+    report.dense["domain"]["perplexity"], report.packed["domain"]["perplexity"], report.tuned["bits_per_weight"] = 1e300, 1e-300, 10**400
+    report.choice["uniform"][0]["loss"] = report.training["evals"][0]["perplexity"] = 1e250
+    report.layers[0]["error"] = 1e300
+    drawn = {panel.name: figures.inline(panel) for panel in render.figures_of(report)}
+    assert set(re.findall(r"<title>(\w+): ", drawn["perplexity-domain-by-bits"])) == {"pruned"}
+    assert "w2g128" not in drawn["choice-by-bits"] and "training-perplexity" not in drawn and "from 0 (faint) to 0.06" in drawn["error-by-layer"]
+
+
+def test_error_bars_are_those_of_the_paired_difference() -> None:
+    report = full()
+    paint: Any = next(p.paint for p in run_plots.quality(report) if p.name == "perplexity-domain-by-bits")
+    errors = {state: error for state, _, _, error in paint.keywords["points"]}
+    assert errors == {"dense": 0.0, "pruned": 0.0, "packed": 6.4522 * 0.02, "tuned": 5.9 * 0.02}
+    page = render.page(report)
+    assert "4,096 tokens in 8 windows" in page and "<td>0.21 ± 0.02</td>" in page and "<td>0.21 ± 0.01</td>" in page
 
 
 def test_hostile_text_stays_text() -> None:
@@ -151,7 +172,7 @@ def test_hostile_text_stays_text() -> None:
     report.layers[0] |= {"name": f"m.0.{EVIL}", "note": EVIL, "packer": EVIL}
     report.unpacked[0]["reason"] = report.export["format"] = EVIL
     report.seconds[EVIL] = 1.0
-    report.packed["tasks"] = report.packed["divergence"] = {EVIL: {"mean": 1.0, "value": 0.5, "metric": EVIL, "engine": EVIL}}
+    report.packed["tasks"] = {EVIL: {"mean": 1.0, "value": 0.5, "metric": EVIL, "engine": EVIL}}
     report.choice = {"target": {EVIL: EVIL}, "solver": {EVIL: EVIL}, "uniform": [{"spec": EVIL, "bits_per_weight": 3.0, "loss": 1.0}]}
     report.choice["units"] = [{"layers": [EVIL], "chosen": EVIL, "options": [{"spec": EVIL, "bits": 3.0, "damage": 0.1}]}]
     page, card, text = render.page(report), cards.card(report), shown(report)
@@ -185,7 +206,7 @@ def test_a_run_that_stopped_midway_renders() -> None:
         "uniform": [3, {}],
         "units": [{}, {"layers": 3, "options": [{}]}],
     }
-    report.dense["tasks"], report.dense["divergence"] = {"boolq": None, "arc": {"value": "x"}}, {"domain": None, "mean": "x"}
+    report.dense["tasks"], report.dense["divergence"] = {"boolq": None, "arc": {"value": "x"}}, {"mean": "x"}
     report.layers = [{}, "damaged", {"name": "x", "error": None}, {"shape": 3, "bits": [3], "packer": ["a"]}]
     report.samples, report.unpacked = [{}, None, {"prompt": "only"}], [None, {}]
     page = render.page(report)

@@ -11,7 +11,7 @@ import torch
 from compressor.errors import ModelError, OutputError
 from compressor.pipelines import report as module
 from compressor.pipelines import stages
-from compressor.pipelines.report import Report, duration, environment, fixed, number, remarks, results, size, write_text
+from compressor.pipelines.report import Report, duration, environment, fixed, number, remarks, results, short_names, size, write_text
 from compressor.pipelines.stages import Stage
 from compressor.recipe import Recipe
 
@@ -77,6 +77,12 @@ def test_load_names_the_file(tmp_path: Path) -> None:
         Report.load(tmp_path / "bad.json")
 
 
+def test_a_report_nested_too_deeply_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ModelError, match=r"deep.json is nested too deeply"):
+        Report.load(tmp_path / "deep.json")
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     write_text(path, "old")
@@ -119,7 +125,13 @@ def test_numbers_in_words() -> None:
     assert [size(13.478e9), size(2.65e6), size(999), size(None)] == ["13.48 GB", "2.65 MB", "999 bytes", "–"]
     assert [duration(14.23), duration(59.97), duration(61), duration(5210.5)] == ["14.2 s", "1 min 00 s", "1 min 01 s", "1 h 26 min"]
     assert number({"a": {"b": 2}}, "a", "b") == 2
-    assert [number({"a": v}, "a") for v in (True, "3", math.nan, None)] == [None] * 4
+    assert [number({"a": v}, "a") for v in (True, "3", math.nan, math.inf, -math.inf, 10**400, None)] == [None] * 7
+
+
+def test_short_names_keep_as_many_folders_as_tell_them_apart() -> None:
+    names = ["/a/x/t.jsonl", "/b/x/t.jsonl", "/b/y/t.jsonl", "C:\\d\\one.json", "boolq", "/"]
+    assert list(short_names(names).values()) == ["a/x/t.jsonl", "b/x/t.jsonl", "y/t.jsonl", "one.json", "boolq", "/"]
+    assert short_names(["t.jsonl", "/a/t.jsonl"]) == {"t.jsonl": "t.jsonl", "/a/t.jsonl": "a/t.jsonl"}
 
 
 def test_results_count_the_whole_folder() -> None:

@@ -49,7 +49,7 @@ def browser() -> Iterator[Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     report = full()
-    report.peak_bytes |= {f"evaluate {state}": 1e9 * (i + 1) for i, state in enumerate(("dense", "pruned", "packed", "tuned"))}
+    report.peak_bytes |= {f"evaluate {state}_gpu": 1e9 * (i + 1) for i, state in enumerate(("dense", "pruned", "packed", "tuned"))}
     render.write_html(report, folder / "report.html")
     sweep_page.write(write_sweep(folder / "sweep", sweep_rows()))
     return {"run": folder / "report.html", "sweep": folder / "sweep" / "sweep.html"}
@@ -73,7 +73,7 @@ def expected(name: str, label: str) -> dict[str, tuple[float, float]]:
         for row in sweep_rows():
             if row["status"] == "ok":
                 sizes = {"bits": "bits_per_weight", "folder": "folder_bytes", "tokens": "tokens_per_second"}
-                x = row["peak_bytes"]["evaluate packed"] if by == "memory" else row[sizes[by]]
+                x = row["peak_bytes"]["evaluate packed_gpu"] if by == "memory" else row[sizes[by]]
                 y = row["tasks"]["boolq"]["value"] if "task" in title else row["perplexity" if "domain" in title else "outside"]
                 out[row["id"]] = (x / unit, y)
         if "task" not in title:

@@ -3,12 +3,13 @@
     choice = Choice(...); quant = choice.quant()          # recipe.Quant with `layers` filled in
     choice.learn(reached)                                 # after packing: what was lost, so that the next mix comes nearer to the target of loss
 
-A target of bits or bytes asks for the least damage that it allows; a target of loss for the fewest bits whose predicted damage stays within
-ln(1 + max_loss) nats. Predictions add up the damages of single units. What is really reached is measured on the packed model; `learn` moves the
-allowance by as much as the prediction was wrong. `facts` tells all of it to the report.
+A target of bits or bytes asks for the least damage that it allows; a target of loss, to begin with, for the fewest bits whose predicted damage stays
+within ln(1 + max_loss) nats. Predictions add up the damages of single units. What is really reached is measured on the packed model; `learn` moves
+the allowance by as much as the prediction was wrong. `facts` tells all of it to the report.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from compressor.errors import RecipeError
 from compressor.pipelines.choose.sensitivity import Unit
 from compressor.pipelines.choose.solver import Answer, solve
+from compressor.pipelines.methods import check_spec
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Choose, Quant
 
@@ -34,6 +36,7 @@ def ways(quant: Quant, options: Choose) -> dict[str, Quant]:
     for spec, way in found.items():
         if way.packer not in PACKERS:
             raise RecipeError(f"choose.candidates: packer {way.packer!r} of {spec} is unknown; choose {' or '.join(PACKERS)}")
+        check_spec(spec, way)
         if PACKERS[way.packer].fisher:
             raise RecipeError(f"choose.candidates: {way.packer} wants gradients of the whole model for every layer; leave {spec} out")
         if PACKERS[way.packer].table and way.bits == 8:
@@ -72,16 +75,26 @@ class Choice:
         return sum(unit.weights for unit in self.units)
 
     def quant(self) -> Quant:
-        """The recipe's options with those of every linear. RecipeError where no mix of the candidates meets the target."""
+        """The recipe's options with those of every linear. RecipeError where no mix of the candidates meets a target of size."""
         damage, bits = [[o.damage for o in u.options] for u in self.units], [[o.bits for o in u.options] for u in self.units]
         if self.options.max_loss is not None:
-            self.answer = solve(bits, damage, self.allowed)
+            self.answer = solve(bits, damage, self.allowed) or self._least_damage()  # whether that is too much, measuring will tell
         else:
             self.answer = solve(damage, bits, self.budget())
         if self.answer is None:
             raise RecipeError(self._unreachable())
         chosen = {name: unit.options[pick].specs[0] for unit, pick in self._picked() for name in unit.layers}
         return replace(self.base, layers=chosen)
+
+    def settle(self, layers: Mapping[str, str], tried: list[dict[str, Any]]) -> Quant:
+        """The mix that an earlier try ended with, instead of a new one."""
+        picks = [_index(unit, layers[unit.layers[0]]) or 0 for unit in self.units]
+        self.answer, self.tried = Answer(picks, 0.0, 0.0, 0.0), tried
+        return replace(self.base, layers=dict(layers))
+
+    def _least_damage(self) -> Answer:
+        picks = [u.options.index(min(u.options, key=lambda o: (o.damage, o.bits))) for u in self.units]
+        return Answer(picks, sum(float(u.options[i].bits) for u, i in zip(self.units, picks, strict=True)), 0.0, 0.0)
 
     def budget(self) -> float:
         """Bits that the packed linears may store."""
@@ -104,7 +117,8 @@ class Choice:
         seen = any(row["bits_per_weight"] == mix["bits_per_weight"] and row["reached_loss"] == reached for row in self.tried)
         self.tried.append(mix | {"allowed": self.allowed, "reached_loss": reached})
         good = [row["allowed"] for row in self.tried if row["reached_loss"] <= wanted]
-        if NEAR * wanted <= reached <= wanted:
+        best_of_all = reached > wanted and self.answer is not None and self.answer.picks == self._least_damage().picks
+        if NEAR * wanted <= reached <= wanted or (best_of_all and not good):
             return False
         if len(self.tried) >= TRIES or seen:
             best = max(good, default=self.allowed)
@@ -120,7 +134,9 @@ class Choice:
         assert self.answer is not None
         targets = {key: value for key in ("target_bits", "target_size", "max_loss") if (value := getattr(self.options, key)) is not None}
         specs = dict.fromkeys(spec for unit in self.units for option in unit.options for spec in option.specs)
-        uniform = [{"spec": spec} | self._point([_index(unit, spec) for unit in self.units]) for spec in specs]
+        alike = {spec: [_index(unit, spec) for unit in self.units] for spec in specs}
+        whole = {spec: picks for spec, found in alike.items() if len(picks := [i for i in found if i is not None]) == len(found)}
+        uniform = [{"spec": spec} | self._point(picks) for spec, picks in whole.items()]
         units = [
             {
                 "layers": list(unit.layers), "chosen": unit.options[pick].specs[0],
@@ -143,10 +159,6 @@ class Choice:
 
     def _unreachable(self) -> str:
         lightest = [u.options.index(min(u.options, key=lambda o: o.bits)) for u in self.units]
-        best = [u.options.index(min(u.options, key=lambda o: o.damage)) for u in self.units]
-        if self.options.max_loss is not None:
-            loss = self._point(best)["loss"]
-            return f"max_loss={self.options.max_loss:g} is less than the {math.expm1(loss):.2g} that the best of the candidates lose: allow more"
         point = self._point(lightest)
         if self.options.target_bits is not None:
             least = f"{point['bits_per_weight']:.3f} bits a weight that the smallest candidates take"
@@ -155,8 +167,8 @@ class Choice:
         return f"target_size={self.options.target_size:,} bytes is below the {least}: ask for more"
 
 
-def _index(unit: Unit, spec: str) -> int:
-    return next(i for i, option in enumerate(unit.options) if spec in option.specs)
+def _index(unit: Unit, spec: str) -> int | None:
+    return next((i for i, option in enumerate(unit.options) if spec in option.specs), None)
 
 
 def overhead(names: list[str], schemes: int) -> int:

@@ -3,17 +3,18 @@
 A unit is the linears of a block that read the same input (q/k/v, gate/up): they get one option together, so that servers can fuse them. One pass
 of the calibration windows through the dense model's blocks collects their inputs; every unit is packed by every option, on inputs of the dense model.
 
-    kl      damage = mean over tokens of KL(p_dense || p_now), nats, logits of a few calibration windows with only this unit packed
+    kl      damage = mean over tokens of KL(p_dense || p_now), nats, logits of a few windows that do not calibrate, with only this unit packed
     error   damage = sum over the unit's linears of the relative squared error of their outputs on the calibration inputs; runs no model
 
 To second order both add up over units as long as errors are small and independent (Dong et al., HAWQ-V2, 2020, arXiv 1911.03852; Li et al., BRECQ,
-2021, arXiv 2102.05426); what they really come to together is measured after packing. Damages of kl are nats of the loss, those of error know nothing
-of how much a layer matters.
+2021, arXiv 2102.05426); what they really come to together is measured after packing. KL is the rise of the loss on text that the dense model itself
+would write, and near to it on other text; error knows nothing of how much a layer matters.
 
 Price: options times the packing of the model; for kl one forward pass of the sample for every unit and option, at most SAMPLE logits kept in memory.
 Finished blocks are kept in the work folder.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import NumericError
 from compressor.packing import relative_error
 from compressor.pipelines import journal
 from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
@@ -67,8 +69,9 @@ class Divergence:
         self.dense = [self._log_probs(row) for row in self.rows]
 
     def __call__(self) -> float:
+        """Infinite where the model does not predict (any more)."""
         total = sum(float(self._kl(row, dense)) for row, dense in zip(self.rows, self.dense, strict=True))
-        return max(0.0, total / sum(row.numel() for row in self.rows))
+        return max(0.0, total / sum(row.numel() for row in self.rows)) if math.isfinite(total) else math.inf
 
     def _kl(self, row: Tensor, dense: Tensor) -> Tensor:
         """Sum over the tokens of a row."""
@@ -79,10 +82,21 @@ class Divergence:
         return self.model(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)  # [seqlen, vocab]
 
 
-def sample(ids: Tensor, options: Choose, vocabulary: int) -> Tensor:
-    """The windows [count, seqlen] that kl is measured on: spread over the calibration windows, as many as SAMPLE allows."""
-    count = max(1, min(options.windows, len(ids), SAMPLE // (ids.shape[1] * max(vocabulary, 1))))
-    return ids[:: len(ids) // count][:count]
+def windows(options: Choose, seqlen: int, vocabulary: int) -> int:
+    """How many windows kl is measured on: those asked for, or as many as SAMPLE allows."""
+    return max(1, min(options.windows, SAMPLE // (seqlen * max(vocabulary, 1))))
+
+
+def sample(text: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Up to `count` windows [count, seqlen] spread over a text's windows [all, seqlen] that are not among the calibration windows `ids`.
+
+    Packing was fitted to those, and would look better on them than it is. A text that has no others gives them.
+    """
+    seen = {row.numpy().tobytes() for row in ids}
+    rest = [row for row in text if row.numpy().tobytes() not in seen]
+    found = torch.stack(rest) if rest else ids
+    count = min(count, len(found))
+    return found[:: len(found) // count][:count]
 
 
 @torch.no_grad()
@@ -145,8 +159,13 @@ def _unit(
             damage = divergence()
         for leaf, weight in weights.items():
             weight.copy_(kept[leaf])
-        options.append(Option(tuple(specs), bits, damage))
+        if math.isfinite(damage):
+            options.append(Option(tuple(specs), bits, damage))
         on_option(len(specs) * len(leaves), f"{prefix}{leaves[0]} {specs[0]}")
+    if not options:
+        raise NumericError(
+            f"{prefix}{leaves[0]}: packed by none of the candidates does the model give finite numbers: try others, or --scale-dtype float32"
+        )
     return Unit(tuple(prefix + leaf for leaf in leaves), sum(w.numel() for w in weights.values()), tuple(options))
 
 

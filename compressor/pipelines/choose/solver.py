@@ -32,20 +32,32 @@ class Answer:
 
 
 def solve(costs: Numbers, weights: Numbers, limit: float) -> Answer | None:
-    """The options of least total cost whose total weight is at most `limit`; None where even the lightest weigh more. All numbers from 0."""
-    start = time.perf_counter()
-    if math.fsum(map(min, weights)) > limit:
+    """The options of least total cost whose total weight is at most `limit`; None where even the lightest weigh more. All numbers from 0.
+
+    Where the solver finds nothing in its time the lightest option of each unit stands, and the gap is infinite.
+    """
+    start, least = time.perf_counter(), math.fsum(map(min, weights))
+    if least > limit:
         return None
+    spare = limit - least
+    fits = [[i for i, weight in enumerate(row) if weight - min(row) <= spare] for row in weights]  # others no mix can hold
+    few = [[[row[i] for i in own] for row, own in zip(table, fits, strict=True)] for table in (costs, weights)]
     within = limit
-    for _ in range(TRIES):
-        picks, gap = _milp(costs, weights, within)
-        if picks is None:
+    for _ in range(TRIES if any(len(own) > 1 for own in fits) else 0):
+        found, gap = _milp(few[0], few[1], within)
+        if found is None:
             break
-        if math.fsum(row[pick] for row, pick in zip(weights, picks, strict=True)) <= limit:
-            return Answer(picks, math.fsum(row[pick] for row, pick in zip(costs, picks, strict=True)), gap, time.perf_counter() - start)
+        picks = [own[i] for own, i in zip(fits, found, strict=True)]
+        if _sum(weights, picks) <= limit:
+            return Answer(picks, _sum(costs, picks), gap, time.perf_counter() - start)
         within -= limit * 1e-6
-    picks = [min(range(len(row)), key=row.__getitem__) for row in weights]  # the lightest of each fit, as seen above
-    return Answer(picks, math.fsum(row[pick] for row, pick in zip(costs, picks, strict=True)), math.inf, time.perf_counter() - start)
+    picks = [min((weight[i], cost[i], i) for i in own)[2] for own, cost, weight in zip(fits, costs, weights, strict=True)]
+    gap = 0.0 if all(len(own) == 1 for own in fits) else math.inf
+    return Answer(picks, _sum(costs, picks), gap, time.perf_counter() - start)
+
+
+def _sum(rows: Numbers, picks: Sequence[int]) -> float:
+    return math.fsum(row[pick] for row, pick in zip(rows, picks, strict=True))
 
 
 def _milp(costs: Numbers, weights: Numbers, limit: float) -> tuple[list[int] | None, float]:

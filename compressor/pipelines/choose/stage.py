@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from compressor.errors import RecipeError
-from compressor.pipelines import compress, load, write
+from compressor.pipelines import compress, data, estimate, load, pruning, write
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose.choice import Choice, overhead, vocabulary, ways
 from compressor.pipelines.job import digest
 from compressor.pipelines.journal import Journal
-from compressor.recipe import Choose, Quant, Recipe
+from compressor.pipelines.methods import check_methods
+from compressor.recipe import KEPT, Choose, Quant, Recipe
 
 UNITS = 4 / 7  # units a linear, where q, k, v and gate, up read the same input
 
@@ -27,21 +29,38 @@ if TYPE_CHECKING:
 
 
 def check(recipe: Recipe) -> None:
-    """RecipeError, before any work, for a target that this recipe cannot have."""
+    """RecipeError, before any work, for a target that this recipe cannot have, or a candidate that its tuner or its pruning could not go on with."""
     if not recipe.choose.active:
         return
+    if recipe.quant.packer in ("none", KEPT):
+        raise RecipeError("a target says how to pack, and nothing is packed: add --quant, for example 3bit, or leave the target out")
     if recipe.choose.max_loss is not None and recipe.choose.measure != "kl":
         raise RecipeError("choose.max_loss is counted in nats, which measure=error does not know: leave choose.measure at kl")
-    ways(recipe.quant, recipe.choose)
+    for way in ways(recipe.quant, recipe.choose).values():
+        check_methods(recipe.with_(quant=way, choose=Choose()))
+        if recipe.prune.method != "none" and pruning.sparse(recipe.prune):
+            compress.check_keep_zeros(way)
 
 
-def cost(recipe: Recipe, estimate: Callable[[Recipe], dict[str, Any]], forward: float) -> dict[str, Any]:
+def check_size(recipe: Recipe, model: nn.Module, fixed: int, folder: torch.dtype) -> None:
+    """RecipeError, before anything is measured, for a target below what the smallest of the candidates come to; model: a shell will do."""
+    plans = [compress.plan(model, way).packed() for way in ways(recipe.quant, recipe.choose).values()]
+    bits = [[estimate.stored_bits(recipe, [target], folder) for target in plan] for plan in plans]  # [candidates, linears]
+    least, weights = sum(map(min, zip(*bits, strict=True))), sum(t.shape[0] * t.shape[1] for t in plans[0])
+    asked, size = recipe.choose.target_bits, recipe.choose.target_size
+    if asked is not None and least > asked * weights:
+        raise RecipeError(f"target_bits={asked:g} is below the {least / weights:.3f} bits a weight that the smallest candidates take: ask for more")
+    if size is not None and fixed + least / 8 > size:
+        raise RecipeError(f"target_size={size:,} bytes is below the {fixed + -(-least // 8):,} that the smallest candidates come to: ask for more")
+
+
+def cost(recipe: Recipe, estimated: Callable[[Recipe], dict[str, Any]], forward: float) -> dict[str, Any]:
     """What a run will cost whose widths are still to be chosen: sizes are those of the target; of a target of loss, of the largest candidate.
 
-    estimate: of a recipe without a choice; forward: seconds that the windows of the sample take through the model.
+    estimated: costs of a recipe without a choice; forward: seconds that the windows of the sample take through the model.
     """
     plain = recipe.with_(choose=Choose())
-    found = sorted((estimate(plain.with_(quant=way)) for way in ways(recipe.quant, recipe.choose).values()), key=lambda row: row["bits_per_weight"])
+    found = sorted((estimated(plain.with_(quant=way)) for way in ways(recipe.quant, recipe.choose).values()), key=lambda row: row["bits_per_weight"])
     asked, size = recipe.choose.target_bits, recipe.choose.target_size
     fits = [row for row in found if row["bits_per_weight"] <= (asked or math.inf) and row["folder_bytes"] <= (size or math.inf)]
     if not fits:
@@ -68,23 +87,26 @@ def _between(low: dict[str, Any], high: dict[str, Any], bits: float | None, size
 
 def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> load.Loaded:
     """Choose, pack and measure; the packed model, which is another than the one given where it had to be loaded again."""
-    probe = _probe(run, loaded, ids)
-    choice = _choice(run, loaded, ids, probe, journal)
+    probe, choice = _probed(run, loaded, ids, journal)
+    settled = journal.get("chosen", run.key_compress)
     while True:
-        quant = choice.quant()
-        predicted = choice.predicted()
-        run.show.say(f"chosen: {_counts(quant)}; predicted {_told(predicted, choice)}")
+        quant = choice.quant() if settled is None else choice.settle(settled["layers"], settled["tried"])
+        run.show.say(f"chosen: {_counts(quant)}; predicted {_told(choice.predicted(), choice)}")
         key = digest(run.key_compress, sorted(quant.layers.items()))
         run.pack(loaded, ids, key, journal, quant)
         run.measured("packed", digest(run.key_packed, key), loaded, journal)
-        rise = math.log(run.report.packed["domain"]["perplexity"] / run.report.dense["domain"]["perplexity"])
-        if run.recipe.choose.max_loss is None or run.prunes or not choice.learn(rise):
+        before = run.report.pruned or run.report.dense
+        rise = math.log(run.report.packed["domain"]["perplexity"] / before["domain"]["perplexity"])
+        if settled is not None or run.recipe.choose.max_loss is None or run.prunes or not choice.learn(rise):
             break
         run.show.say(f"perplexity grew by {math.expm1(rise):.2%}; packing again")
         loaded = run.read()
+    journal.put("chosen", run.key_compress, {"layers": quant.layers, "tried": choice.tried})
+    run.key_tune, run.key_tuned = digest(run.key_tune, key), digest(run.key_tuned, key)  # checkpoints belong to this mix
     run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
     if probe is not None:
         probe.model = loaded.model
+        run.report.choice["sample"] = {"windows": len(probe.rows), "tokens": sum(row.numel() for row in probe.rows)}
         run.report.choice["reached"]["loss"] = probe()
     wanted = run.recipe.choose.max_loss
     if wanted is not None and math.expm1(rise) > wanted:
@@ -93,23 +115,27 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
     return loaded
 
 
-def _probe(run: Run, loaded: load.Loaded, ids: torch.Tensor) -> sensitivity.Divergence | None:
-    """The dense model's logits on a sample, for kl."""
-    if run.recipe.choose.measure != "kl":
-        return None
-    return sensitivity.Divergence(loaded.model, sensitivity.sample(ids, run.recipe.choose, vocabulary(loaded.model)))
-
-
-def _choice(run: Run, loaded: load.Loaded, ids: torch.Tensor, probe: sensitivity.Divergence | None, journal: Journal) -> Choice:
-    recipe = run.recipe
+def _probed(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> tuple[sensitivity.Divergence | None, Choice]:
+    """The dense model's logits on a sample, for kl, and the choice with all its units measured."""
+    recipe, probe = run.recipe, None
+    if recipe.choose.measure == "kl":
+        text = data.calibration(run.calib, loaded.tokenizer, run.seqlen, 1 << 60, recipe.seed)  # all windows
+        count = sensitivity.windows(recipe.choose, run.seqlen, vocabulary(loaded.model))
+        probe = sensitivity.Divergence(loaded.model, sensitivity.sample(text, ids, count))
     candidates, todo = ways(recipe.quant, recipe.choose), compress.plan(loaded.model, recipe.quant)
     names, dtype = [t.name for t in todo.packed()], load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
-    linears = sum(t.shape[0] * t.shape[1] for t in todo.packed())
-    fixed = write.tensor_bytes(loaded) - linears * loaded.dtype.itemsize + overhead(names, len(candidates))
     work = journal.subfolder("damage", digest(run.key_damage, sorted(candidates)))
     with run.stage("choose"), run.show.task("choose", len(names) * len(candidates)) as advance:
         units = sensitivity.measure(loaded.model, todo, candidates, dtype, ids, probe, work, advance, run.sparse)
-    return Choice(recipe.choose, recipe.quant, units, fixed)
+    return probe, Choice(recipe.choose, recipe.quant, units, fixed_bytes(recipe, loaded))
+
+
+def fixed_bytes(recipe: Recipe, loaded: load.Loaded) -> int:
+    """Bytes of the folder, adapter included, beside what the packed linears store."""
+    todo = compress.plan(loaded.model, recipe.quant).packed()
+    linears = sum(t.shape[0] * t.shape[1] for t in todo)
+    beside = overhead([t.name for t in todo], len(ways(recipe.quant, recipe.choose))) + estimate.added(recipe.tune, todo).bytes
+    return write.tensor_bytes(loaded) - linears * loaded.dtype.itemsize + beside
 
 
 def _counts(quant: Quant) -> str:
@@ -119,5 +145,6 @@ def _counts(quant: Quant) -> str:
 
 
 def _told(point: dict[str, Any], choice: Choice) -> str:
-    loss = f", loss {point['loss']:+.4f} nats a token" if choice.options.measure == "kl" else ""
-    return f"{point['bits_per_weight']:.3f} bits per weight, {point['folder_bytes'] / 1e6:,.2f} MB{loss}"
+    loss = f", KL {point['loss']:.4f} nats a token" if choice.options.measure == "kl" else ""
+    slow = "" if choice.answer is None or math.isfinite(choice.answer.gap) else " (the solver found nothing in its time: the smallest options stand)"
+    return f"{point['bits_per_weight']:.3f} bits per weight, {point['folder_bytes'] / 1e6:,.2f} MB{loss}{slow}"

@@ -11,6 +11,8 @@ was measured, on the machine that did: two machines that share a folder share th
 
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from compressor import __version__
-from compressor.errors import OutputError
 from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.pipelines import load
 from compressor.pipelines.output import read_report
-from compressor.pipelines.report import write_text
 from compressor.pipelines.show import Show
+
+SCHEMA = 1  # to be raised when what is measured, or how, changes: older entries then count as absent
 
 
 @dataclass
@@ -43,21 +45,34 @@ class Cache:
         try:
             entry = json.loads((self.folder / f"{digest(key)}.json").read_text("utf-8"))
             whole = entry["key"] == dict(key) and entry["sha256"] == _seal(entry) and isinstance(entry["result"], dict)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return entry["result"] | {"cached": True, "measured": entry["measured"]} if whole else None
 
-    def put(self, key: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-        """Keep a result; returns it with "cached" False and "measured". A folder that cannot be written costs a line, not the measurement."""
+    def put(self, key: Mapping[str, Any], result: dict[str, Any], keep: bool = True) -> dict[str, Any]:
+        """Keep a result; returns it with "cached" False and "measured". A folder that cannot be written costs a line, not the measurement.
+
+        `keep` False: a result that another try may better, and that is only returned.
+        """
         entry: dict[str, Any] = {"key": dict(key), "result": result, "measured": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
-        if self.folder is not None and self.writable:
+        if keep and self.folder is not None and self.writable:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(self.folder / f"{digest(key)}.json", json.dumps(entry | {"sha256": _seal(entry)}, indent=1))
-            except (OSError, OutputError) as error:
+                _write(self.folder / f"{digest(key)}.json", json.dumps(entry | {"sha256": _seal(entry)}, indent=1))
+            except OSError as error:
                 self.writable = False
-                self.show.say(f"measurements are not kept: {error}")
+                self.show.say(f"measurements are not kept: {self.folder} cannot be written ({error.strerror or error})")
         return result | {"cached": False, "measured": entry["measured"]}
+
+
+def _write(path: Path, text: str) -> None:
+    """Under a temporary name of its own, then renamed: containers that share a folder share process ids, too."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def digest(key: Mapping[str, Any]) -> str:
@@ -70,9 +85,9 @@ def _seal(entry: Mapping[str, Any]) -> str:
 
 
 def base_key(device: str) -> dict[str, Any]:
-    """What every measurement depends on besides model and text: kind of device, kernels, versions."""
+    """What every measurement depends on besides model and text: kind of device, kernels, versions, and that of these entries."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    return {"device": device, "kernels": dispatch.describe(), "compressor": __version__} | versions
+    return {"schema": SCHEMA, "device": device, "kernels": dispatch.describe(), "compressor": __version__} | versions
 
 
 def model_digest(folder: Path) -> str:

@@ -7,6 +7,9 @@ one is; the reference is loaded when a divergence or a floor is, and stays. So a
 All models of a call are cut alike: without --window, into windows of what the smallest of them was made for, at most 2048. Perplexity counts
 tokens: of models whose tokenizers differ it does not compare, which the document says ("tokens_differ"); a divergence between such is refused.
 
+Whatever can be told without loading a model is told before anything is measured: files, tasks and their examples, hub tasks that do not answer,
+windows, texts with nothing to predict, tokenizers that differ. A model that does not fit or does not predict shows only when its turn comes.
+
 Limits: encoders are measured on their own examples, one after the other, without cache and reference (encoder_run.py).
 """
 
@@ -30,6 +33,7 @@ from compressor.pipelines.output import read_report
 from compressor.pipelines.show import Show
 
 SIZES = ("bits_per_weight", "folder_bytes", "ratio")
+Cut = tuple[Tensor, Tensor, dict[str, int]]  # windows and targets int64 [count, window] each, and what was lost
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,6 @@ class Side:
     config: dict[str, Any]
     device: str
     held: load.Loaded | None = None
-    cuts: dict[str, tuple[Tensor, Tensor, dict[str, int]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, device: str) -> "Side":
@@ -70,6 +73,17 @@ class Side:
     @cached_property
     def digest(self) -> str:
         return cache.model_digest(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load.load_tokenizer(self.folder)
+
+    @cached_property
+    def tokens_by(self) -> str:
+        """Digest of what decides how a text becomes tokens: folders of one tokenizer share their windows."""
+        paths = sorted({path for pattern in load.COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        return cache.digest({"type": self.config.get("model_type"), "files": files})
 
     @property
     def loaded(self) -> load.Loaded:
@@ -84,14 +98,6 @@ class Side:
             if load.pick_device(self.device).type == "cuda":
                 torch.cuda.empty_cache()
 
-    def cut(self, text: Text) -> tuple[Tensor, Tensor, dict[str, int]]:
-        """(rows, targets, what was lost) of a text by this model's tokenizer: int64 [count, window] each."""
-        key = cache.digest(text_key(text))
-        if key not in self.cuts:
-            ids, labels, lost = evaluate.tokens_of(text.corpus, self.loaded.tokenizer, text.window)
-            self.cuts[key] = (*evaluate.cut(ids, labels, text.window, text.max_tokens, text.stride), lost)
-        return self.cuts[key]
-
 
 def text_key(text: Text) -> dict[str, Any]:
     """What a measurement depends on of a text; its name and that of its protocol are not among it."""
@@ -100,24 +106,28 @@ def text_key(text: Text) -> dict[str, Any]:
 
 
 def evaluate_all(asked: Asked, show: Show) -> dict[str, Any]:
-    """The document of `compressor eval` (docs/evaluation.md). Raises UserError for what cannot be measured, before anything is."""
+    """The document of `compressor eval` (docs/evaluation.md). Raises UserError for what cannot be measured: before anything is, where that can be
+    told without loading a model."""
     protocols.check(asked.window, asked.stride, asked.max_tokens)
     kinds = [encoder_load.is_encoder(load.any_config(load.resolve(name))) for name in asked.models]
     if any(kinds):
         return _encoders(asked, all(kinds), show)
+    if asked.limit < 0 or asked.shots < 0:
+        raise RecipeError(f"limit={asked.limit} and shots={asked.shots} must be 0 or more")
     if asked.tasks:
         from compressor.pipelines.measure import tasks
 
         tasks.check(asked.tasks)
-    if asked.limit < 0 or asked.shots < 0:
-        raise RecipeError(f"limit={asked.limit} and shots={asked.shots} must be 0 or more")
+        tasks.digest(asked.tasks, asked.shots)
     sides = [Side.of(name, asked.device) for name in asked.models]
     reference = None if asked.reference is None else Side.of(find_reference(asked.reference, sides), asked.device)
     everyone = [*sides, *([reference] if reference else [])]
     texts = _texts(asked, everyone)
     if reference:
         _same_vocabulary(sides, reference)
-    return Job(asked, texts, reference, show).go(sides)
+    job = Job(asked, texts, reference, show)
+    job.check(sides)
+    return job.go(sides)
 
 
 def _encoders(asked: Asked, all_are: bool, show: Show) -> dict[str, Any]:
@@ -200,11 +210,43 @@ class Job:
     texts: list[Text]
     reference: Side | None
     show: Show
+    cuts: dict[tuple[str, str], Cut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cache = cache.Cache(self.asked.cache, self.show)
         device = load.pick_device(self.asked.device)
         self.base = cache.base_key(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+
+    def check(self, sides: list[Side]) -> None:
+        """Raises for tasks whose data cannot be had, texts with nothing to predict, tokenizers that differ; not for what is known already."""
+        unknown = [name for name in self.asked.tasks if any(self._known("task", side, self._task_key(name)) is None for side in sides)]
+        if unknown:
+            from compressor.pipelines.measure import tasks
+
+            tasks.reach(unknown, self.asked.shots)
+        for text in self.texts:
+            if self.reference and self._known("floor", self.reference, text_key(text)) is None:
+                self._cut(self.reference, text)
+            for side in sides:
+                if self._known("perplexity", side, text_key(text)) is None:
+                    self._cut(side, text)
+                if self._apart(side) and self._known("divergence", side, self._divergence_key(text)) is None:
+                    self._same_tokens(side, text)
+
+    def _cut(self, side: Side, text: Text) -> Cut:
+        """Windows of a text by a model's tokenizer."""
+        key = side.tokens_by, cache.digest(text_key(text))
+        if key not in self.cuts:
+            with _naming(text):
+                ids, labels, lost = evaluate.tokens_of(text.corpus, side.tokenizer, text.window)
+                self.cuts[key] = (*evaluate.cut(ids, labels, text.window, text.max_tokens, text.stride), lost)
+        return self.cuts[key]
+
+    def _same_tokens(self, side: Side, text: Text) -> None:
+        reference = self.reference
+        if reference and not all(torch.equal(*pair) for pair in zip(self._cut(side, text)[:2], self._cut(reference, text)[:2], strict=True)):
+            names = f"{side.name} and {reference.name}"
+            raise DataError(f"{text.corpus.name}: {names} cut it into different tokens: a divergence needs one tokenizer")
 
     def go(self, sides: list[Side]) -> dict[str, Any]:
         floors = [self._floor(self.reference, text) for text in self.texts] if self.reference else []
@@ -212,15 +254,12 @@ class Job:
         for side in sides:
             models.append(self._model(side))
             side.drop()
-        one = len(models) == 1
-        floors_known = all(each["floor"]["cached"] for each in floors)
-        document: dict[str, Any] = models[0] if one else {"models": models}
-        document["cached"] = floors_known and all(model["cached"] for model in models)
-        if any(len({model["texts"][i]["tokens_sha256"] for model in models}) > 1 for i in range(len(self.texts))):
-            document["tokens_differ"] = True
-        if self.reference:
-            document["reference"] = {"model": self.reference.name, "texts": floors}
-        return _flat(document) if one and len(self.texts) <= 1 else document
+        known = all(each["floor"]["cached"] for each in floors) and all(model["cached"] for model in models)
+        unlike = any(len({model["texts"][i]["tokens_sha256"] for model in models}) > 1 for i in range(len(self.texts)))
+        models = [_flat(model) for model in models]
+        document: dict[str, Any] = models[0] if len(models) == 1 else {"models": models}
+        document |= {"cached": known} | ({"tokens_differ": True} if unlike else {})
+        return document | ({"reference": _flat({"model": self.reference.name, "texts": floors})} if self.reference else {})
 
     def _model(self, side: Side) -> dict[str, Any]:
         texts = [self._text(side, text) for text in self.texts]
@@ -230,20 +269,34 @@ class Job:
         parts = [sizes, *texts, *tasks.values(), *(text["divergence"] for text in texts if "divergence" in text)]
         return out | {"cached": all(part["cached"] for part in parts)}
 
-    def _get(self, kind: str, side: Side, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What is known under a key, or what `make` finds out now."""
+    def _key(self, kind: str, side: Side, key: dict[str, Any]) -> dict[str, Any]:
         compute = torch.float32 if self.base["device"] == "cpu" else load.folder_dtype(load.stored_dtype(side.folder), side.config)
-        full = self.base | {"kind": kind, "model": side.digest, "compute": str(compute)} | key
-        return self.cache.get(full) or self.cache.put(full, make())
+        return self.base | {"kind": kind, "model": side.digest, "compute": str(compute)} | key
+
+    def _known(self, kind: str, side: Side, key: dict[str, Any]) -> dict[str, Any] | None:
+        return self.cache.get(self._key(kind, side, key))
+
+    def _get(self, kind: str, side: Side, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is known under a key, or what `make` finds out now; a floor that lacks a line is not kept, because another time there may be room."""
+        known = self._known(kind, side, key)
+        if known is None:
+            found = make()
+            known = self.cache.put(self._key(kind, side, key), found, keep="missing" not in found.get("rounding", ()))
+        return known
 
     def _sizes(self, side: Side) -> dict[str, Any]:
         return self._get("sizes", side, {"sizes": cache.size_digest(side.folder)}, lambda: tools.sizes_of(side.loaded))
+
+    def _task_key(self, name: str) -> dict[str, Any]:
+        from compressor.pipelines.measure import tasks
+
+        asked = self.asked
+        return {"task": tasks.digest([name], asked.shots), "limit": asked.limit, "shots": asked.shots, "seed": asked.seed}
 
     def _task(self, side: Side, name: str) -> dict[str, Any]:
         from compressor.pipelines.measure import tasks
 
         asked = self.asked
-        key = {"task": tasks.digest([name], asked.shots), "limit": asked.limit, "shots": asked.shots, "seed": asked.seed}
 
         def make() -> dict[str, Any]:
             with self.show.task(f"{name}: {side.name}", 1) as advance:
@@ -253,7 +306,7 @@ class Job:
                 advance(1, "")
             return found[name]
 
-        return self._get("task", side, key, make)
+        return self._get("task", side, self._task_key(name), make)
 
     def _text(self, side: Side, text: Text) -> dict[str, Any]:
         found = self._get("perplexity", side, text_key(text), lambda: self._perplexity(side, text))
@@ -261,26 +314,30 @@ class Job:
         told = found["protocol"] | {"name": text.label} | text.about()
         out = {"data": text.corpus.name, "data_sha256": text.corpus.sha256} | {key: found[key] for key in keys} | {"protocol": told}
         reference = self.reference
-        if reference is None or reference.digest == side.digest:
+        if reference is None or not self._apart(side):
             return out
-        key = text_key(text) | {"reference": reference.digest}
-        return out | {"divergence": self._get("divergence", side, key, lambda: self._divergence(side, reference, text))}
+        return out | {"divergence": self._get("divergence", side, self._divergence_key(text), lambda: self._divergence(side, reference, text))}
+
+    def _apart(self, side: Side) -> bool:
+        """Whether there is a reference, and this is another model."""
+        return self.reference is not None and self.reference.digest != side.digest
+
+    def _divergence_key(self, text: Text) -> dict[str, Any]:
+        return text_key(text) | {"reference": self.reference.digest if self.reference else None}
 
     def _perplexity(self, side: Side, text: Text) -> dict[str, Any]:
+        rows, targets, lost = self._cut(side, text)
         with _naming(text):
-            rows, targets, lost = side.cut(text)
             with _bar(self.show, f"perplexity of {side.name}", len(rows)) as progress:
                 found = evaluate.perplexity(side.loaded.model, rows, text.window, 0, None, progress, targets)
             found["stride"] = min(text.stride, rows.shape[1])
         cut = hashlib.sha256(rows.contiguous().numpy().tobytes()).hexdigest()[:16]
-        told = evaluate.protocol(text.corpus, side.loaded.tokenizer, found, text.max_tokens) | lost
+        told = evaluate.protocol(text.corpus, side.tokenizer, found, text.max_tokens) | lost
         return found | {"tokens_sha256": cut, "protocol": told}
 
     def _divergence(self, side: Side, reference: Side, text: Text) -> dict[str, Any]:
+        rows, targets, _ = self._cut(side, text)
         with _naming(text):
-            rows, targets, _ = side.cut(text)
-            if not all(torch.equal(one, other) for one, other in zip(side.cut(text)[:2], reference.cut(text)[:2], strict=True)):
-                raise DataError(f"{side.name} and {reference.name} cut it into different tokens: a divergence needs one tokenizer")
             dense, model = reference.loaded.model, side.loaded.model
             with _bar(self.show, f"divergence of {side.name}", len(rows)) as progress, evaluate.evaluating(dense), evaluate.evaluating(model):
                 forwards = divergence.forward_of(dense), divergence.forward_of(model)
@@ -288,8 +345,8 @@ class Job:
 
     def _floor(self, reference: Side, text: Text) -> dict[str, Any]:
         def make() -> dict[str, Any]:
+            rows, targets, _ = self._cut(reference, text)
             with _naming(text):
-                rows, targets, _ = reference.cut(text)
                 model, stored = reference.loaded.model, load.stored_dtype(reference.folder)
                 with _bar(self.show, f"noise floor of {reference.name}", 2 * len(rows)) as progress, evaluate.evaluating(model):
                     return divergence.floor(model, stored, rows, targets, progress)
@@ -299,11 +356,11 @@ class Job:
 
 
 def _flat(document: dict[str, Any]) -> dict[str, Any]:
-    """The document of one model on one text or none: the text's keys beside the model's, the floor beside the reference's name."""
-    texts, reference = document["texts"], document.get("reference")
-    out = {key: value for key, value in document.items() if key not in ("texts", "reference")}
-    out = {"model": out["model"]} | (texts[0] if texts else {}) | out
-    return out if reference is None else out | {"reference": {"model": reference["model"]} | reference["texts"][0]}
+    """What was found for a model or the reference; of one text or none the text's keys stand beside the model's."""
+    texts = document["texts"]
+    if len(texts) > 1:
+        return document
+    return {"model": document["model"]} | (texts[0] if texts else {}) | {key: value for key, value in document.items() if key != "texts"}
 
 
 @contextmanager

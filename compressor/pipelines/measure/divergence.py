@@ -35,6 +35,7 @@ from compressor.errors import DataError, NumericError
 from compressor.pipelines import evaluate
 from compressor.pipelines.data import IGNORE
 
+SAMPLE_LOGITS = 2**28  # that a Sample keeps: 1 GiB of host memory in float32
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 Forward = Callable[[Tensor], Tensor]  # ids [batch, window] -> logits [batch, window, vocab]
 
@@ -108,6 +109,39 @@ def compare(
         if progress:
             progress(done, len(rows))
     return sums.result()
+
+
+class Sample:
+    """Logits of a model on a few windows, kept so that what becomes of the same model can be compared with what it was."""
+
+    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None) -> None:
+        """ids int64 [count, window], labels of the same shape, -100 where a token does not count.
+
+        Of the windows that predict something the first are taken whose logits together are at most SAMPLE_LOGITS, one at least; they lie in host
+        memory in the dtype that the model computes in. Raises DataError if nothing is predicted.
+        """
+        rows, targets = evaluate.cut(ids, labels, ids.shape[1])
+        useful = (targets[:, 1:] != IGNORE).any(1)  # [count]
+        rows, targets = rows[useful], targets[useful]
+        device, forward, kept, batch = next(model.parameters()).device, forward_of(model), list[Tensor](), 1
+        with evaluate.evaluating(model):
+            while len(kept) < len(rows):
+                logits = forward(rows[len(kept) : len(kept) + batch].to(device))  # [batch, window, vocab]
+                most = max(1, SAMPLE_LOGITS // logits[0].numel())
+                rows, targets = rows[:most], targets[:most]
+                kept += logits.cpu().unbind()
+                batch = min(evaluate.batch_of(logits), max(1, most - len(kept)))
+        self.rows, self.targets, self.logits = rows, targets, kept  # [count, window] each, count of [window, vocab]
+
+    def compare(self, model: nn.Module) -> dict[str, Any]:
+        """Divergence of `model` from what the sample was made of: what `compare` returns for these windows, and raises."""
+        rest = iter(self.logits)
+
+        def reference(ids: Tensor) -> Tensor:
+            return torch.stack([next(rest) for _ in ids]).to(ids.device)  # [batch, window, vocab]
+
+        with evaluate.evaluating(model):
+            return compare(reference, forward_of(model), self.rows, self.targets, next(model.parameters()).device)
 
 
 def add(sums: Sums, first: Tensor, second: Tensor, wanted: Tensor) -> None:

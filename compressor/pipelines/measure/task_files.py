@@ -11,19 +11,20 @@ Prompts. An instruction reads as in training (the Alpaca template of shapes.py),
 question becomes "Question: ...\\nAnswer:", after its passage or context if it has one; any other prompt stays as it is, but for blanks at its end.
 The right choice is given by its place (from 0), its text, or its letter (A is the first; the file's own labels where it has them).
 
-Match. An answer that ends in "#### 72" (GSM8K) or comes with a worked `output` is looked for in WORKED tokens: the number after "####", else the last
-one. Any other answer is the first line of SHORT tokens. Numbers are compared as numbers (1,000 = 1000.0), texts without case, doubled blanks and
-punctuation at their ends; one of several answers is enough.
+Match. An answer that ends in "#### 72" (GSM8K) or comes with a worked `output` is looked for in WORKED tokens: the number after the first "####",
+else the last one. Any other answer is the first line of SHORT tokens. Numbers are compared as numbers (1,000 = 1000.0; the 12 of 10-12 is not -12),
+texts without case, doubled blanks and punctuation at their ends; one of several answers is enough.
 
 Limits: one shape a file; a blank before each choice is right for languages that write blanks. A hub task of the same data may have another template
 (MMLU's letters, HellaSwag's headings), and then the numbers do not compare.
 """
 
 import hashlib
+import math
 import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ GOLD = ("answer", "label", "gold", "answerKey")
 ACCEPTED = "instruction/output/answer with its answer format, question or prompt with choices and answer, question/passage/answer, or prompt/answer"
 
 _FORMAT = re.compile(r"Answer format:[ \t]*(\S[^\n]*)")
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _HELD = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
@@ -101,19 +102,28 @@ def read(path: Path) -> TaskFile:
     return TaskFile(path.name, shape, out, digest, "" if shape.startswith("instruction") else " ", worked)
 
 
-def examples(path: Path, shape: str, count: int) -> TaskFile:
-    """The sibling train file of a test file (train.json beside test.json), from which `count` examples are shown. Raises RecipeError, DataError."""
+def examples(path: Path, asked: TaskFile, count: int) -> TaskFile:
+    """The sibling train file of a test file (train.json beside test.json), from which `count` examples are shown, without the rows that are asked.
+
+    Raises RecipeError, DataError."""
     stems = [_HELD.sub("train", path.stem)] if _HELD.search(path.stem) else []
     found = next((p for stem in stems for suffix in (path.suffix, *SUFFIXES) if (p := path.with_name(stem + suffix)).is_file()), None)
     if found is None:
         wanted = f"{stems[0]}{path.suffix} beside it" if stems else "a file whose name has 'test' in it, and one with 'train' beside it"
         raise RecipeError(f"shots={count} needs examples that are not asked: {path.name!r} has none; give {wanted}, or shots=0")
     file = read(found)
-    if file.shape != shape:
-        raise DataError(f"{found.name} has the shape {file.shape!r}, {path.name} the shape {shape!r}; examples must look like the questions")
-    if len(file.rows) < count:
-        raise RecipeError(f"shots={count} is more than the {len(file.rows)} examples of {found.name}")
-    return file
+    if file.shape != asked.shape:
+        raise DataError(f"{found.name} has the shape {file.shape!r}, {path.name} the shape {asked.shape!r}; examples must look like the questions")
+    questions = set(map(_question, asked.rows))
+    rows = [row for row in file.rows if _question(row) not in questions]
+    if len(rows) < count:
+        raise RecipeError(f"shots={count} is more than the {len(rows)} examples of {found.name} that are not asked")
+    return replace(file, rows=rows)
+
+
+def _question(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells one question from another: its text, and its choices in whatever order."""
+    return row["text"], *sorted(row.get("choices", ()))
 
 
 def matches(written: str, answers: list[str], worked: bool) -> bool:
@@ -124,9 +134,9 @@ def matches(written: str, answers: list[str], worked: bool) -> bool:
 
 
 def _said(written: str, worked: bool) -> Decimal | None:
-    """The number that was written: the first after "####", else the last."""
-    _, marked, rest = written.rpartition("####")
-    found = _NUMBER.findall(rest)
+    """The number that was written: the first after the first "####" (what a model goes on to ask itself is no answer), else the last."""
+    _, marked, rest = written.partition("####")
+    found = _NUMBER.findall(rest if marked else written)
     return _number(found[0 if marked and worked else -1]) if found else None
 
 
@@ -271,6 +281,8 @@ def _plain(value: Any, where: str) -> str:
     """A text that is not blank; numbers count as texts."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(f"{where} holds a {type(value).__name__} where a text was expected")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where} holds {value}, which is no number")
     text = str(value)
     if not text.strip():
         raise DataError(f"{where} is blank")

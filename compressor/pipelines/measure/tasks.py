@@ -8,13 +8,15 @@ were shown. A file takes them from its sibling (train.json beside test.json), dr
 
 Limits: a hub task that runs generated code, needs pictures, or is only a tag of several tasks is refused. `value_normalised` is lm-eval's acc_norm
 (log-likelihood by characters of the choice); by bytes it is among the metrics as acc_bytes. Standard errors are lm-eval's: s / sqrt(n) for means,
-bootstrap for the few others, None for a single question; they say nothing of questions that depend on each other.
+bootstrap for the few others, None for a single question; they say nothing of questions that depend on each other. Of a share of right answers 0
+of n and n of n have an error of 0 by that formula: "low" and "high" bound it honestly there (Wilson's interval, 95 %).
 """
 
 import difflib
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import metadata
@@ -47,9 +49,11 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Scores of a model on every task, under the names given.
 
-    Each has metric, value, stderr, examples, shots, limit, seed, shape ("hub" for lm-eval's own), data_sha256 (None for hub tasks), engine, metrics
-    (all that lm-eval gives, with filters and standard errors), and value_normalised for choices. `limit` asks only the first so many questions of
-    every task. Raises like `check`; DataError where the hub cannot be reached, or a choice does not fit the model.
+    Each has metric, value, stderr, low and high (95 %, of a share of right answers), examples, shots, limit, seed, shape ("hub" for lm-eval's own),
+    data_sha256 (None for hub tasks), engine, metrics (all that lm-eval gives, with filters and standard errors), and value_normalised for choices.
+    `limit` asks only the first so many questions of every task.
+
+    Raises like `check`; DataError where the hub cannot be reached, or a choice does not fit the model.
     """
     if limit < 0 or shots < 0:
         raise RecipeError(f"limit={limit} and shots={shots} must be 0 or more")
@@ -67,15 +71,29 @@ def measure(
     return out
 
 
+def reach(names: Sequence[str], shots: int = 0) -> None:
+    """Load what hub tasks ask, so that a hub that does not answer is told before anything is measured. Raises like `measure`."""
+    for name in names:
+        if not task_files.is_file(name):
+            _hub_task(name, shots)
+
+
 def digest(names: Sequence[str], shots: int = 0) -> str:
-    """Hex digest of what is asked: the contents of task files and of the files their examples come from, the names of hub tasks, and the engine."""
-    asked = [_content(task_files.find(name), shots) if task_files.is_file(name) else [name] for name in names]
+    """Hex digest of what is asked: the contents of task files and of the files their examples come from, names and definitions of hub tasks, and
+    the engine. The data of a hub task is not among it: that would need the network. Raises for examples that are not there."""
+    asked = [_content(task_files.find(name), shots) if task_files.is_file(name) else [name, _definition(name)] for name in names]
     return hashlib.sha256(json.dumps([engine(), shots, *asked]).encode()).hexdigest()
 
 
 def _content(path: Path, shots: int) -> list[str]:
     file = task_files.read(path)
-    return [file.sha256, *([task_files.examples(path, file.shape, shots).sha256] if shots else [])]
+    return [file.sha256, *([task_files.examples(path, file, shots).sha256] if shots else [])]
+
+
+def _definition(name: str) -> str:
+    """Digest of the file that defines a hub task; what that file includes changes with the engine's version."""
+    path = getattr(_hub().task_index.get(name), "yaml_path", None)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
 def engine() -> str:
@@ -98,7 +116,7 @@ def _task(name: str, shots: int, most: int) -> tuple[dict[str, Any], dict[str, A
         return {"shape": "hub", "data_sha256": None}, _hub_task(name, shots)
     path = task_files.find(name)
     file = task_files.read(path)
-    shown = task_files.examples(path, file.shape, shots) if shots else None
+    shown = task_files.examples(path, file, shots) if shots else None
     with harness.quiet():
         return {"shape": file.shape, "data_sha256": file.sha256}, {"tasks": {name: harness.local_task(name, file, shown, shots, most)}}
 
@@ -126,7 +144,16 @@ def _scores(found: dict[str, Any], name: str) -> dict[str, Any]:
     if f"acc_norm,{chosen}" in metrics:
         out |= {"value_normalised": metrics[f"acc_norm,{chosen}"], "stderr_normalised": metrics.get(f"acc_norm_stderr,{chosen}")}
     examples = sum(found["n-samples"][m]["effective"] for m in members)
+    if metric in FIRST and members == [name]:
+        out |= dict(zip(("low", "high"), interval(metrics[key], examples), strict=True))
     return out | {"examples": examples, "shots": max(found["n-shot"].get(m) or 0 for m in members), "metrics": metrics}
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's interval of 95 % for a share of `count` questions: (0, 0.037) for none of 100, where the standard error would be 0."""
+    square = 1.96**2 / count
+    middle, reach = share + square / 2, math.sqrt(square * (max(0.0, share * (1 - share)) + square / 4))
+    return max(0.0, (middle - reach) / (1 + square)), min(1.0, (middle + reach) / (1 + square))
 
 
 def _members(found: dict[str, Any], name: str) -> list[str]:

@@ -17,7 +17,7 @@ from compressor.errors import ModelError, OutputError
 from compressor.pipelines import card, render
 from compressor.pipelines.pages import figures
 from compressor.pipelines.pages.figures import Panel
-from compressor.pipelines.report import STATES, Report, dicts, number, write_text
+from compressor.pipelines.report import STATES, Report, dicts, number, short_names, write_text
 from compressor.pipelines.show import Show
 from compressor.pipelines.sweeps import page as sweep_page
 
@@ -76,7 +76,7 @@ def _sweep(folder: Path) -> Source:
     rows = sweep_page.read(folder)[1]
     heads, cells, marked = sweep_page.results(rows)
     starred = [[f"{row[0]} (front)" if i in marked else row[0], *row[1:]] for i, row in enumerate(cells)]
-    tables = {"results.csv": table_csv([flat(row) for row in rows])}
+    tables = {"results.csv": table_csv(flat_rows(rows))}
     return Source(sweep_page.figures_of(folder), tables, card.grid(heads, starred), ("sweep.html", sweep_page.page(folder)))
 
 
@@ -90,21 +90,29 @@ def result_csv(report: Report) -> str:
     rows = []
     for state in STATES:
         if values := getattr(report, state):
-            peak = number(report.peak_bytes, f"evaluate {state}_gpu") or number(report.peak_bytes, f"evaluate {state}")
-            rows.append({"state": state} | flat(values) | {"peak_bytes": peak})
-    return table_csv(rows)
+            peak = number(report.peak_bytes, f"evaluate {state}_gpu")
+            rows.append({"state": state} | values | ({} if peak is None else {"peak_gpu_bytes": peak}))
+    return table_csv(flat_rows(rows))
 
 
 def layer_rows(report: Report) -> list[dict[str, Any]]:
     return [row | {"shape": "x".join(str(n) for n in row["shape"])} if isinstance(row.get("shape"), list) else row for row in dicts(report.layers)]
 
 
-def flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots."""
+def flat_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as `flat`, with tasks by their short names."""
+    states = [values for row in rows for values in (row, *map(row.get, STATES)) if isinstance(values, dict)]
+    names = short_names(name for values in states if isinstance(tasks := values.get("tasks"), dict) for name in tasks)
+    return [flat(row, names) for row in rows]
+
+
+def flat(values: dict[str, Any], tasks: dict[str, str], above: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots; `tasks`: name -> what it is called here."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out |= flat(value, f"{above}{key}.")
+            renamed = {str(tasks.get(name, name)): found for name, found in value.items()} if key == "tasks" else value
+            out |= flat(renamed, tasks, f"{above}{key}.")
         else:
             out[f"{above}{key}"] = value
     return out

@@ -2,14 +2,16 @@
 
 A point is on the front if no other is at least as good in both directions and better in one. Axes are logarithmic where the values spread wide, and
 then carry ticks at round numbers, because powers of ten alone would leave most panels with one. Points far worse than the front, and a dense model
-far larger than all, would flatten what matters: they stand at the edge as arrows, and are counted there. Labels are placed one after the other,
-the dense model's first, then the front's from left to right: of some places around its point each takes the one that hides least, and is left out
-rather than put over another label; the page's table has all of them. Price: labels are measured in matplotlib's own font, which is wider than
-those of most browsers.
+far larger than all, would flatten what matters: they stand at the edge as arrows, and are counted there. The front is a line of steps, for nothing
+was measured between two points. Labels are placed one after the other, the dense model's first, then the front's from left to right: of some places
+around its point each takes the one that hides least, never one over another label or nearer to another point than to its own. If there is none it
+stands farther off, at the end of a thin line, or is left out; the page's table has all of them. Price: labels are measured in matplotlib's own font,
+which is wider than those of most browsers.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +23,11 @@ FEW, MANY = 3, 7  # ticks of a logarithmic axis
 SHARE = 0.55  # of an axis that the points of interest fill at least; what would leave them less lies off the scale
 ARROW = {"arrowstyle": "-|>", "color": "role:muted", "linewidth": 1, "shrinkA": 4, "shrinkB": 4}
 RINGS = ((6, 5), (6, 11), (4, 18))  # how far from its point a label may stand, in points of print, sideways and up or down
+HELD = 1e100  # numbers beyond it, or as close to zero, are damage, and axes cannot hold them
+CLEAR = 1.3  # how much farther than from its own point a label is from any other, at least
+TITLE = 46  # letters over a panel
+OTHERS = 30.0  # cost from which on a label is left out: it would hide too much, or be read as another point's
+FAR = ((10, 20), (16, 32), (12, 46), (20, 60))  # and at the end of a line
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in pixels of the drawing
 
 
@@ -60,6 +67,19 @@ def front(points: Iterable[tuple[float, float]], x: Axis, y: Axis) -> list[int]:
     return out if not x.higher else out[::-1]
 
 
+def drawable(value: float | None) -> float | None:
+    """The value, or None if no axis can hold it."""
+    return value if value is not None and (value == 0 or 1 / HELD <= abs(value) <= HELD) else None
+
+
+def stairs(points: Sequence[Point], x: Axis) -> list[tuple[float, float]]:
+    """Corners of the line through a front, which runs from left to right: at each x the best that was measured there or at a better x."""
+    out = [(p.x, p.y) for p in points[:1]]
+    for a, b in itertools.pairwise(points):
+        out += [(a.x, b.y) if x.higher else (b.x, a.y), (b.x, b.y)]
+    return out
+
+
 def faint(point: Point) -> Point:
     """The same point as one behind the front: paler, and without a label."""
     return replace(point, label="", faint=True)
@@ -88,21 +108,22 @@ def paint(
     ys = _range(first, dense, every, y) if line else [v for p in every for v in (p.y - p.error, p.y + p.error)]
     scale(axes, "x", x, xs)
     scale(axes, "y", y, ys)
-    axes.set_title(ascii_text(title), parse_math=False)
     axes.grid(axis="y")
     if dense:
         axes.axhline(dense.y, color="role:dense", linewidth=0.9, linestyle=(0, (4, 3)))
     if line:
-        axes.plot([p.x for p in first], [p.y for p in first], color="role:muted", linewidth=1.1, zorder=2)
+        axes.plot(*zip(*stairs(first, x), strict=True), color="role:muted", linewidth=1.1, zorder=2)
     for a, b in arrows:
         axes.annotate("", xy=(b.x, b.y), xytext=(a.x, a.y), arrowprops=ARROW)
     shown = [_inside(axes, point, x) for point in every]
     if off := sum(new is not old for new, old in zip(shown[: len(points)], points, strict=True)):
         axes.set_title(f"{off} off the scale", loc="right", fontsize=7.5, color="role:muted")
+    most = TITLE - 14 if off else TITLE
+    axes.set_title(ascii_text(title if len(title) <= most else f"{title[: most - 3]}..."), parse_math=False)
     for point in sorted(shown, key=lambda p: not p.faint):
         _dot(axes, point)
     beside = [((a.x, a.y), (b.x, b.y)) for a, b in arrows] + [((p.x, p.y - p.error), (p.x, p.y + p.error)) for p in shown if p.error and not p.faint]
-    label(axes, shown, [p for p in [*(p for p in shown if p not in first), *first] if p.label], beside)
+    label(axes, shown, [p for p in [*(p for p in shown if p not in first), *first] if p.label], beside, shown[-1] if dense else None)
 
 
 def _near(values: Sequence[float], dense: float, axis: Axis) -> list[float]:
@@ -177,25 +198,42 @@ def _ticks(axis: Any, low: float, high: float) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def label(axes: Any, points: Sequence[Point], wanted: Sequence[Point], strokes: Sequence[Any] = ()) -> None:
-    """Write the labels of `wanted`, in this order, where they hide neither each other nor, if it can be, points, lines of the axes or `strokes`."""
+@dataclass
+class Room:
+    """Where labels may go, in pixels of the drawing: within `frame`, not over `taken`, better not over points or the boxes of a `path`."""
+
+    pixel: float  # of a point of print
+    frame: Box
+    dots: list[tuple[float, float]]
+    path: list[Box]
+    taken: list[Box]
+
+
+def label(axes: Any, points: Sequence[Point], wanted: Sequence[Point], strokes: Sequence[Any] = (), level: Point | None = None) -> None:
+    """Write the labels of `wanted`, in this order, where they hide neither each other nor, if it can be, points, lines of the axes or `strokes`.
+
+    `level`: the point whose label may stand anywhere along a line from side to side through it.
+    """
     pixel = axes.figure.dpi / 72
     renderer, frame = axes.figure.canvas.get_renderer(), axes.get_window_extent()
-    places = axes.transData.transform([(p.x, p.y) for p in points])
-    dots = [(x - 4 * pixel, y - 4 * pixel, x + 4 * pixel, y + 4 * pixel) for x, y in places]
+    dots = [(float(x), float(y)) for x, y in axes.transData.transform([(p.x, p.y) for p in points])]
     lines = [_boxes_along(line.get_transform().transform(line.get_xydata()), pixel) for line in axes.lines if len(line.get_xydata()) > 1]
     lines += [_boxes_along(axes.transData.transform(stroke), pixel) for stroke in strokes]
-    path, taken = [box for boxes in lines for box in boxes], list[Box]()
+    room = Room(pixel, (frame.x0, frame.y0, frame.x1 + 8 * pixel, frame.y1), dots, [box for boxes in lines for box in boxes], [])
     for point in wanted:
         text = axes.annotate(ascii_text(point.label), (point.x, point.y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=point.colour,
                              parse_math=False, annotation_clip=False, zorder=5, gid=LABEL)  # fmt: skip
         found = text.get_window_extent(renderer)
         x, y = axes.transData.transform((point.x, point.y))
-        chosen = _place(x, y, found.width, found.height, pixel, (frame.x0, frame.y0, frame.x1 + 8 * pixel, frame.y1), taken, dots, path)
+        chosen = _place(x, y, found.width, found.height, room, level=point is level)
         if chosen is None:
-            text.remove()
-            continue
-        taken.append(chosen)
+            chosen = _place(x, y, found.width, found.height, room, led=True)
+            if chosen is None:
+                text.remove()
+                continue
+            ends = axes.transData.inverted().transform([(x, y), _nearest(chosen, x, y)])
+            axes.plot(ends[:, 0], ends[:, 1], color=point.colour, linewidth=0.6, zorder=2)
+        room.taken.append(chosen)
         text.set_position(((chosen[0] - x) / pixel, (chosen[1] - y) / pixel))
         text.set_verticalalignment("bottom")
 
@@ -211,22 +249,44 @@ def _boxes_along(line: Any, pixel: float) -> list[Box]:
     return out
 
 
-def _place(x: float, y: float, wide: float, tall: float, pixel: float, frame: Box, taken: list[Box], dots: list[Box], path: list[Box]) -> Box | None:
-    """Where a label of this size goes beside (x, y): the place with the least cost, or None if each hides another label or leaves the frame."""
-    best, least = None, math.inf
-    for ring, (side, up) in enumerate(RINGS):
+def _place(x: float, y: float, wide: float, tall: float, room: Room, led: bool = False, level: bool = False) -> Box | None:
+    """Where a label of this size goes beside (x, y): the place with the least cost, or None if each hides another label, leaves the frame, or lies
+    nearer to another point than to its own. `led`: farther off, at the end of a thin line to its point, which must touch no other point."""
+    best, least, pixel = None, math.inf, room.pixel
+    marks = [(a - 4 * pixel, b - 4 * pixel, a + 4 * pixel, b + 4 * pixel) for a, b in room.dots]
+    for ring, box in _spots(x, y, wide, tall, pixel, FAR if led else RINGS):
+        inside = box[0] >= room.frame[0] and box[1] >= room.frame[1] and box[2] <= room.frame[2] and box[3] <= room.frame[3]
+        if not inside or any(_meet(box, other, 2 * pixel) for other in room.taken):
+            continue
+        cost = 10 * sum(_meet(box, dot) for dot in marks) + 2 * sum(_meet(box, step) for step in room.path) + 3 * ring
+        if led:
+            leader = _boxes_along([(x, y), _nearest(box, x, y)], pixel)
+            barred = [*(dot for dot in marks if not _meet(dot, (x, y, x, y))), *room.taken]
+            cost += OTHERS if any(_meet(step, other) for step in leader for other in barred) else 0
+            cost += 5 * sum(_meet(box, mark, 4 * pixel) for mark in marks)
+        else:
+            own = max(box[1] - y, y - box[3], 0.0) if level else math.dist((x, y), _nearest(box, x, y))
+            others = [dot for dot in room.dots if math.dist(dot, (x, y)) > pixel]  # points in one place share their labels
+            cost += OTHERS if any(math.dist(dot, _nearest(box, *dot)) < CLEAR * own for dot in others) else 0
+            cost += OTHERS if any(math.dist((x, y), _nearest(other, x, y)) < own for other in room.taken) else 0
+        if cost < least:
+            best, least = box, cost
+    return best if least < OTHERS else None
+
+
+def _spots(x: float, y: float, wide: float, tall: float, pixel: float, rings: Sequence[tuple[float, float]]) -> Iterator[tuple[float, Box]]:
+    """Boxes around (x, y), the better first, each with what it costs to stand there."""
+    for ring, (side, up) in enumerate(rings):
         right, left, middle = x + side * pixel, x - side * pixel - wide, x - wide / 2
         above, below, farther = y + (up - 3) * pixel, y - (up - 3) * pixel - tall, 5 * pixel
         spots = ((right, above), (right, below), (left, above), (left, below), (middle, above + farther), (middle, below - farther))
         for order, (start, low) in enumerate(spots):
-            box = (start, low, start + wide, low + tall)
-            inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
-            if not inside or any(_meet(box, other, 2 * pixel) for other in taken):
-                continue
-            cost = 10 * sum(_meet(box, dot) for dot in dots) + 2 * sum(_meet(box, step) for step in path) + 3 * ring + 0.1 * order
-            if cost < least:
-                best, least = box, cost
-    return best if least < 30 or not taken else None
+            yield ring + order / 30, (start, low, start + wide, low + tall)
+
+
+def _nearest(box: Box, x: float, y: float) -> tuple[float, float]:
+    """The place of a box that is nearest to a point."""
+    return min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
 
 
 def _meet(a: Box, b: Box, air: float = 0.0) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from compressor.pipelines.pages.figures import WIDE, Panel, ascii_text, mark
+from compressor.pipelines.pages.fronts import drawable
 from compressor.pipelines.report import Report, dicts, number
 
 FAINT, STRONG = 0.06, 0.6  # opacity of the smallest and the largest value; text over the strongest must stay legible on either paper
@@ -21,18 +22,18 @@ Cell = tuple[float, str]  # value, and what is written there
 
 def errors(report: Report) -> list[Panel]:
     """Packing error of every layer."""
-    rows = [(str(r.get("name", "?")), (value, f"{value:.3g}")) for r in dicts(report.layers) if (value := number(r, "error")) is not None]
+    rows = [(str(r.get("name", "?")), (value, f"{value:.3g}")) for r in dicts(report.layers) if (value := drawable(number(r, "error"))) is not None]
     if not rows:
         return []
-    low, top = min(v for _, (v, _) in rows), max(v for _, (v, _) in rows)
-    return [_panel("error-by-layer", "packing error", rows, f"packing error, from {low:.3g} (faint) to {top:.3g} (strong)")]
+    top = max(v for _, (v, _) in rows)
+    return [_panel("error-by-layer", "packing error", rows, f"packing error, from 0 (faint) to {top:.3g} (strong)")]
 
 
 def bits(report: Report) -> list[Panel]:
     """Bits and group of every layer; none where all are alike."""
     rows, formats = [], set()
     for row in dicts(report.layers):
-        width, group = number(row, "bits"), number(row, "group")
+        width, group = drawable(number(row, "bits")), number(row, "group")
         if width is not None:
             formats.add((width, group))
             rows.append((str(row.get("name", "?")), (width, f"{width:g}" + (f" g{group:g}" if group is not None and group > 0 else ""))))

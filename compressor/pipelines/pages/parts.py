@@ -33,6 +33,7 @@ td { vertical-align: top; overflow-wrap: anywhere } .right th:not(:first-child),
 .right td:not(:first-child) { text-align: right; padding: .28rem 0 .28rem .8rem } .right td:not(:first-child) { white-space: nowrap }
 .right td:first-child { min-width: 5rem } .named td:first-child { white-space: nowrap } table.keys td:first-child { white-space: nowrap }
 table.keys td:not(:first-child) { min-width: 7rem } table.rows td { white-space: nowrap } tr.front td { font-weight: 600 }
+table.folded td:first-child { min-width: 9rem; white-space: normal } .named th:not(:first-child) { min-width: 6.1rem; overflow-wrap: anywhere }
 table.rows td:last-child { min-width: 12rem; white-space: normal } tr.front td:first-child::before { content: "● "; color: var(--accent) }
 table td.bar { width: 35%; min-width: 5rem; vertical-align: middle } td.bar b { display: block; height: .6rem; border-radius: 2px;
   background: var(--accent) }

@@ -4,7 +4,7 @@ from typing import Any
 
 from compressor.pipelines.pages import run_plots
 from compressor.pipelines.pages.parts import cell, esc, many, note, panels, short, table
-from compressor.pipelines.report import DASH, STATES, Report, dicts, fixed, number, size
+from compressor.pipelines.report import DASH, STATES, Report, dicts, fixed, number, short_names, size
 
 WORDS = {"kl": "Loss is the divergence (KL) from the dense model, in nats a token.", "error": "Loss is estimated from the layers' output errors."}
 DISTANCES = {
@@ -16,7 +16,8 @@ DISTANCES = {
     "top1": "same top token",
     "loss_change": "change of loss",
 }
-TOLD = "Divergence (KL) of the predictions from the dense model's, in nats a token: 0 is the same. ± is one standard error over windows of text."
+TOLD = "Divergence (KL) of the predictions from the dense model's, in nats a token, on the domain's test text"
+DIGITS = 16  # of a hash beside a task
 LAYERS_NAMED = 4  # of a unit, one by one
 
 
@@ -36,36 +37,36 @@ def _found(report: Report, section: str) -> dict[str, dict[str, Any]]:
 def score(values: Any) -> str:
     """0.612 ± 0.014, of a task's result."""
     error = number(values, "stderr")
-    return fixed(number(values, "value")) + ("" if error is None else f" ± {error:.3f}")
+    return fixed(number(values, "value")) + (f" ± {fixed(error)}" if error else "")  # all right or all wrong: no error can be told
 
 
 def task_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: one row a task, one column a state, then the task's own protocol."""
     found = _found(report, "tasks")
-    names = list(dict.fromkeys(name for tasks in found.values() for name in tasks))
     rows = []
-    for name in names:
+    for name, shown in short_names(name for tasks in found.values() for name in tasks).items():
         one: dict[str, Any] = next((t[name] for t in found.values() if isinstance(t.get(name), dict)), {})
-        facts = [("metric", "metric"), ("examples", "examples"), ("shots", "shots"), ("engine", "engine"), ("data_sha256", "data")]
-        told = ", ".join(f"{word} {short(one[key])}" for key, word in facts if one.get(key) is not None)
-        rows.append([name, *(score(t.get(name)) for t in found.values()), told])
+        facts = [f"{key} {short(one[key])}" for key in ("metric", "examples", "shots", "engine") if one.get(key) is not None]
+        told = ", ".join([*facts, *([f"data {str(one['data_sha256'])[:DIGITS]}"] if one.get("data_sha256") else [])])
+        rows.append([shown, *(score(t.get(name)) for t in found.values()), told])
     return ["task", *found, "protocol"], rows
 
 
 def tasks(report: Report) -> str:
     heads, rows = task_rows(report)
-    return table(heads, rows, "rows") + (note("Shares of right answers, ± one standard error over the examples.") if rows else "")
+    return table(heads, rows, "rows folded") + (note("Shares of right answers, ± one standard error over the examples.") if rows else "")
 
 
 def divergence(report: Report) -> str:
-    """How far each state's predictions are from the dense model's; a result a text, or one alone."""
-    rows = []
-    for state, found in _found(report, "divergence").items():
-        texts = {text: values for text, values in found.items() if isinstance(values, dict) and number(values, "mean") is not None} or {"": found}
-        rows += [[f"{state}, {text}" if text else state, *(_distance(values, key) for key in DISTANCES)] for text, values in texts.items()]
+    """How far each state's predictions are from the dense model's, and over how many tokens that was measured."""
+    found = {s: values for s, values in _found(report, "divergence").items() if number(values, "mean") is not None}
+    rows = [[state, *(_distance(values, key) for key in DISTANCES)] for state, values in found.items()]
     kept = [0, *(i for i in range(1, 1 + len(DISTANCES)) if any(row[i] != DASH for row in rows))]
     heads = ["", *DISTANCES.values()]
-    return table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows], "right") + (note(TOLD) if rows else "")
+    counted = next(((a, b) for v in found.values() if (a := number(v, "tokens")) and (b := number(v, "windows"))), None)
+    over = f" ({counted[0]:,.0f} tokens in {counted[1]:,.0f} windows)" if counted else ""
+    told = note(f"{TOLD}{over}: 0 is the same. ± is one standard error over windows.")
+    return table([heads[i] for i in kept], [[row[i] for i in kept] for row in rows], "right") + (told if rows else "")
 
 
 def _distance(values: dict[str, Any], key: str) -> str:

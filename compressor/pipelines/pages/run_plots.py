@@ -9,7 +9,7 @@ from typing import Any
 from compressor.pipelines.pages import fronts
 from compressor.pipelines.pages.figures import Panel, ascii_text, mark
 from compressor.pipelines.pages.fronts import Axis, Point
-from compressor.pipelines.report import STATES, Report, dicts, number
+from compressor.pipelines.report import STATES, Report, dicts, number, short_names
 
 POINTS = 1500  # a longer training curve is thinned to this many points
 PERPLEXITY = Axis("perplexity (lower is better)", log=True)
@@ -23,12 +23,12 @@ def unit(bytes_: list[float]) -> tuple[float, str]:
 
 
 def quality(report: Report) -> list[Panel]:
-    """Perplexity on either text and accuracy on tasks, against bits, bytes on disk, memory and speed."""
+    """Perplexity on either text and accuracy on tasks, against bits, bytes on disk, memory of a GPU and speed."""
     states = [s for s in STATES if getattr(report, s)]
     out = []
     for name, title, y, value, error in _measures(report):
         for by, x, size in _sizes(report, states):
-            found = [(s, size(s), value(s), error(s) or 0.0) for s in states]
+            found = [(s, fronts.drawable(size(s)), fronts.drawable(value(s)), fronts.drawable(error(s)) or 0.0) for s in states]
             points = [(s, a, b, e) for s, a, b, e in found if a is not None and b is not None and (y.higher or b > 0)]
             if points:
                 out.append(
@@ -48,11 +48,17 @@ def _measures(report: Report) -> list[tuple[str, str, Axis, Value, Value]]:
         name = section.get("name") if isinstance(section, dict) else None
         return f"{key}: {name}" if name else key
 
-    out = [(f"perplexity-{key}", text(key), PERPLEXITY, of(key, "perplexity"), of(key, "stderr")) for key in ("domain", "outside")]
-    tasks = list(dict.fromkeys(t for s in STATES if isinstance(found := getattr(report, s).get("tasks"), dict) for t in found))
-    for i, task in enumerate(tasks):
+    def paired(state: str) -> float | None:
+        """Of the domain's perplexity, from the difference to the dense model on the same windows."""
+        perplexity, error = number(getattr(report, state), "domain", "perplexity"), number(getattr(report, state), "divergence", "loss_change_stderr")
+        return None if perplexity is None or error is None else perplexity * error
+
+    out: list[tuple[str, str, Axis, Value, Value]] = [("perplexity-domain", text("domain"), PERPLEXITY, of("domain", "perplexity"), paired)]
+    out.append(("perplexity-outside", text("outside"), PERPLEXITY, of("outside", "perplexity"), lambda _: None))
+    tasks = short_names(t for s in STATES if isinstance(found := getattr(report, s).get("tasks"), dict) for t in found)
+    for i, (task, name) in enumerate(tasks.items()):
         axis = Axis("accuracy (higher is better)", higher=True)
-        out.append((f"task-{i}", f"task: {task}", axis, of("tasks", task, "value"), of("tasks", task, "stderr")))
+        out.append((f"task-{i}", f"task: {name}", axis, of("tasks", task, "value"), of("tasks", task, "stderr")))
     return out
 
 
@@ -62,12 +68,12 @@ def _sizes(report: Report, states: list[str]) -> list[tuple[str, Axis, Value]]:
         return word, lambda s: None if (v := value(s)) is None else v / factor
 
     word, disk = scaled(lambda s: number(getattr(report, s), "folder_bytes"))
-    other, memory = scaled(lambda s: number(report.peak_bytes, f"evaluate {s}_gpu") or number(report.peak_bytes, f"evaluate {s}"))
+    other, memory = scaled(lambda s: number(report.peak_bytes, f"evaluate {s}_gpu"))
     speed = Axis("tokens per second while evaluating", higher=True, zero=True)
     return [
         ("bits", Axis("bits per weight of the linears", zero=True), lambda s: number(getattr(report, s), "bits_per_weight")),
         ("size", Axis(f"folder on disk, {word}", zero=True), disk),
-        ("memory", Axis(f"peak memory while evaluating, {other}", zero=True), memory),
+        ("memory", Axis(f"peak GPU memory while evaluating, {other}", zero=True), memory),
         ("speed", speed, lambda s: number(getattr(report, s), "domain", "tokens_per_second")),
     ]
 
@@ -88,7 +94,9 @@ def choice(report: Report) -> list[Panel]:
     out = []
     for by, key, scale, x in (("bits", "bits_per_weight", 1.0, bits), ("size", "folder_bytes", factor, disk)):
         points = [
-            (kind, name, a / scale, b) for kind, name, row in found if (a := number(row, key)) is not None and (b := number(row, "loss")) is not None
+            (kind, name, a / scale, b)
+            for kind, name, row in found
+            if (a := fronts.drawable(number(row, key))) is not None and (b := fronts.drawable(number(row, "loss"))) is not None
         ]
         if points:
             out.append(Panel(f"choice-by-{by}", f"Choice: loss against {x.label}", partial(_choice, x=x, y=y, points=points)))
@@ -106,11 +114,16 @@ def _choice(figure: Any, x: Axis, y: Axis, points: list[tuple[str, str, float, f
 def training(report: Report, section: str = "training") -> list[Panel]:
     """Loss by step of the training or the pruning, and the perplexity measured on the way, between packed and dense."""
     log = getattr(report, section)
-    loss = [(a, b) for p in dicts(log.get("curve")) if (a := number(p, "step")) is not None and (b := number(p, "loss")) is not None]
-    evals = [(a, b) for p in dicts(log.get("evals")) if (a := number(p, "step")) is not None and (b := number(p, "perplexity")) is not None]
+    loss, evals = (_curve(log.get(part), key) for part, key in (("curve", "loss"), ("evals", "perplexity")))
     loss = loss[:: max(1, math.ceil(len(loss) / POINTS))]
     out = [Panel(f"{section}-loss", f"Loss by step of the {section}", partial(_loss, points=loss))] if loss else []
     return out + ([Panel(f"{section}-perplexity", "Perplexity while training", partial(_evals, report=report, points=evals))] if evals else [])
+
+
+def _curve(rows: Any, key: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have both."""
+    found = [(fronts.drawable(number(row, "step")), fronts.drawable(number(row, key))) for row in dicts(rows)]
+    return [(a, b) for a, b in found if a is not None and b is not None]
 
 
 def _loss(figure: Any, points: list[tuple[float, float]]) -> None:
@@ -143,7 +156,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 def _evals(figure: Any, report: Report, points: list[tuple[float, float]]) -> None:
     axes = _steps(figure)
-    levels = [(s, y) for s in ("packed", "dense") if (y := number(getattr(report, s), "domain", "perplexity")) is not None]
+    levels = [(s, y) for s in ("packed", "dense") if (y := fronts.drawable(number(getattr(report, s), "domain", "perplexity"))) is not None]
     for state, level in levels:
         axes.axhline(level, color=f"role:{state}", linewidth=0.9, linestyle=(0, (4, 3)))
         axes.annotate(f"{state} {level:.4g}", (0, level), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points")

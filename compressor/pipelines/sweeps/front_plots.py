@@ -1,4 +1,4 @@
-"""The figures of a sweep: quality against bits, bytes, memory and speed, one panel each, with the front of each as a line.
+"""The figures of a sweep: quality against bits, bytes, memory of a GPU and speed, one panel each, with the front of each as a line.
 
 Colour and marker tell the method (what varies of packer, tuner and pruning), so a label need only say the rest. The front is that of the panel's own
 two numbers: the one against memory is another than the one against bytes.
@@ -13,7 +13,7 @@ from compressor.pipelines.pages import fronts
 from compressor.pipelines.pages.figures import SERIES, SHAPES, Panel, ascii_text
 from compressor.pipelines.pages.fronts import Axis, Point
 from compressor.pipelines.pages.run_plots import PERPLEXITY, unit
-from compressor.pipelines.report import number
+from compressor.pipelines.report import number, short_names
 
 Row = dict[str, Any]
 Value = Callable[[Row], float | None]
@@ -40,9 +40,8 @@ def short_label(row: Row) -> str:
 
 
 def memory(row: Row, state: str | None = None) -> float | None:
-    """Peak bytes while its last state was measured, on the GPU if there is one."""
-    name = f"evaluate {state or row.get('state')}"
-    return number(row, "peak_bytes", f"{name}_gpu") or number(row, "peak_bytes", name)
+    """Peak bytes on the GPU while its last state was measured. That of the process is of no use: what earlier stages left stays in it."""
+    return number(row, "peak_bytes", f"evaluate {state or row.get('state')}_gpu")
 
 
 def dense(rows: Sequence[Row]) -> Row | None:
@@ -52,7 +51,7 @@ def dense(rows: Sequence[Row]) -> Row | None:
         return None
     keys = ("domain", "outside", "bits_per_weight", "folder_bytes", "tokens_per_second", "memory")
     out: Row = {key: statistics.median(values) if (values := [v for f in found if (v := number(f, key)) is not None]) else None for key in keys}
-    return out | {"perplexity": out["domain"], "tasks": next((f["tasks"] for f in found if f.get("tasks")), {})}
+    return out | {"perplexity": out["domain"], "tasks": next((f["tasks"] for f in found if f.get("tasks") and isinstance(f["tasks"], dict)), {})}
 
 
 def panels(rows: Sequence[Row], legend: bool = False) -> list[Panel]:
@@ -85,28 +84,39 @@ def _measures(rows: Sequence[Row]) -> list[tuple[str, str, Axis, Value, Value]]:
     """Name for files, title, axis, and the functions that give a row's value and its standard error."""
 
     def of(*keys: str) -> Value:
-        return lambda row: number(row, *keys)
+        return lambda row: fronts.drawable(number(row, *keys))
+
+    def paired(row: Row) -> float | None:
+        """Of the domain's perplexity, from the difference to the dense model on the same windows."""
+        perplexity, error = number(row, "perplexity"), number(row, str(row.get("state")), "loss_change_stderr")
+        return None if perplexity is None or error is None else perplexity * error
 
     texts = [(key, text) for key, text in (("perplexity", "domain"), ("outside", "outside")) if any(number(row, key) is not None for row in rows)]
-    out = [(f"perplexity-{text}", f"perplexity, {text}", PERPLEXITY, of(key), of("stderr", key)) for key, text in texts]
+    out: list[tuple[str, str, Axis, Value, Value]] = []
+    out += [(f"perplexity-{text}", f"perplexity, {text}", PERPLEXITY, of(key), paired if text == "domain" else lambda _: None) for key, text in texts]
     tasks: dict[str, Any] = {name: task for row in rows for name, task in (row.get("tasks") or {}).items()}
+    names = short_names(tasks)
     for i, (name, task) in enumerate(tasks.items()):
         axis = Axis(f"{ascii_text(task['metric']) if isinstance(task, dict) and 'metric' in task else 'score'} (higher is better)", higher=True)
-        out.append((f"task-{i}", f"task: {name}", axis, of("tasks", name, "value"), of("tasks", name, "stderr")))
+        out.append((f"task-{i}", f"task: {names[name]}", axis, of("tasks", name, "value"), of("tasks", name, "stderr")))
     return out
 
 
 def _sizes(rows: Sequence[Row]) -> list[tuple[str, Axis, Value]]:
+    def plain(key: str) -> Value:
+        return lambda row: fronts.drawable(number(row, key))
+
     def scaled(key: str) -> tuple[str, Value]:
-        factor, word = unit([v for row in rows if (v := number(row, key)) is not None])
-        return word, lambda row: None if (v := number(row, key)) is None else v / factor
+        value = plain(key)
+        factor, word = unit([v for row in rows if (v := value(row)) is not None])
+        return word, lambda row: None if (v := value(row)) is None else v / factor
 
     (disk_word, disk), (memory_word, peak) = scaled("folder_bytes"), scaled("memory")
     return [
-        ("bits", Axis("bits per weight of the linears", "bits", log=True), lambda row: number(row, "bits_per_weight")),
+        ("bits", Axis("bits per weight of the linears", "bits", log=True), plain("bits_per_weight")),
         ("size", Axis(f"folder on disk, {disk_word}", disk_word, log=True), disk),
-        ("memory", Axis(f"peak memory while evaluating, {memory_word}", memory_word, log=True), peak),
-        ("speed", Axis("tokens per second while evaluating", "tokens/s", higher=True, log=True), lambda row: number(row, "tokens_per_second")),
+        ("memory", Axis(f"peak GPU memory while evaluating, {memory_word}", memory_word, log=True), peak),
+        ("speed", Axis("tokens per second while evaluating", "tokens/s", higher=True, log=True), plain("tokens_per_second")),
     ]
 
 

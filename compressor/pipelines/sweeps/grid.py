@@ -8,8 +8,9 @@
 
 A combination that cannot be is an experiment with a reason in place of a recipe, so that it is shown and never run. What the base says of another
 packer or tuner than a point's does not hold for that point; what an axis says does, and is refused where it means nothing. Two combinations that
-make one recipe are one experiment. The id ends in a digest of the recipe, of the model's bytes and of local texts, but not of the device: the
-same experiment has the same id on every machine. Limits: LIMIT combinations; texts of the hub and folders count by name.
+make one recipe are one experiment. The id ends in a digest of the recipe, of the model's bytes, of local texts and of this program's version, but
+not of the device: the same experiment has the same id on every machine. Recipes are checked whole, so that a base may say what makes sense only
+with a point's keys. Limits: LIMIT combinations; texts of the hub and folders count by name; what YAML knows and JSON does not is a word (dates).
 """
 
 import difflib
@@ -26,8 +27,10 @@ from typing import Any
 
 import yaml
 
+from compressor import __version__
 from compressor.errors import RecipeError
 from compressor.pipelines import load
+from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.cli import FLAGS, value_of
 from compressor.pipelines.job import default_output
 from compressor.pipelines.methods import check_methods
@@ -56,9 +59,11 @@ class Grid:
     """The axes, points and base of one grid file for one model. RecipeError for keys that do not exist."""
 
     def __init__(self, model: str, grid: Any, overrides: Keys | None = None):
+        grid, overrides = _words(grid), _words(overrides or {})
         if not isinstance(grid, dict):
             raise RecipeError(f"a grid is a mapping of recipe keys to lists of values, not {type(grid).__name__}")
-        self.base = _with(Recipe(model=model), _spelt(_section(grid, "base", dict)) | _spelt(overrides or {}))
+        self.base = Recipe(model=model).to_dict()
+        _put(self.base, _spelt(_section(grid, "base", dict)) | _spelt(overrides))
         axes = {str(key): value if isinstance(value, list) else [value] for key, value in _flat(_without(grid, OTHER)).items()}
         self.points: list[Any] = _section(grid, "points", list)
         self.exclude: list[Any] = _section(grid, "exclude", list)
@@ -68,10 +73,16 @@ class Grid:
             raise RecipeError("the grid asks for nothing: give it an axis such as quant: [4bit, 3bit, 2bit], or points")
         asked = [{axis: value} for axis, values in axes.items() for value in values] + [self._point(point) for point in self.points]
         self.axes, self.spelt = axes, tuple(dict.fromkeys(key for choice in asked for key in _quiet(choice)))
-        if both := next((key for key in _spelt(overrides or {}) if key in self.spelt), None):
+        if both := next((key for key in _spelt(overrides) if key in self.spelt), None):
             raise RecipeError(f"{both} is what the grid varies: change it there, or leave it out of the command")
         self.fingerprint, self._texts = load.fingerprint(load.resolve(model)), dict[str, str]()
         self._patterns = [_pattern(pattern) for pattern in self.exclude]
+
+    @property
+    def seed(self) -> int:
+        """For a sampler: the base's, if it is one."""
+        seed = self.base["seed"]
+        return seed if isinstance(seed, int) and 0 <= seed < 1 << 31 else Recipe().seed
 
     def choices(self) -> Iterator[Keys]:
         """Every combination of the axes, then the points, as they are written."""
@@ -100,14 +111,15 @@ class Grid:
         """What a combination asks for; None if the grid excludes it."""
         try:
             asked = _spelt(choice)
-            recipe = _with(self.base, asked, strict=True)
-            flat = _values(recipe)
+            recipe = _with(self.base, asked)
+            flat = _values(recipe.to_dict())
             if self._excluded(flat):
                 return None
             check_methods(recipe)
+            choosing.check(recipe)
             resolved(recipe.tune)
         except RecipeError as error:
-            flat = _values(self.base) | {key: value for part in choice.items() for key, value in _quiet(dict([part])).items()}
+            flat = _values(self.base) | _quiet(choice)
             if self._excluded(flat):
                 return None
             label = "-".join(re.sub(r"[^\w.%-]+", "_", str(value))[:24] for value in choice.values())[:80]
@@ -133,7 +145,7 @@ class Grid:
             recipe = recipe.with_(prune=Prune())
         if recipe.quant.packer in PACKERS and not needs(recipe.quant) and not recipe.choose.active:
             recipe = recipe.with_(data__nsamples=1, data__calib=None)
-        values = recipe.with_(tune=resolved(recipe.tune), device="auto").to_dict() | {"model": self.fingerprint}
+        values = recipe.with_(tune=resolved(recipe.tune), device="auto").to_dict() | {"model": self.fingerprint, "compressor": __version__}
         values["data"] |= {key: self._text(values["data"][key]) for key in ("data", "outside", "calib") if values["data"][key] is not None}
         values["eval"]["tasks"] = [self._text(name) for name in values["eval"]["tasks"]]
         return _digest(values)
@@ -147,21 +159,6 @@ class Grid:
             except OSError as error:
                 raise RecipeError(f"{name} cannot be read: {error.strerror}") from None
         return self._texts[name]
-
-
-def read_grid(path: Path) -> Any:
-    """What a grid file holds. RecipeError if it is missing, empty or no YAML."""
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"there is no grid {path}") from None
-    except OSError as error:
-        raise RecipeError(f"the grid {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        raise RecipeError(f"the grid {path} is empty")
-    return values
 
 
 def parse_set(settings: list[str]) -> Keys:
@@ -187,6 +184,25 @@ def _label(recipe: Recipe) -> str:
     bare = default_output(recipe.with_(quant=Quant(packer="none"), prune=Prune(), tune=Tune(), save="folder"))
     rest = default_output(recipe).name.removeprefix(bare.name).strip("-") or "dense"
     return re.sub(r"[^\w.%-]+", "_", rest) + ("" if recipe.quant.symmetric or recipe.quant.packer not in PACKERS else "-asym")
+
+
+def _words(values: Any) -> Any:
+    """What a grid says, as JSON knows it. RecipeError for what holds itself."""
+    try:
+        return _plain(values)
+    except (RecursionError, ValueError):
+        raise RecipeError("the grid holds itself, or numbers that are too large: write its values out") from None
+
+
+def _plain(value: Any) -> Any:
+    """Mappings, lists and words; dates and numbers that are none become words."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(inner) for inner in (sorted(value, key=str) if isinstance(value, set) else value)]
+    if value is None or isinstance(value, str | bool) or (isinstance(value, int) and abs(value) < 1 << 63):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def _section(grid: dict[Any, Any], name: str, kind: type) -> Any:
@@ -231,38 +247,47 @@ def _spelt(values: dict[Any, Any]) -> Keys:
 
 
 def _quiet(values: Keys) -> Keys:
-    """As `_spelt`, where the words are known and values may be wrong: what they would set."""
+    """As `_spelt`, where values may be wrong: what they would set. RecipeError for words that are not known."""
     out: Keys = {}
     for word, value in values.items():
+        key = _key(word)
         try:
             out |= _spelling(word, value)
         except RecipeError:
-            if word not in ("quant", "prune"):
-                raise
-            out |= {f"{word}.{'bits' if word == 'quant' else 'method'}": value}
+            out |= {key: value}
     return out
 
 
-def _spelling(word: str, value: Any) -> Keys:
-    """Keys of the recipe for one word of a grid."""
+def _key(word: str) -> str:
+    """The key of the recipe that a word of a grid sets, or the first of them."""
     name = word.replace("-", "_")
     if name in ("quant", "prune"):
-        parse, nothing = (parse_quant, "packer") if name == "quant" else (parse_prune, "method")
-        if value in (None, "none", False):
-            return {f"{name}.{nothing}": "none"}
-        return {f"{name}.{key}": each for key, each in parse(str(value)).items()}
+        return "quant.bits" if name == "quant" else "prune.method"
     if name in FLAGS:
-        return {FLAGS[name].replace("__", "."): _read(name, value)}
+        return FLAGS[name].replace("__", ".")
     section, _, leaf = word.partition(".")
     if leaf in _sections().get(section, ()):
-        flag = next((flag for flag, key in FLAGS.items() if key == f"{section}__{leaf}" and flag not in SWITCHES), None)
-        return {word: value if flag is None else _read(flag, value)}
+        return word
     if word == "model":
         raise RecipeError("the model of a sweep is that of the command: a grid does not name one")
     known = [*OTHER, "quant", "prune", *FLAGS, *(f"{section}.{leaf}" for section, leaves in _sections().items() for leaf in leaves)]
     near = difflib.get_close_matches(word, known, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else "write a key of the recipe, such as quant.bits, or a flag of `run`, such as group"
     raise RecipeError(f"unknown key {word[:60]!r} in the grid; {hint}")
+
+
+def _spelling(word: str, value: Any) -> Keys:
+    """Keys of the recipe for one word of a grid."""
+    name, known = word.replace("-", "_"), _key(word)
+    if name in ("quant", "prune"):
+        parse, nothing = (parse_quant, "packer") if name == "quant" else (parse_prune, "method")
+        if value in (None, "none", False):
+            return {f"{name}.{nothing}": "none"}
+        return {f"{name}.{key}": each for key, each in parse(str(value)).items()}
+    if name in FLAGS:
+        return {known: _read(name, value)}
+    flag = next((flag for flag, key in FLAGS.items() if key.replace("__", ".") == known and flag not in SWITCHES), None)
+    return {known: value if flag is None else _read(flag, value)}
 
 
 def _read(flag: str, value: Any) -> Any:
@@ -284,11 +309,11 @@ def _pattern(pattern: Any) -> list[list[Keys]]:
     return [[_spelling(word, each) for each in (value if isinstance(value, list) else [value])] for word, value in _flat(pattern).items()]
 
 
-def _values(recipe: Recipe) -> Keys:
-    """section.key -> value of a recipe."""
+def _values(recipe: dict[str, Any]) -> Keys:
+    """section.key -> value of a recipe's dict."""
     out: Keys = {}
-    for key, value in recipe.to_dict().items():
-        out |= {f"{key}.{leaf}": inner for leaf, inner in value.items()} if isinstance(value, dict) else {key: value}
+    for key, value in recipe.items():
+        out |= {f"{key}.{leaf}": _plain(inner) for leaf, inner in value.items()} if isinstance(value, dict) else {key: value}
     return out
 
 
@@ -302,15 +327,19 @@ def _idle(recipe: Recipe) -> set[str]:
     return out
 
 
-def _with(base: Recipe, keys: Keys, strict: bool = False) -> Recipe:
-    """The base with these keys; strict: of the base only what the method asked for reads. RecipeError for values that cannot work."""
-    values: dict[str, Any] = base.to_dict()
-    if strict:
-        _forget(values, keys)
+def _with(base: dict[str, Any], keys: Keys) -> Recipe:
+    """The base with these keys; of the base only what the method asked for reads. RecipeError for values that cannot work."""
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    _forget(values, keys)
+    _put(values, keys)
+    return Recipe.from_dict(values)
+
+
+def _put(values: dict[str, Any], keys: Keys) -> None:
+    """Set keys in a recipe's dict."""
     for key, value in keys.items():
         section, _, leaf = key.rpartition(".")
         (values[section] if section else values)[leaf] = value
-    return Recipe.from_dict(values)
 
 
 def _forget(values: dict[str, Any], keys: Keys) -> None:

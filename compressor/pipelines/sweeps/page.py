@@ -15,17 +15,19 @@ from compressor.errors import CompressorError, ModelError
 from compressor.pipelines.pages import figures, quality_parts
 from compressor.pipelines.pages.figures import Panel
 from compressor.pipelines.pages.parts import document, esc, many, note, pairs, panels, pre, section, short, table
-from compressor.pipelines.report import DASH, Report, duration, fixed, number, size, write_text
+from compressor.pipelines.report import DASH, Report, duration, fixed, number, short_names, size, write_text
 from compressor.pipelines.sweeps import front_plots
 from compressor.pipelines.sweeps.front_plots import Row
 
 CAPTION = (
-    "Each dot is a run. The line joins the front of its panel: runs that no other beats in both directions. Runs behind it are faint, and "
-    "arrows at an edge stand for what lies beyond it. "
-    "The star and the dashed line are the dense model. Speed and memory are those of measuring, with Python and its libraries."
+    "Each dot is a run. The line of steps is the front of its panel: runs that no other beats in both directions. Runs behind it are faint, and "
+    "arrows at an edge stand for what lies beyond it. Bars are one standard error: neighbours whose bars overlap may be equal, on the line or not. "
+    "The star and the dashed line are the dense model. Speed is that of measuring, with Python and its libraries."
 )
+MEMORY = "peak GPU memory"
 ORDER = "Smallest first; a dot marks the front of perplexity against the folder's bytes."
 VARIES = "(varies)"
+OBJECTS = ("keys", "tasks", "dense", "peak_bytes")  # what must be an object, or null, in a row
 
 
 def write(folder: Path) -> None:
@@ -82,8 +84,13 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ModelError(f"{where} cannot be read ({error.strerror}); give the folder of a sweep") from None
     except ValueError as error:
         raise ModelError(f"{where} is not JSON ({error}); run the sweep's command again, which writes it anew") from None
+    except RecursionError:
+        raise ModelError(f"{where} is nested too deeply; run the sweep's command again, which writes it anew") from None
     if not isinstance(plan, dict) or not all(isinstance(row, dict) for row in rows):
         raise ModelError(f"{folder} holds no sweep: its plan and each line of rows.jsonl must be JSON objects; run the sweep's command again")
+    for i, row in enumerate(rows, start=1):
+        if wrong := next((key for key in OBJECTS if not isinstance(row.get(key), dict | None)), None):
+            raise ModelError(f"{folder / 'rows.jsonl'}, line {i}: {wrong} must be an object; run the sweep's command again, which writes it anew")
     return plan, rows
 
 
@@ -112,7 +119,7 @@ def remarks(rows: Sequence[Row], reports: Sequence[Report]) -> list[str]:
             out.append(f"Perplexities on the {text} text do not compare: runs measured {len(hashes)} unlike texts, windows or numbers of tokens.")
     hosts = sorted({str(row["host"]) for row in rows if row.get("host")})
     if len(hosts) > 1:
-        out.append(f"Speed and memory do not compare: {len(hosts)} machines took part.")
+        out.append(f"Speed does not compare: {len(hosts)} machines took part.")
     return out
 
 
@@ -152,11 +159,14 @@ def results(rows: Sequence[Row]) -> tuple[list[str], list[list[str]], list[int]]
     """Heads and cells of the rows that are ok, the smallest first, and which of them are on the front; the dense model comes last."""
     good = [row for row in rows if row.get("status") == "ok"]
     good.sort(key=lambda r: (number(r, "folder_bytes") or 0.0, number(r, "perplexity") or 0.0, str(r.get("id"))))
-    tasks = list(dict.fromkeys(name for row in good if isinstance(row.get("tasks"), dict) for name in row["tasks"]))
+    tasks = short_names(name for row in good for name in row.get("tasks") or {})
     base = front_plots.dense(rows)
-    cells = [_cells(row, str(row.get("label") or row.get("id")), front_plots.memory(row), tasks) for row in good]
-    cells += [_cells(base, "dense", base["memory"], tasks)] if base and good else []
-    heads = ["run", "perplexity, domain", "perplexity, outside", *tasks, "bits per weight", "folder", "tokens/s", "peak memory", "time"]
+    cells = [_cells(row, str(row.get("label") or row.get("id")), front_plots.memory(row), list(tasks)) for row in good]
+    cells += [_cells(base, "dense", base["memory"], list(tasks))] if base and good else []
+    heads = ["run", "perplexity, domain", "perplexity, outside", *tasks.values(), "bits per weight", "folder", "tokens/s", MEMORY, "time"]
+    if all(row[heads.index(MEMORY)] == DASH for row in cells):  # no GPU
+        at = heads.index(MEMORY)
+        heads, cells = heads[:at] + heads[at + 1 :], [row[:at] + row[at + 1 :] for row in cells]
     return heads, cells, [i for i, row in enumerate(good) if row.get("front") is True]
 
 
@@ -169,7 +179,7 @@ def _cells(row: Row, name: str, memory: float | None, tasks: Sequence[str]) -> l
 
 def axes(plan: dict[str, Any], rows: Sequence[Row]) -> list[list[str]]:
     """What varied, and the values that occurred, in the order in which they did."""
-    found: dict[str, dict[str, None]] = {str(key): {} for key in plan.get("axes") or []}
+    found: dict[str, dict[str, None]] = {str(key): {} for key in keys} if isinstance(keys := plan.get("axes"), list) else {}
     for row in rows:
         for key, value in (row.get("keys") or {}).items():
             found.setdefault(str(key), {})[DASH if value is None else short(value)] = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError
-from compressor.pipelines.report import SCORES, Report, duration, fixed, number, size
+from compressor.pipelines.report import SCORES, Report, duration, fixed, number, short_names, size
 from compressor.pipelines.sweeps.grid import Experiment
 
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ def _state(values: dict[str, Any]) -> dict[str, Any] | None:
     out: dict[str, Any] = {text: number(values, text, "perplexity") for text in ("domain", "outside")}
     out |= {key: number(values, key) for key in ("bits_per_weight", "folder_bytes", "ratio")}
     out["tokens_per_second"] = number(values, "domain", "tokens_per_second")
-    return out | {"tasks": _tasks(values)}
+    return out | {"loss_change_stderr": number(values, "divergence", "loss_change_stderr"), "tasks": _tasks(values)}
 
 
 def _tasks(values: dict[str, Any]) -> dict[str, Any]:
@@ -120,13 +120,13 @@ def sentence(row: Row) -> str:
 
 def as_csv(rows: list[Row]) -> str:
     """One line a row, for other programs: what varies, the results of the state that the folder holds, and each task with its standard error."""
-    lines = []
+    lines, names = [], short_names(name for row in rows for name in row["tasks"])
     for row in rows:
         line = {key: row[key] for key in ("id", "status")} | row["keys"] | {key: row[key] for key in PLAIN}
         line |= {f"{state} perplexity": number(row, state, "domain") for state in ("dense", "packed")}
         line |= {"peak_bytes": max(row["peak_bytes"].values(), default=None)} | {f"seconds {name}": s for name, s in row["seconds"].items()}
         for name, task in row["tasks"].items():
-            line |= {name: number(task, "value"), f"{name} stderr": number(task, "stderr")}
+            line |= {names[name]: number(task, "value"), f"{names[name]} stderr": number(task, "stderr")}
         lines.append(line | {"error": row["error"]})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)), restval="", lineterminator="\n")
@@ -136,18 +136,20 @@ def as_csv(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> Any:
-    """All rows for the terminal, the smallest first; a star marks the front."""
+    """All rows for the terminal, the smallest first; a star marks the front, and errors stand beneath."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    out = Table(title="sweep (* on the front of perplexity against bytes)")
+    out = Table(title="sweep (* on the front of perplexity against bytes)", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in ("", "experiment", "domain", "outside", "bits", "folder", "time", ""):
-        out.add_column(name, no_wrap=True, min_width=max((len(row["id"]) for row in rows), default=0) if name == "experiment" else None)
+        out.add_column(name, no_wrap=name != "experiment", overflow="fold")
     for row in sorted(rows, key=lambda r: (r["folder_bytes"] is None, r["folder_bytes"] or 0, cost(r) or 0.0)):
         numbers = [*(fixed(row[key]) for key in ("perplexity", "outside", "bits_per_weight")), size(row["folder_bytes"])]
-        said = "" if row["status"] == "ok" else f"{row['status']}: {row['error'] or ''}".rstrip(": ")
-        out.add_row("*" if row["front"] else "", row["id"], *numbers, duration(row["wall_seconds"]), Text(said))
-    return out
+        said = "" if row["status"] == "ok" else row["status"]
+        out.add_row("*" if row["front"] else "", Text(row["id"]), *numbers, duration(row["wall_seconds"]), said)
+    return Group(out, *(Text(sentence(row), overflow="fold") for row in rows if row["status"] != "ok" and row["error"]))
 
 
 def gathered(experiment: Experiment, folder: Path, seconds: float | None, attempts: int) -> Row:

@@ -64,42 +64,41 @@ class Shared:
         row = self.row(experiment.id)
         return row is None or row["status"] not in DONE or (row["status"] == "failed" and self.again.get(experiment.id) == row["attempts"])
 
-    def _claim(self, experiment: Experiment) -> bool:
-        """Begin a trial of an experiment, unless somebody is first: of several trials that run, the one with the least number has it."""
+    def _claim(self, experiment: Experiment, draw: Any = None) -> bool:
+        """Begin a trial of an experiment, unless somebody is first: of several trials that run, the one with the least number has it.
+
+        draw: the sampler's trial that chose it; the new one has its values, for only trials that are born with an id are in an order that all see.
+        """
         if not self.folder.claim(experiment.id):
             return False
         token = uuid.uuid4().hex
         attrs = {"id": experiment.id, "token": token, "place": self.folder.plan["place"], "host": socket.gethostname(), "keys": experiment.keys}
-        self.study.add_trial(self._optuna.trial.create_trial(state=self._state.RUNNING, user_attrs=attrs))
+        values = {} if draw is None else {"params": draw.params, "distributions": draw.distributions}
+        attrs |= {} if draw is None else {"draw": draw.number}
+        self.study.add_trial(self._optuna.trial.create_trial(state=self._state.RUNNING, user_attrs=attrs, **values))
         rivals = [trial for trial in self._running() if trial.user_attrs.get("id") == experiment.id]
         (mine,) = (trial.number for trial in rivals if trial.user_attrs.get("token") == token)
         if mine > min(trial.number for trial in rivals) or not self._open(experiment):
-            self.study.tell(mine, state=self._state.PRUNED, skip_if_finished=True)
+            self.study.tell(mine, state=self._state.FAIL, skip_if_finished=True)
             self.folder.drop(experiment.id)
             return False
         self._mine[experiment.id] = _Beat(self.study, mine)
         return True
 
     def _drawn(self) -> Experiment | None:
-        """The experiment that the sampler chooses, with a trial of its own; None, and the trial is told, if there is nothing to run."""
-        trial = self.study.ask()
+        """The experiment that the sampler chooses, if it is this process's to run; its draw counts in any case."""
+        draw = self.study.ask()
         words = {axis: [json.dumps(value) for value in values] for axis, values in self.grid.axes.items()}
-        experiment = self.grid.experiment({axis: json.loads(trial.suggest_categorical(axis, options)) for axis, options in words.items()})
-        trial.set_user_attr("tried", True)
+        experiment = self.grid.experiment({axis: json.loads(draw.suggest_categorical(axis, options)) for axis, options in words.items()})
+        draw.set_user_attr("tried", True)
         if experiment is None or experiment.recipe is None:
             self.skipped += [experiment] if experiment is not None and experiment.id not in {e.id for e in self.skipped} else []
-            self.study.tell(trial, state=self._state.FAIL)
+            self._tell(draw.number, None)
             return None
-        trial.set_user_attr("place", self.folder.plan["place"])
-        held = self.folder.claim(experiment.id)
-        trial.set_user_attr("id", experiment.id)
-        row, rivals = self._rows().get(experiment.id), [t for t in self._running() if t.user_attrs.get("id") == experiment.id]
-        if row is not None or len(rivals) > 1 or not held:
-            self._tell(trial.number, row)
-            if held:
-                self.folder.drop(experiment.id)
+        row = self._rows().get(experiment.id)
+        self._tell(draw.number, row)
+        if row is not None or not self._claim(experiment, draw):
             return None
-        self._mine[experiment.id] = _Beat(self.study, trial.number)
         return self.known.setdefault(experiment.id, experiment)
 
     def _tell(self, number: int, row: Row | None) -> None:
@@ -174,7 +173,8 @@ class Shared:
         if self.trials is None:
             return sum(self._open(e) for e in self.known.values())
         trials, attrs = self.study.get_trials(deepcopy=False), self.study.user_attrs
-        return self.trials - sum(bool(t.user_attrs.get("tried")) and f"{LOST}{t.number}" not in attrs for t in trials)
+        lost = sum("draw" in t.user_attrs and f"{LOST}{t.number}" in attrs for t in trials)
+        return self.trials + lost - sum(bool(t.user_attrs.get("tried")) for t in trials)
 
 
 class _Beat:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CompressorError, OutputError, RecipeError
+from compressor.pipelines.cli import read_yaml
 from compressor.pipelines.job import source_name
 from compressor.pipelines.report import duration, size
 from compressor.pipelines.show import Show
 from compressor.pipelines.sweeps import child, rows
 from compressor.pipelines.sweeps.child import Outcome
-from compressor.pipelines.sweeps.grid import Experiment, Grid, Keys, read_grid
+from compressor.pipelines.sweeps.grid import Experiment, Grid, Keys
 from compressor.pipelines.sweeps.rows import Row
 from compressor.pipelines.sweeps.store import Folder, Local, Store, pause
 
@@ -46,6 +47,8 @@ class Options:
             raise RecipeError(f"--keep {self.keep!r}: choose none, front or all")
         if self.trials is not None and self.trials < 1:
             raise RecipeError(f"--trials {self.trials} must be positive")
+        if self.trials is not None and self.retry_failed:
+            raise RecipeError("--retry-failed runs failed experiments of a whole grid again; with --trials a combination is tried once: leave it out")
         if self.study is not None and self.storage is None:
             raise RecipeError("--study names a sweep in a storage: add --storage")
         if self.storage is not None or self.trials is not None:
@@ -66,7 +69,7 @@ def sweep(
     """Do all experiments, or take part in it; the document of the last line of stdout, and the rows."""
     options, show = options or Options(), show or Show()
     options.check()
-    plan, path = Grid(model, read_grid(grid), options.overrides), output or default_folder(model, grid)
+    plan, path = Grid(model, read_yaml(grid, "grid"), options.overrides), output or default_folder(model, grid)
     if options.trials and (plan.points or not plan.axes):
         raise RecipeError("--trials chooses among the values of axes: give the grid axes and no points")
     experiments = [] if options.trials else plan.experiments()
@@ -90,7 +93,7 @@ def _store(folder: Folder, grid: Grid, experiments: list[Experiment], options: O
 
     storage = options.storage or f"journal:{folder.path / 'trials.journal'}"
     name = options.study or folder.path.resolve().name
-    return Shared(folder, grid, experiments, storage, name, options.retry_failed, options.trials, grid.base.seed)
+    return Shared(folder, grid, experiments, storage, name, options.retry_failed, options.trials, grid.seed)
 
 
 def _work(store: Store, options: Options, show: Show, runner: Runner) -> None:
@@ -101,7 +104,7 @@ def _work(store: Store, options: Options, show: Show, runner: Runner) -> None:
             others, experiment = store.busy(), store.take()  # in this order: what a lost one leaves is there to take
             if experiment is not None:
                 show.say(rows.sentence(_one(experiment, store, options, show, runner)))
-            elif others or store.busy():
+            elif others or store.busy() or store.left() > 0:  # left: others only looked whether it is held, or have just let go of it
                 pause(POLL)
             else:
                 return
@@ -197,7 +200,9 @@ def dry_run(model: str, grid: Path, output: Path | None, options: Options, show:
     from compressor.pipelines import run
 
     options.check()
-    experiments = Grid(model, read_grid(grid), options.overrides).experiments()
+    if options.trials is not None:
+        raise RecipeError("--dry-run lists all of a grid, and with --trials a sampler chooses as it goes: leave one of them out")
+    experiments = Grid(model, read_yaml(grid, "grid"), options.overrides).experiments()
     path = output or default_folder(model, grid)
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file; choose another folder with -o")

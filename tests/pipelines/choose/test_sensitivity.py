@@ -1,5 +1,6 @@
 """What is measured of every unit and option: bits as they are stored, damage as it is, and a model that is left as it was."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from compressor import linear
+from compressor.errors import NumericError
 from compressor.pipelines import compress, load
 from compressor.pipelines.choose import sensitivity
 from compressor.recipe import Choose, Quant
@@ -82,8 +84,20 @@ def test_finished_blocks_are_not_measured_again(model: nn.Module, tmp_path: Path
     assert len(runs) == sum(len(unit.options) for unit in first) // 4
 
 
-def test_the_sample_is_spread_and_bounded() -> None:
-    ids = torch.arange(20).reshape(10, 2)
-    assert sensitivity.sample(ids, Choose(target_bits=3, windows=5), 10)[:, 0].tolist() == [0, 4, 8, 12, 16]
-    assert len(sensitivity.sample(ids, Choose(target_bits=3, windows=50), 10)) == 10
-    assert len(sensitivity.sample(ids, Choose(target_bits=3, windows=8), sensitivity.SAMPLE)) == 1
+def test_the_sample_is_spread_bounded_and_not_what_calibrates() -> None:
+    text = torch.arange(24).reshape(12, 2)
+    assert sensitivity.sample(text, text[1:3], 5)[:, 0].tolist() == [0, 8, 12, 16, 20]
+    rest = {tuple(row.tolist()) for row in sensitivity.sample(text, text[1:3], 50)}
+    assert rest == {tuple(row.tolist()) for i, row in enumerate(text) if i not in (1, 2)}
+    assert torch.equal(sensitivity.sample(text, text, 3), text[::4])  # a text that has no others
+    assert sensitivity.windows(Choose(target_bits=3, windows=8), 2048, 32000) == 4
+    assert sensitivity.windows(Choose(target_bits=3, windows=8), 2048, sensitivity.SAMPLE) == 1
+
+
+def test_a_model_that_no_longer_predicts_is_no_choice(model: nn.Module, tmp_path: Path) -> None:
+    whole = sensitivity.Divergence(model, IDS)
+    with torch.no_grad():
+        model.lm_head.weight[7, 3] = torch.nan
+    assert whole() == math.inf
+    with pytest.raises(NumericError, match=r"model\.layers\.0\.self_attn\.q_proj: packed by none of the candidates"):
+        measured(model, tmp_path, whole)

@@ -27,6 +27,12 @@ def test_the_best_of_all_combinations(units: list[list[tuple[float, int]]], shar
     assert found.cost == pytest.approx(min(fitting), rel=1e-4, abs=1e-4)
 
 
+def test_no_room_leaves_the_cheapest_of_the_lightest() -> None:
+    found = solve([[0.0, 1.0, 0.0], [2.0, 1.0]], [[1, 0, 0], [5, 5]], 5)
+    assert found is not None
+    assert (found.picks, found.cost, found.gap) == ([2, 1], 1.0, pytest.approx(0))
+
+
 def test_a_model_of_many_layers_is_solved_to_the_gap() -> None:
     """As many units and options as a model of 70B has, damages that fall with bits unlike from layer to layer."""
     costs = [[(1 + (17 * u) % 23) * 4.0**-bits * (1 + group / 256) for bits in (2, 3, 4) for group in (32, 64, 128)] for u in range(320)]

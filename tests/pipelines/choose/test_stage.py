@@ -105,7 +105,7 @@ def test_the_dry_run_tells_the_target(tmp_path: Path) -> None:
         dry_run(QUICK.with_(choose__target_bits=1.5), tmp_path / "out", Show())
 
 
-def test_recipes_that_cannot_choose() -> None:
+def test_recipes_that_cannot_choose(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="give one of target_bits"):
         QUICK.with_(choose__target_bits=3.0, choose__max_loss=0.1)
     with pytest.raises(RecipeError, match="nothing is chosen"):
@@ -114,3 +114,11 @@ def test_recipes_that_cannot_choose() -> None:
         QUICK.with_(choose__target_bits=3.0, quant__layers={"re:down": "w4g64"})
     with pytest.raises(RecipeError, match="does not know: leave choose.measure at kl"):
         run(QUICK.with_(choose__max_loss=0.1, choose__measure="error"), Path("never"))
+    with pytest.raises(RecipeError, match="nothing is packed: add --quant"):
+        run(QUICK.with_(choose__target_bits=3.0, quant__packer="none", prune__method="loraprune", prune__ratio=0.3), Path("never"))
+    with pytest.raises(RecipeError, match="makes tables"):  # a candidate that the tuner could not go on with
+        run(QUICK.with_(choose__target_bits=3.0, choose__candidates=("sketch2", "sketch3"), tune__method="peqa"), Path("never"))
+    with pytest.raises(RecipeError, match="below the 2.125 bits"):  # before anything is measured
+        run(QUICK.with_(choose__target_bits=2.0), tmp_path / "out")
+    with pytest.raises(RecipeError, match="the smallest candidates come to"):
+        run(QUICK.with_(choose__target_size=1000), tmp_path / "out")

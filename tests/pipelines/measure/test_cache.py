@@ -47,6 +47,7 @@ def test_damage_counts_as_absent(tmp_path: Path) -> None:
     entry = json.loads(whole)
     damaged = [
         whole[:-20], "", "[]", "null", whole.replace("2.5", "2.4"), json.dumps({k: v for k, v in entry.items() if k != "sha256"}),
+        "[" * 200_000,
         json.dumps(entry | {"key": KEY | {"window": 17}}), json.dumps(entry | {"measured": "2000-01-01"}), json.dumps(entry | {"result": [1]}),
     ]  # fmt: skip
     for text in damaged:
@@ -70,7 +71,7 @@ def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path: Path) -> None:
     said = Said()
     known = cache.Cache(tmp_path / "file" / "eval", said)
     assert known.put(KEY, {"a": 1})["a"] == 1 and known.put(KEY, {"a": 1})["a"] == 1
-    assert len(said.lines) == 1 and "measurements are not kept" in said.lines[0] and known.get(KEY) is None
+    assert said.lines == [f"measurements are not kept: {tmp_path / 'file' / 'eval'} cannot be written (Not a directory)"] and known.get(KEY) is None
 
 
 def test_no_half_written_entry_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,27 @@ def test_no_half_written_entry_is_left(tmp_path: Path, monkeypatch: pytest.Monke
     said = Said()
     monkeypatch.setattr(os, "replace", full)
     cache.Cache(tmp_path, said).put(KEY, {"a": 1})
-    assert not list(tmp_path.iterdir()) and "no space left" in said.lines[0]
+    assert not list(tmp_path.iterdir()) and "no space left)" in said.lines[0]
+
+
+def test_two_containers_do_not_write_the_same_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    names, replace = list[Path](), os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (names.append(source), replace(source, target))[1])
+    for _ in range(2):
+        cache.Cache(tmp_path, Show()).put(KEY, {"a": 1})
+    assert len(set(names)) == 2
+
+
+def test_what_another_try_may_better_is_not_kept(tmp_path: Path) -> None:
+    known = cache.Cache(tmp_path, Show())
+    assert known.put(KEY, {"a": 1}, keep=False)["cached"] is False and known.get(KEY) is None
+
+
+def test_older_entries_count_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache.base_key("cpu")
+    monkeypatch.setattr(cache, "SCHEMA", cache.SCHEMA + 1)
+    assert cache.digest(cache.base_key("cpu")) != cache.digest(before)
 
 
 def test_every_byte_of_model_and_adapter_counts(tmp_path: Path) -> None:

@@ -133,6 +133,28 @@ def test_on_its_own_text_the_divergence_is_the_change_of_the_loss(model: Any, ot
     assert found["mean"] > 10 * found["stderr"]
 
 
+def test_a_sample_remembers_what_the_model_was(model: Any, other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(7, 24)
+    labels = torch.where(torch.rand(7, 24, generator=torch.Generator().manual_seed(2)) < 0.3, IGNORE, rows)
+    labels[1] = IGNORE  # a window that predicts nothing
+    changing = copy.deepcopy(model).train()
+    samples = divergence.Sample(changing, rows), divergence.Sample(changing, rows, labels)
+    changing.load_state_dict(other.state_dict())
+    assert samples[0].compare(changing) == run(model, other, rows) and changing.training
+    wanted = run(model, other, rows, labels)
+    for _ in range(2):  # it can be asked again
+        found = samples[1].compare(changing)
+        assert found == {key: pytest.approx(value, rel=1e-6) for key, value in wanted.items()}
+    monkeypatch.setattr(divergence, "SAMPLE_LOGITS", 3 * 24 * 320 + 5)
+    assert divergence.Sample(model, rows).compare(other) == {
+        key: pytest.approx(value, rel=1e-6) for key, value in run(model, other, rows[:3]).items()
+    }
+    monkeypatch.setattr(divergence, "SAMPLE_LOGITS", 1)
+    assert divergence.Sample(model, rows).compare(other)["windows"] == 1
+    with pytest.raises(DataError, match="leaves nothing to predict"):
+        divergence.Sample(model, rows, torch.full_like(rows, IGNORE))
+
+
 def test_the_floor_is_far_below(model: Any, other: Any) -> None:
     rows = rows_of(6, 32)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -1,5 +1,6 @@
 """`compressor eval`: its document and tables, what it keeps, what it refuses."""
 
+import io
 import json
 import math
 import shutil
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compressor.pipelines.measure as room
-from compressor.errors import RecipeError
+from compressor.errors import DataError, RecipeError
 from compressor.linear import linears
 from compressor.pipelines import cli, cli_eval, compress, data, evaluate, load, tools, write
-from compressor.pipelines.measure import cache, compare
+from compressor.pipelines.measure import cache, compare, divergence, tables
+from compressor.pipelines.report import fixed
 from compressor.recipe import Quant
 from tests.pipelines.commands import call
 from tests.pipelines.conftest import make_tokenizer
@@ -163,7 +166,7 @@ def tokens_of(name: str) -> int:
 
 def test_the_smallest_model_decides_the_window(measure: Any) -> None:
     found, err = measure("dense", "wide", "--data", "a.txt", "--max-tokens", "512")
-    assert [model["texts"][0]["window"] for model in found["models"]] == [128, 128] and "tokens_differ" not in found
+    assert [model["window"] for model in found["models"]] == [128, 128] and "tokens_differ" not in found
     found, err = measure("dense", "foreign", "--data", "a.txt", "--max-tokens", "512")
     assert found["tokens_differ"] is True and "do not compare" in err
 
@@ -202,7 +205,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         progress(names[0], 1, 2)
         return {name: {"metric": "accuracy", "value": 0.5, "stderr": 0.05, "examples": 100, "shots": shots, "engine": "none 1"} for name in names}
 
-    vars(module).update(check=check, measure=run, digest=lambda names, shots: f"{shots}-" + "-".join(names))
+    def reach(names: Any, shots: int) -> None:
+        if "far" in names:
+            raise DataError("the hub does not answer")
+
+    def digest(names: Any, shots: int) -> str:
+        if shots > 2:
+            raise RecipeError("there are only 2 examples")
+        return f"{shots}-" + "-".join(names)
+
+    vars(module).update(check=check, measure=run, digest=digest, reach=reach)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(room, "tasks", module, raising=False)
     return asked
@@ -212,7 +224,7 @@ def test_tasks(measure: Any, stand_in: list[tuple[Any, ...]], no_loading: Any) -
     args = ["w4", "w2", "--tasks", "a.json, b.json", "--limit", "9", "--shots", "2", "--seed", "3"]
     found, err = measure(*args)
     assert stand_in == [(model, (task,), 9, 2, 3) for model in ("w4", "w2") for task in ("a.json", "b.json")]
-    assert found["models"][0]["texts"] == [] and found["models"][1]["tasks"]["b.json"]["value"] == 0.5
+    assert "texts" not in found["models"][0] and "perplexity" not in found["models"][0] and found["models"][1]["tasks"]["b.json"]["value"] == 0.5
     assert "0.500 ± 0.050" in err and "a.json: accuracy, 100 examples, 2 shots" in err and "none 1" in err
     lone, err = measure("w4", "--tasks", "a.json", "--limit", "9", "--shots", "2", "--seed", "3", "--data", "b.jsonl", "--window", "32")
     assert lone["tasks"]["a.json"]["cached"] is True and lone["perplexity"] > 1 and lone["cached"] is False and len(stand_in) == 4
@@ -238,7 +250,7 @@ def test_tasks(measure: Any, stand_in: list[tuple[Any, ...]], no_loading: Any) -
         (["wide", "--protocol", "c4=a.txt", "--window", "64"], "--window says how to cut a text of --data"),
         (["wide", "--protocol", "c4=a.txt", "--stride", "64"], "--stride says how to cut a text of --data"),
         (["dense", "--data", "empty.txt"], "empty.txt holds no text"),
-        (["dense", "--data", "one.txt"], "one.txt: a text of 1 tokens leaves nothing to predict"),
+        (["dense", "--data", "one.txt"], "one.txt: a text of 1 token leaves nothing to predict"),
         (["dense", "--data", "nowhere.txt"], "there is no file or folder"),
         (["dense", "--max-tokens", "1"], "max_tokens=1"),
         (["dense", "./nowhere"], "there is no model folder ./nowhere"),
@@ -248,6 +260,15 @@ def test_tasks(measure: Any, stand_in: list[tuple[Any, ...]], no_loading: Any) -
         (["dense", "--reference", "foreign", "--data", "a.txt"], "into different tokens: a divergence needs one tokenizer"),
         (["dense", "--tasks", "nosuch"], "there is no task 'nosuch'"),
         (["dense", "--tasks", "x", "--limit", "-1"], "limit=-1"),
+        (["dense", "--tasks", "a.json,far"], "the hub does not answer"),
+        (["dense", "--tasks", "a.json", "--shots", "3"], "there are only 2 examples"),
+        (["dense", "--tasks", ","], "--tasks ',' names no task"),
+        (["dense", "--limit", "0"], "--limit says how tasks are asked, and there are none"),
+        (["dense", "--shots", "2"], "--shots says how tasks are asked"),
+        (["dense", "--seed", "42"], "--seed says how tasks are asked"),
+        (["dense", "--data", "a.txt", "--data", "one.txt"], "one.txt: a text of 1 token leaves nothing to predict"),
+        (["dense", "--markdown", "nowhere/t.md"], "there is no folder 'nowhere'; make it first"),
+        (["dense", "--markdown", "dense"], "is a folder; give the name of a file"),
         (["dense", "--cache", "x", "--no-cache"], "leave one out"),
         (["bert", "dense", "--data", "rows.tsv"], "give one kind in a call"),
         (["bert"], "give them with --data"),
@@ -262,9 +283,71 @@ def test_refusals(
     if "bert" in args and not (place / "bert").exists():
         make_encoder(place / "bert", "BertForSequenceClassification", num_labels=2)
         write_tsv(place / "rows.tsv", sentences(8))
+
+    def measured(*_: Any, **options: Any) -> None:
+        raise AssertionError("something was measured first")
+
+    for name in ("perplexity", "compare", "floor"):
+        monkeypatch.setattr(evaluate if name == "perplexity" else divergence, name, measured)
     code, out, err = call(monkeypatch, capsys, "eval", *args, "--device", "cpu")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and not out and len(errors) == 1 and words in errors[0], err
+
+
+def test_several_models_with_one_text_look_like_one(measure: Any) -> None:
+    args = ("--data", "a.txt", "--window", "32", "--reference", "dense")
+    one, _ = measure("w4", *args)
+    both, _ = measure("w4", "w2", *args)
+    assert set(both["models"][0]) == set(one) - {"reference"} and both["models"][0]["perplexity"] == one["perplexity"]
+    assert both["reference"]["floor"]["order"] == one["reference"]["floor"]["order"] and set(both) == {"models", "cached", "reference"}
+
+
+def test_a_terminal_of_80_columns_breaks_no_number(measure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli.console, "width", 80)
+    place = tmp_path / "a-model-of-a-long-name-w2"
+    shutil.copytree("w2", place)
+    found, err = measure("dense", str(place), "--data", "a.txt", "--window", "32", "--reference", "dense")
+    lines = err.splitlines()
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    heads = [line.split() for line in lines if line.startswith("model ")]
+    assert heads[0] == ["model", "bits/weight", "size", "ratio", "perplexity"]
+    assert heads[1] == ["model", "Δ", "loss", "KL", "mean", "median", "p90", "p99", "max", "top-1"] and len(heads) == 2
+    told = found["models"][1]
+    for cell in (*tables._differences(told["divergence"]), *tables._differences(found["reference"]["floor"]["order"])):
+        assert any(cell in line for line in lines), cell
+    assert fixed(told["perplexity"]) in err
+
+
+def test_many_tasks_stand_in_several_tables() -> None:
+    score = {"value": 0.0, "stderr": 0.0, "low": 0.0, "high": 0.037, "metric": "accuracy", "examples": 100, "shots": 0, "engine": "none 1"}
+    names = [f"somewhere/a long folder/task-{i}.json" for i in range(7)]
+    document = {"model": "m", "bits_per_weight": 3.0, "folder_bytes": 10**9, "ratio": 4.0, "tasks": dict.fromkeys(names, score), "cached": False}
+    text = io.StringIO()
+    Console(file=text, width=80).print(tables.shown(document))
+    assert text.getvalue().count("0.000 [0.000, 0.037]") == 7 and "95 % (Wilson)" in text.getvalue()
+
+
+def test_a_floor_that_lacks_a_line_is_measured_again(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    args = ("w4", "--data", "a.txt", "--window", "32", "--max-tokens", "256", "--reference", "dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(divergence, "recomputed", full)
+        lacking, err = measure(*args)
+    assert "does not fit" in lacking["reference"]["floor"]["rounding"]["missing"] and "does not fit" in " ".join(err.split())
+    found, _ = measure(*args)
+    assert found["reference"]["floor"]["rounding"]["mean"] > 0 and found["divergence"]["cached"] is True
+    assert measure(*args)[0]["cached"] is True
+
+
+def test_the_document_is_out_before_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any) -> None:
+        raise DataError("the disk is full")
+
+    monkeypatch.setattr(tables, "markdown", fail)
+    code, out, err = call(monkeypatch, capsys, "eval", "w4", "--data", "a.txt", "--window", "32", "--markdown", "t.md", "--device", "cpu")
+    assert code == 2 and json.loads(out)["perplexity"] > 1 and "the disk is full" in err
 
 
 def test_encoders_one_or_several(measure: Any, place: Path) -> None:

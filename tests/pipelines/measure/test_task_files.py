@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,13 @@ def test_answers_to_be_written(tmp_path: Path) -> None:
         (" $7.50", ["7.5"], False, True),
         (" so 3 + 4 = 7\n#### 7\nand 9", ["7"], True, True),
         (" so 3 + 4 = 7", ["7"], True, True),
+        ("#### 5\nQ: next\nA: 3+3\n#### 6", ["5"], True, True),
+        ("#### 5\nQ: next\nA: 3+3\n#### 6", ["6"], True, False),
+        ("#### none", ["7"], True, False),
+        (" pages 10-12", ["12"], False, True),
+        (" pages 10-12", ["-12"], False, False),
+        (" so x = -12", ["-12"], True, True),
+        (" it loses -$12", ["-12"], True, True),
         (" so 7 = 3 + 4", ["7"], True, False),
         (" -3", ["3"], False, False),
         ("", ["7"], True, False),
@@ -126,6 +135,12 @@ def test_errors_name_file_and_row(tmp_path: Path, row: Any, said: str) -> None:
         read(tmp_path, PLAIN, row)
 
 
+def test_an_answer_that_is_no_number(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(DataError, match=f"row 1: answer holds {value}, which is no number"):
+            read(tmp_path, {"question": "a?", "answer": value})
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -159,17 +174,21 @@ def test_names(tmp_path: Path) -> None:
 
 
 def test_examples_come_from_the_train_file_beside(tmp_path: Path) -> None:
-    test, train = write(tmp_path, [PLAIN], "my_test.jsonl"), write(tmp_path, [PLAIN, PLAIN], "my_train.json")
-    assert len(task_files.examples(test, "choices", 2).rows) == 2
-    with pytest.raises(RecipeError, match="shots=3 is more than the 2 examples of my_train.json"):
-        task_files.examples(test, "choices", 3)
+    test, train, other = write(tmp_path, [PLAIN], "my_test.jsonl"), tmp_path / "my_train.json", PLAIN | {"question": "What is red?"}
+    (train).write_text(json.dumps([other, PLAIN, PLAIN | {"choices": PLAIN["choices"][::-1]}, other]))
+    asked = task_files.read(test)
+    shown = task_files.examples(test, asked, 2)
+    assert [row["text"] for row in shown.rows] == ["Question: What is red?\nAnswer:"] * 2, "what is asked is not shown, in whatever order"
+    assert shown.sha256 == hashlib.sha256(train.read_bytes()).hexdigest()
+    with pytest.raises(RecipeError, match="shots=3 is more than the 2 examples of my_train.json that are not asked"):
+        task_files.examples(test, asked, 3)
     with pytest.raises(DataError, match="examples must look like the questions"):
-        task_files.examples(test, "match", 1)
+        task_files.examples(test, replace(asked, shape="match"), 1)
     train.unlink()
     with pytest.raises(RecipeError, match="give my_train.jsonl beside it, or shots=0"):
-        task_files.examples(test, "choices", 1)
+        task_files.examples(test, asked, 1)
     with pytest.raises(RecipeError, match="'latest.json' has none; give a file whose name has 'test' in it"):
-        task_files.examples(tmp_path / "latest.json", "choices", 1)
+        task_files.examples(tmp_path / "latest.json", asked, 1)
 
 
 KEYS = st.sampled_from(
@@ -206,4 +225,4 @@ def test_random_rows_give_questions_or_one_sentence(tmp_path_factory: pytest.Tem
 def test_the_shared_files(name: str, options: set[int]) -> None:
     file = task_files.read(SHARED / name / "test.json")
     assert file.shape == "instruction" and {len(row["choices"]) for row in file.rows} <= options
-    assert len(task_files.examples(SHARED / name / "test.json", file.shape, 5).rows) > 1000
+    assert len(task_files.examples(SHARED / name / "test.json", file, 5).rows) > 1000

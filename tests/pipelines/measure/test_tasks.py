@@ -63,6 +63,7 @@ def test_accuracy_as_counted_by_hand(loaded: load.Loaded, tmp_path: Path, no_net
     assert found["value"] == pytest.approx(share) and found["value_normalised"] == pytest.approx(sum(fair) / 20)
     assert 0 < share < 1 and found["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
     assert (found["metric"], found["examples"], found["shots"], found["limit"], found["shape"]) == ("accuracy", 20, 0, 20, "choices")
+    assert (found["low"], found["high"]) == tasks.interval(share, 20) and 0 < found["low"] < share < found["high"] < 1
     assert found["engine"].startswith("lm-eval 0.") and found["data_sha256"] == task_files.read(Path(name)).sha256
     assert told[-1] == (name, 60, 60)
     assert capfd.readouterr() == ("", "")
@@ -94,7 +95,8 @@ def test_examples_are_shown_by_the_seed(loaded: load.Loaded, tmp_path: Path, mon
     name = write(tmp_path / "test.jsonl", questions(6))
     with pytest.raises(RecipeError, match="shots=2 needs examples"):
         tasks.measure(loaded, [name], shots=2)
-    write(tmp_path / "train.jsonl", [q | {"question": f"Shown {i}?"} for i, q in enumerate(questions(9, 1))])
+    same = questions(6)  # what is asked is not shown, though it stands among the examples
+    write(tmp_path / "train.jsonl", same + [q | {"question": f"Shown {i}?"} for i, q in enumerate(questions(9, 1))])
     asked: list[str] = []
     from compressor.pipelines.measure import harness
 
@@ -120,6 +122,14 @@ def test_the_seeds_of_others_are_left_alone(loaded: load.Loaded, tmp_path: Path)
     random.seed(5)
     tasks.measure(loaded, [name])
     assert (torch.rand(1).item(), random.random()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"), [(0, 100, 0.0, 0.0370), (100, 100, 0.9630, 1.0), (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1)]
+)
+def test_intervals_are_wilsons(right: int, count: int, low: float, high: float) -> None:
+    """Against published values of the score interval."""
+    assert tasks.interval(right / count, count) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_digest_is_that_of_the_contents(tmp_path: Path) -> None:
@@ -157,12 +167,15 @@ def test_names_of_the_hub_need_no_network(no_network: None) -> None:
             tasks.check([name])
 
 
-def test_a_hub_that_cannot_be_reached_is_one_sentence(loaded: load.Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_sentence(loaded: load.Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_nothing(names: list[str]) -> Any:
         raise ConnectionError("Couldn't reach the hub\nand more")
 
     entry = SimpleNamespace(kind=SimpleNamespace(name="TASK"), cfg={})
     monkeypatch.setattr(tasks, "_hub", lambda: SimpleNamespace(load=load_nothing, task_index={"boolq": entry}, all_tasks=["boolq"]))
+    tasks.reach([write(tmp_path / "q.jsonl", questions(2))])
+    with pytest.raises(DataError, match="the data of task 'boolq' could not be had"):
+        tasks.reach(["boolq"])
     with pytest.raises(DataError, match="the data of task 'boolq' could not be had from the hub: Couldn't reach the hub; a task file") as caught:
         tasks.measure(loaded, ["boolq"])
     assert "\n" not in str(caught.value)
@@ -179,9 +192,20 @@ def test_digest_covers_the_examples_shown(tmp_path: Path) -> None:
     row = {"question": "one?", "choices": ["a", "b"], "answer": 0}
     test, train = tmp_path / "test.json", tmp_path / "train.json"
     test.write_text(json.dumps([row]))
-    train.write_text(json.dumps([row, row]))
+    other = row | {"question": "two?"}
+    train.write_text(json.dumps([other, other]))
     before, plain = tasks.digest([str(test)], 1), tasks.digest([str(test)])
     assert before != plain
-    train.write_text(json.dumps([row, row | {"answer": 1}]))
+    train.write_text(json.dumps([other, other | {"answer": 1}]))
     assert tasks.digest([str(test)], 1) != before
     assert tasks.digest([str(test)]) == plain
+
+
+def test_digest_covers_the_definition_of_a_hub_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tasks.digest(["arc_easy"]) == tasks.digest(["arc_easy"]) != tasks.digest(["boolq"])
+    file, found = tmp_path / "a.yaml", []
+    monkeypatch.setattr(tasks, "_hub", lambda: SimpleNamespace(task_index={"arc_easy": SimpleNamespace(yaml_path=file)}))
+    for version in (1, 2):
+        file.write_text(f"version: {version}")
+        found.append(tasks.digest(["arc_easy"]))
+    assert found[0] != found[1]

@@ -56,12 +56,30 @@ def test_a_run_as_files(run: Path, tmp_path: Path) -> None:
     assert made == sorted(document["files"]) and len([name for name in made if name.startswith("plots/")]) == 15
     rows = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
     assert [row["state"] for row in rows] == ["dense", "pruned", "packed", "tuned"]
-    assert float(rows[2]["domain.perplexity"]) == 6.4522 and float(rows[3]["tasks.boolq.value"]) == 0.6 and rows[1]["divergence.domain.mean"] == ""
+    assert float(rows[2]["domain.perplexity"]) == 6.4522 and float(rows[3]["tasks.boolq.value"]) == 0.6 and rows[1]["divergence.mean"] == ""
     layers = list(csv.DictReader((tmp_path / "out" / "layers.csv").open()))
     assert len(layers) == 12 and layers[0]["shape"] == "64x256" and float(layers[11]["error"]) == pytest.approx(0.06)
     text = (tmp_path / "out" / "results.md").read_text("utf-8")
     assert "| packed | 6.452 | 3.700 |" in text and "| boolq | 0.620 ± 0.015 | 0.550 ± 0.015 | 0.600 ± 0.015 |" in text and "ab" * 32 in text
     assert (tmp_path / "out" / "report.html").read_text("utf-8").endswith("</html>\n")
+
+
+def test_readers_see_the_names_of_task_files_and_no_paths(tmp_path: Path) -> None:
+    report = full()
+    score = {"metric": "accuracy", "value": 0.5, "stderr": 0.1, "data_sha256": "ef" * 32}
+    report.packed["tasks"] = dict.fromkeys(("/home/me/a/test.jsonl", "/home/me/b/test.jsonl", "C:\\me\\arc.json", "boolq"), score)
+    report.save(tmp_path / "report.json")
+    files.write(tmp_path / "report.json", tmp_path / "out", ("svg", "csv", "markdown"), Show())
+    texts = {path.name: path.read_text("utf-8") for path in (tmp_path / "out").glob("*.*")}
+    assert texts.keys() == {"report.html", "results.csv", "layers.csv", "results.md"} and not any("/me" in t or "\\me" in t for t in texts.values())
+    assert all("a/test.jsonl" in texts[name] and "b/test.jsonl" in texts[name] for name in ("report.html", "results.csv", "results.md"))
+    assert "tasks.arc.json.value" in texts["results.csv"] and "| arc.json |" in texts["results.md"] and "efef" in texts["results.md"]
+    assert "ef" * 9 not in texts["results.md"] + texts["report.html"]
+    rows = sweep_rows()
+    rows[0]["tasks"] = rows[0]["dense"]["tasks"] = {"/home/me/a/test.jsonl": score}
+    files.write(write_sweep(tmp_path / "sweep", rows), None, ("csv", "markdown"), Show())
+    for path in (tmp_path / "sweep-report").iterdir():
+        assert "/me" not in path.read_text("utf-8") and "test.jsonl" in path.read_text("utf-8")
 
 
 def test_a_sweep_as_files(tmp_path: Path) -> None:

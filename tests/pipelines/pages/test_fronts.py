@@ -1,5 +1,6 @@
 """Fronts, scales and labels, against plain truths."""
 
+import math
 import random
 from typing import Any
 
@@ -57,6 +58,43 @@ def test_far_points_stand_at_the_edge_and_are_counted() -> None:
     marks = {line.get_gid(): line for line in axes.lines if str(line.get_gid()).startswith("point:")}
     assert marks["point:lost (off the scale)"].get_marker() == "^" and marks["point:dense: 16, 29 (off the scale)"].get_marker() == ">"
     assert marks["point:small"].get_ydata() == [50.0]
+
+
+@pytest.mark.parametrize(("more", "corners"), [
+    (False, [(1.0, 9.0), (2.0, 9.0), (2.0, 4.0), (5.0, 4.0), (5.0, 3.0)]), (True, [(1.0, 3.0), (1.0, 4.0), (2.0, 4.0), (2.0, 9.0), (5.0, 9.0)]),
+])  # fmt: skip
+def test_the_line_promises_nothing_between_points(more: bool, corners: list[tuple[float, float]]) -> None:
+    ys = (3.0, 4.0, 9.0) if more else (9.0, 4.0, 3.0)
+    points = [Point("", a, b) for a, b in zip((1.0, 2.0, 5.0), ys, strict=True)]
+    assert fronts.stairs(points, Axis("", higher=more)) == corners and fronts.stairs([], Axis("")) == []
+
+
+def owners(axes: Any, points: list[Point]) -> dict[str, tuple[str, bool]]:
+    """label -> the point that lies nearest to it, and whether a line leads from there."""
+    renderer = axes.figure.canvas.get_renderer()
+    at = {p.label or p.name: tuple(axes.transData.transform((p.x, p.y))) for p in points}
+    ends = {tuple(line.get_xydata()[0]) for line in axes.lines if line.get_linewidth() == 0.6 and len(line.get_xydata()) == 2}
+    out = {}
+    for text in axes.texts:
+        x0, y0, x1, y1 = text.get_window_extent(renderer).extents
+        far = {name: math.hypot(max(x0 - x, 0, x - x1), max(y0 - y, 0, y - y1)) for name, (x, y) in at.items()}
+        led = any(math.dist(axes.transData.transform(end), at[text.get_text()]) < 0.5 for end in ends)
+        out[text.get_text()] = min(far, key=lambda name: far[name]), led
+    return out
+
+
+def test_no_label_stands_nearer_to_another_point() -> None:
+    """Neighbours of nearly equal quality, as of two groups at 2 bits; points behind the front have no labels but count."""
+    rng = random.Random(5)
+    led = 0
+    for gap in (0.02, 0.05, 0.1, 0.25):
+        points = [Point("a", 2.25, 120.0, label="w2g64"), Point("b", 2.25 + gap, 117.0, label="w2g32"), Point("c", 4.0, 40.0, label="w4g128")]
+        crowd = [Point(f"x{i}", 2.2 + rng.random() * (gap + 0.2), 110 + 30 * rng.random(), faint=True) for i in range(8)]
+        axes = drawn([*points, *crowd], [0, 1, 2], None, Axis("x"), Axis("y"))
+        found = owners(axes, [*points, *crowd])
+        assert found and all(name == label or leads for label, (name, leads) in found.items()), (gap, found)
+        led += sum(leads for _, leads in found.values())
+    assert led > 0
 
 
 def test_labels_keep_apart_even_in_a_crowd() -> None:

@@ -1,5 +1,7 @@
 """Grids: words of the command line and keys of recipes make the same experiments, and whatever a file holds, errors are sentences."""
 
+import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import CompressorError, RecipeError
-from compressor.pipelines.cli import FLAGS
+from compressor.pipelines.cli import FLAGS, read_yaml
 from compressor.pipelines.sweeps import grid as grids
-from compressor.pipelines.sweeps.grid import Experiment, Grid, parse_set, read_grid
+from compressor.pipelines.sweeps.grid import Experiment, Grid, parse_set
 
 
 def experiments(grid: Any, **overrides: Any) -> list[Experiment]:
@@ -61,12 +63,58 @@ def test_duplicates_are_one_experiment_and_the_id_knows_what_decides_the_result(
     assert ids(grid) != first and ids(grid, seed=1) != ids(grid)
 
 
+def test_another_version_of_the_program_makes_other_experiments(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ids({"quant.bits": [3, 4]})
+    monkeypatch.setattr(grids, "__version__", "99.0")
+    assert not {*first} & {*ids({"quant.bits": [3, 4]})}
+
+
 def test_what_cannot_be_has_a_reason_and_no_recipe() -> None:
     found = experiments({"quant": ["3bit", "sketch3"], "tune": ["none", "peqa"], "points": [{"quant": "5bit"}, {"quant": "w2g64", "group": 32}]})
     reasons = [e.reason for e in found if e.recipe is None]
     assert len(found) == 6 and len({e.id for e in found}) == 6
     for reason, words in zip(reasons, ("packer sketch makes tables", "bits=5 is not supported", "say it once"), strict=True):
         assert reason is not None and words in reason
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        ({"target_size": [10**6, "1XB"]}, "'1XB'"),
+        ({"max_loss": ["2%", "0%"]}, "'0%'"),
+        ({"layer": ["re:o_proj=w4g64", "o_proj"]}, "'o_proj'"),
+        ({"absolute": [True, "yes"], "tune": "peqa"}, "is true or false"),
+        ({"quant": ["3bit", date(2026, 1, 1)]}, "'2026-01-01'"),
+        ({"quant.damp": [0.01, float("nan")]}, "damp=nan"),
+        ({"seed": [1, 10**400]}, "must be int"),
+        ({"quant": "none", "prune": "loraprune:20%", "target_bits": [None, 3]}, "nothing is packed"),
+        ({"max_loss": 0.02, "sensitivity": ["kl", "error"]}, "leave choose.measure at kl"),
+    ],
+)
+def test_a_bad_value_is_a_skipped_row(axis: dict[str, Any], words: str) -> None:
+    good, bad = experiments(axis)
+    assert good.recipe is not None and bad.recipe is None and words in (bad.reason or "")
+    json.dumps([good.keys, bad.keys], allow_nan=False)
+
+
+def test_a_base_is_checked_with_its_points() -> None:
+    found = experiments({"base": {"candidates": "w2g64, w4g64", "save": "task"}, "target_bits": [3, 3.5], "tune": ["peqa", "none"]})
+    assert [e.reason is None for e in found] == [True, False] * 2
+    assert found[0].recipe is not None and found[0].recipe.choose.candidates == ("w2g64", "w4g64")
+    with pytest.raises(RecipeError, match=r"no experiment of the grid can be run; the first: .*nothing is chosen"):
+        experiments({"base": {"candidates": "w2g64"}, "quant.bits": [3, 4]})
+
+
+def test_labels_tell_targets_and_layers_apart() -> None:
+    points = [{"quant": "3bit"}, {"layer": "re:down_proj=w4g64"}, {"target_bits": 3}, {"target_bits": 3.5}, {"max_loss": "2%", "tune": "peqa"}]
+    labels = ["w3g128-gptq", "mixed-w3g128-gptq", "3bit-gptq", "3.5bit-gptq", "loss2-gptq-peqa"]
+    assert [e.label for e in experiments({"points": points})] == labels
+
+
+def test_a_grid_that_holds_itself_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("quant: &q [3bit, *q]\n")
+    with pytest.raises(RecipeError, match="holds itself"):
+        experiments(read_yaml(tmp_path / "grid.yaml", "grid"))
 
 
 def test_what_the_base_says_of_another_method_does_not_carry_over() -> None:
@@ -111,7 +159,7 @@ def test_files_and_settings(tmp_path: Path) -> None:
         if text is not None:
             path.write_text(text)
         with pytest.raises(RecipeError, match=words):
-            read_grid(path)
+            read_yaml(path, "grid")
     assert parse_set(["quant.group=64", "data.data=a.txt", "tune.lr=1e-3", "x=[1"]) == {
         "quant.group": 64, "data.data": "a.txt", "tune.lr": "1e-3", "x": "[1",
     }  # fmt: skip
@@ -126,7 +174,7 @@ words = st.sampled_from(
 )
 known = st.sampled_from(["3bit", "w2g64", "sketch3", "peqa", "none", "loraprune:30%", "rtn", "gptq", "lora", 2, 3, 64, -1, 0.5, 1e400, "", "~"])
 value = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | known,
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.datetimes() | st.binary(max_size=4) | known,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words | st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
@@ -142,3 +190,4 @@ def test_no_grid_ends_in_a_traceback(grid: dict[str, Any], out: Any) -> None:
         assert str(error)
     else:
         assert found and any(e.recipe is not None for e in found)
+        json.dumps([e.keys for e in found], allow_nan=False)

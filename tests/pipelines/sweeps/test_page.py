@@ -68,6 +68,14 @@ def test_hostile_and_empty_rows(tmp_path: Path) -> None:
     assert "1 running" in page.page(tmp_path / "none")
 
 
+def test_memory_of_processes_is_not_shown(tmp_path: Path) -> None:
+    rows = sweep_rows()
+    for row in rows:
+        row["peak_bytes"] = {"evaluate dense": 9e8, "evaluate packed": 1e9}
+    text = page.page(write_sweep(tmp_path / "s", rows))
+    assert "memory" not in text.split("<h2>Protocol")[0].partition("<body>")[2] and text.count("<svg viewBox") == 9 + 3
+
+
 def test_what_does_not_compare_is_said(tmp_path: Path) -> None:
     rows = sweep_rows()
     rows[1]["host"] = "b"
@@ -86,6 +94,13 @@ def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n{')
     with pytest.raises(ModelError, match=r"rows.jsonl, line 2, is not JSON"):
         page.write(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("{}\n" + "[" * 200_000)
+    with pytest.raises(ModelError, match=r"rows.jsonl, line 2, is nested too deeply"):
+        page.write(tmp_path)
+    for key, value in (("keys", 5), ("tasks", [1]), ("dense", "x"), ("peak_bytes", 3)):
+        (tmp_path / "rows.jsonl").write_text("{}\n" + json.dumps({"id": "a", "status": "ok", key: value}))
+        with pytest.raises(ModelError, match=f"line 2: {key} must be an object"):
+            page.write(tmp_path)
     (tmp_path / "rows.jsonl").write_text("[1]\n")
     with pytest.raises(ModelError, match="holds no sweep"):
         page.write(tmp_path)

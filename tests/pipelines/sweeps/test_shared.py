@@ -115,6 +115,37 @@ def test_a_sampler_tries_only_so_many(tmp_path: Path) -> None:
     assert more.ran == []  # nine are tried
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+def test_of_two_that_draw_the_same_at_once_one_has_it(tmp_path: Path, kind: int) -> None:
+    plan, storage, together = Grid("tiny", {"quant.bits": [4]}), storages(tmp_path)[kind], threading.Barrier(2)
+    stores = [shared.Shared(Folder(tmp_path / f"w{i}", "tiny", plan.fingerprint), plan, [], storage, "s", trials=2) for i in range(2)]
+    found = list[Experiment | None]()
+
+    def both(store: shared.Shared) -> None:
+        add = store.study.add_trial
+        store.study.add_trial = lambda trial: (add(trial), together.wait(20))  # both are there before either looks
+        found.append(store.take())
+
+    threads = [threading.Thread(target=both, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (held,) = [experiment for experiment in found if experiment is not None]
+    assert len(found) == 2 and [store.left() for store in stores] == [0, 0] and all(store.busy() for store in stores)
+    (winner,) = [store for store in stores if held.id in store._mine]
+    winner.release(held, False)  # it is lost, and so is the draw
+    assert [store.left() for store in stores] == [1, 1] and not any(store.busy() for store in stores)
+
+
+def test_what_a_trial_found_is_told_to_the_sampler(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path / "grid.yaml")
+    work(grid, tmp_path / "w", storages(tmp_path)[0], Runner(), trials=4)
+    told = optuna.load_study(study_name="s", storage=storages(tmp_path)[0]).get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    rows = {(row["perplexity"], row["folder_bytes"]) for row in table(tmp_path / "w").values()}
+    assert {tuple(trial.values) for trial in told} == rows and all(set(trial.params) == set(GRID) for trial in told)
+
+
 def test_storages_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = write_grid(tmp_path / "grid.yaml")
     monkeypatch.setattr(shared, "STARTUP", 1)
