@@ -63,24 +63,46 @@ class Bench:
         print({key: row[key] for key in FIELDS[1:18] if key in row}, flush=True)
         return row
 
+    def same(self, row: dict[str, Any]) -> bool:
+        """Whether a row of the result file is of this model and tuner."""
+        return (row["model"], row["tune"]) == (Path(self.a.model).name, self.a.tune)
+
     def _beside(self, row: dict[str, Any], key: str, front: str, better: str) -> None:
-        """The best uniform recipe of the size that was asked for, or, for another target, no larger than the folder."""
-        size = json.loads(row["target"]).get("target_size", row["folder_bytes"])
-        fits = [r[key] for r in self.rows if r["arm"].startswith("uniform") and r["folder_bytes"] <= size]
+        """The best uniform recipe of the size or the bits that were asked for, or, for a target of loss, no larger than the folder."""
+        asked = json.loads(row["target"])
+        by, most = (
+            ("bits_per_weight", asked["target_bits"]) if "target_bits" in asked else ("folder_bytes", asked.get("target_size", row["folder_bytes"]))
+        )
+        fits = [float(r[key]) for r in self.rows if r["arm"].startswith("uniform") and float(r[by]) <= most]
         if fits:
             row |= {front: min(fits), better: round(1 - row[key] / min(fits), 4)}
 
     def go(self) -> None:
         groups = [self.a.group >> i for i in range(3) if i == 0 or self.a.group >> i >= 32]
-        uniform = {f"w{bits}g{group}": self.run(f"uniform w{bits}g{group}", "--quant", f"w{bits}g{group}") for bits in (2, 3, 4) for group in groups}
-        usual = [uniform[f"w{bits}g{self.a.group}"]["folder_bytes"] for bits in (2, 3, 4)]
+        if self.a.keep:
+            self.rows = [
+                row for row in kept(self.a.out) if self.same(row) and not (row["arm"].startswith("chosen") and row["measure"] in self.a.measures)
+            ]
+        uniform = {row["arm"].removeprefix("uniform "): row for row in self.rows}
+        for spec in (f"w{bits}g{group}" for bits in (2, 3, 4) for group in groups):
+            uniform[spec] = uniform.get(spec) or self.run(f"uniform {spec}", "--quant", spec)
+        usual = [int(uniform[f"w{bits}g{self.a.group}"]["folder_bytes"]) for bits in (2, 3, 4)]
         sizes = self.a.sizes or [(usual[0] + usual[1]) // 2, usual[1], (usual[1] + usual[2]) // 2]
         base = ["--group", str(self.a.group)]
         for measure in self.a.measures:
             for size in sizes:
                 self.run(f"chosen by {measure}", *base, "--target-size", str(size), "--sensitivity", measure)
+            self.run(f"chosen by {measure}", *base, "--target-bits", str(uniform[f"w3g{self.a.group}"]["bits_per_weight"]), "--sensitivity", measure)
         for loss in self.a.losses:
             self.run("chosen by kl", *base, "--max-loss", loss)
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file that is there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:
@@ -92,16 +114,13 @@ def main() -> None:
     ap.add_argument("--measures", nargs="+", default=["kl", "error"])
     ap.add_argument("--losses", nargs="*", default=["5%"])
     ap.add_argument("--tune", default="none")
+    ap.add_argument("--keep", action="store_true", help="of the result file's rows those that are not measured here: uniform ones, other measures")
     ap.add_argument("--out", type=Path, default=Path("bench/results/choose.csv"))
     a = ap.parse_args()
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(a, Path(work))
         bench.go()
-    kept = []
-    if a.out.exists():
-        with a.out.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if (row["model"], row["tune"]) != (Path(a.model).name, a.tune)]
-    write_rows(a.out, FIELDS, kept + bench.rows)
+    write_rows(a.out, FIELDS, [row for row in kept(a.out) if not bench.same(row)] + bench.rows)
 
 
 if __name__ == "__main__":

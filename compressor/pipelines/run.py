@@ -121,7 +121,7 @@ class Run(Job):
         compress.check_finite(loaded.model)
         found = self.targets(loaded.model if after is None else after)
         if self.recipe.choose.active and after is None:
-            choosing.check_size(self.recipe, loaded.model, choosing.fixed_bytes(self.recipe, loaded), loaded.dtype)
+            choosing.check_size(self.recipe, loaded.model, choosing.fixed_bytes(self.recipe, loaded, 1), loaded.dtype)
         parameters = {id(p): p for p in loaded.model.parameters()}
         self.report.model = {
             "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),

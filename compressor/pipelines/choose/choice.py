@@ -9,13 +9,14 @@ the allowance by as much as the prediction was wrong. `facts` tells all of it to
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from compressor.errors import RecipeError
+from compressor.export.shards import SHARD_BYTES
 from compressor.pipelines.choose.sensitivity import Unit
 from compressor.pipelines.choose.solver import Answer, solve
 from compressor.pipelines.methods import check_spec
@@ -25,7 +26,8 @@ from compressor.recipe import Choose, Quant
 BITS = (2, 3, 4)
 SMALLEST, SIZES = 32, 3  # groups that are tried: the recipe's, its half and its quarter, down to this many columns
 NEAR, TRIES = 0.8, 5  # share of a target of loss that is near enough; packings at most until it is
-TENSOR, PARTS, SCHEME = 110, 3, 560  # bytes at most: of a tensor's place in a header, tensors of a packed linear, a scheme in config.json
+LINE, SUFFIX, PARTS = 62, 14, 3  # bytes at most: of a place in a header without name and offsets, of what is added to a name; tensors a linear
+QUOTED, SCHEME, CONFIG = 20, 460, 520  # of a name in config.json, a scheme, and what all schemes share
 
 
 def ways(quant: Quant, options: Choose) -> dict[str, Quant]:
@@ -56,12 +58,13 @@ def _grids(quant: Quant) -> tuple[str, ...]:
 
 @dataclass
 class Choice:
-    """A target, the units to choose for, and the answer. fixed: bytes of the folder beside what the packed linears store."""
+    """A target, the units to choose for, and the answer. fixed: bytes of the folder beside what the packed linears store, with `schemes` schemes."""
 
     options: Choose
     base: Quant
     units: list[Unit]
     fixed: int
+    schemes: int = 0
     allowed: float = math.inf  # nats, for a target of loss
     answer: Answer | None = None
     tried: list[dict[str, Any]] = field(default_factory=list)
@@ -83,6 +86,11 @@ class Choice:
             self.answer = solve(damage, bits, self.budget())
         if self.answer is None:
             raise RecipeError(self._unreachable())
+        spare = self.schemes - self._used(self.answer)
+        if self.options.target_size is not None and spare > 0:  # schemes that nobody uses leave room
+            better = solve(damage, bits, self.budget() + 8 * spare * SCHEME)
+            if better is not None and self._used(better) <= self.schemes - spare:
+                self.answer, self.fixed, self.schemes = better, self.fixed - spare * SCHEME, self.schemes - spare
         chosen = {name: unit.options[pick].specs[0] for unit, pick in self._picked() for name in unit.layers}
         return replace(self.base, layers=chosen)
 
@@ -95,6 +103,10 @@ class Choice:
     def _least_damage(self) -> Answer:
         picks = [u.options.index(min(u.options, key=lambda o: (o.damage, o.bits))) for u in self.units]
         return Answer(picks, sum(float(u.options[i].bits) for u, i in zip(self.units, picks, strict=True)), 0.0, 0.0)
+
+    def _used(self, answer: Answer) -> int:
+        """How many ways to pack an answer mixes."""
+        return len({unit.options[pick].specs[0] for unit, pick in zip(self.units, answer.picks, strict=True)})
 
     def budget(self) -> float:
         """Bits that the packed linears may store."""
@@ -171,9 +183,16 @@ def _index(unit: Unit, spec: str) -> int | None:
     return next((i for i, option in enumerate(unit.options) if spec in option.specs), None)
 
 
-def overhead(names: list[str], schemes: int) -> int:
-    """Bytes at most that packing these linears adds to headers and config.json: names of their tensors, and of the linears in the schemes."""
-    return sum(PARTS * (TENSOR + len(name)) + len(name) + 16 for name in names) + SCHEME * schemes
+def overhead(packed: Iterable[str], dense: Iterable[str], total: int, schemes: int, parts: int = PARTS) -> int:
+    """Bytes at most of a folder's headers, index and schemes: a line a tensor of these linears and of those that stay dense, and their names.
+
+    total: bytes of the folder, about; schemes: how many different ways to pack there may be; parts: tensors of a packed linear.
+    """
+    line = LINE + 2 * len(str(total))
+    names, rest = list(packed), list(dense)
+    entries = sum(parts * (len(name) + SUFFIX + line) for name in names) + sum(len(name) + line for name in rest)
+    index = entries if total > SHARD_BYTES else 0
+    return entries + index + sum(len(name) + QUOTED for name in names) + CONFIG + SCHEME * schemes
 
 
 def vocabulary(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from compressor.errors import RecipeError
 from compressor.pipelines import compress, data, estimate, load, pruning, write
 from compressor.pipelines.choose import sensitivity
-from compressor.pipelines.choose.choice import Choice, overhead, vocabulary, ways
+from compressor.pipelines.choose.choice import PARTS, Choice, overhead, vocabulary, ways
 from compressor.pipelines.job import digest
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.methods import check_methods
@@ -127,15 +127,18 @@ def _probed(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) 
     work = journal.subfolder("damage", digest(run.key_damage, sorted(candidates)))
     with run.stage("choose"), run.show.task("choose", len(names) * len(candidates)) as advance:
         units = sensitivity.measure(loaded.model, todo, candidates, dtype, ids, probe, work, advance, run.sparse)
-    return probe, Choice(recipe.choose, recipe.quant, units, fixed_bytes(recipe, loaded))
+    return probe, Choice(recipe.choose, recipe.quant, units, fixed_bytes(recipe, loaded, len(candidates)), len(candidates))
 
 
-def fixed_bytes(recipe: Recipe, loaded: load.Loaded) -> int:
-    """Bytes of the folder, adapter included, beside what the packed linears store."""
+def fixed_bytes(recipe: Recipe, loaded: load.Loaded, schemes: int) -> int:
+    """Bytes of the folder, adapter included, beside what the packed linears store, if they are packed in so many ways."""
     todo = compress.plan(loaded.model, recipe.quant).packed()
-    linears = sum(t.shape[0] * t.shape[1] for t in todo)
-    beside = overhead([t.name for t in todo], len(ways(recipe.quant, recipe.choose))) + estimate.added(recipe.tune, todo).bytes
-    return write.tensor_bytes(loaded) - linears * loaded.dtype.itemsize + beside
+    names = [t.name for t in todo]
+    dense = [name for name in write.dense_tensors(loaded) if name.removesuffix(".weight") not in set(names)]
+    rest = write.tensor_bytes(loaded) - sum(t.shape[0] * t.shape[1] for t in todo) * loaded.dtype.itemsize
+    total = recipe.choose.target_size or load.model_bytes(loaded.folder)
+    parts = PARTS + any(not way.symmetric for way in ways(recipe.quant, recipe.choose).values())  # zeros
+    return rest + overhead(names, dense, total, schemes, parts) + estimate.added(recipe.tune, todo).bytes
 
 
 def _counts(quant: Quant) -> str:
