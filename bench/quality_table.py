@@ -78,15 +78,20 @@ libraries. Settings of each row: [quality.csv](bench/results/quality.csv). **Bol
 tenth more than our GPTQ), untuned and tuned."""
 
 
+def folded(title: str, lines: list[str]) -> list[str]:
+    """A table that opens on a click, where Markdown is shown as a page."""
+    return ["<details>", f"<summary>{title}</summary>", "", *lines, "", "</details>", ""]
+
+
 def section(rows: list[dict[str, str]]) -> list[str]:
     """What README says of both models."""
     tiny, baby = ([r for r in rows if r["model"] == name] for name in ("tiny", "babyllama"))
     steps = max(int(r["steps"] or 0) for r in tiny)
     return [
-        *TEXT.format(**tiny[0] | {"steps": steps}).splitlines(), "", *table(tiny), "",
+        *TEXT.format(**tiny[0] | {"steps": steps}).splitlines(), "", *folded("tiny, all arms at 4, 3 and 2 bits", table(tiny)),
         "Tuning also fits the domain, so the dense model tuned on the same tokens is the control. Ours beside the best of others at equal bytes",
         "(EfficientQAT's recipe by our code):", "", *contest(tiny), "",
         f"A LLaMA for children's stories (babyllama, one million parameters), groups of 32, {baby[0]['domain_tokens']} tokens,",
         f"{baby[0]['questions']} questions:", "",
-        *table(baby), "", *contest(baby), "",
+        *folded("babyllama, all arms at 4, 3 and 2 bits", table(baby)), *contest(baby), "",
     ]  # fmt: skip
