@@ -10,7 +10,7 @@ the allowance by as much as the prediction was wrong. `facts` tells all of it to
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -91,14 +91,22 @@ class Choice:
             better = solve(damage, bits, self.budget() + 8 * spare * SCHEME)
             if better is not None and self._used(better) <= self.schemes - spare:
                 self.answer, self.fixed, self.schemes = better, self.fixed - spare * SCHEME, self.schemes - spare
+        return self._mixed()
+
+    def _mixed(self) -> Quant:
         chosen = {name: unit.options[pick].specs[0] for unit, pick in self._picked() for name in unit.layers}
         return replace(self.base, layers=chosen)
 
-    def settle(self, layers: Mapping[str, str], tried: list[dict[str, Any]]) -> Quant:
-        """The mix that an earlier try ended with, instead of a new one."""
-        picks = [_index(unit, layers[unit.layers[0]]) or 0 for unit in self.units]
-        self.answer, self.tried = Answer(picks, 0.0, 0.0, 0.0), tried
-        return replace(self.base, layers=dict(layers))
+    def state(self) -> dict[str, Any]:
+        """What was found, as JSON, for `settle`."""
+        assert self.answer is not None
+        return {"answer": asdict(self.answer), "fixed": self.fixed, "schemes": self.schemes, "allowed": self.allowed, "tried": self.tried}
+
+    def settle(self, state: Mapping[str, Any]) -> Quant:
+        """The mix that an earlier process ended with, instead of a new one."""
+        self.answer, self.fixed, self.schemes = Answer(**state["answer"]), state["fixed"], state["schemes"]
+        self.allowed, self.tried = state["allowed"], state["tried"]
+        return self._mixed()
 
     def _least_damage(self) -> Answer:
         picks = [u.options.index(min(u.options, key=lambda o: (o.damage, o.bits))) for u in self.units]

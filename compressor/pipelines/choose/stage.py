@@ -90,7 +90,7 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
     probe, choice = _probed(run, loaded, ids, journal)
     settled = journal.get("chosen", run.key_compress)
     while True:
-        quant = choice.quant() if settled is None else choice.settle(settled["layers"], settled["tried"])
+        quant = choice.quant() if settled is None else choice.settle(settled)
         run.show.say(f"chosen: {_counts(quant)}; predicted {_told(choice.predicted(), choice)}")
         key = digest(run.key_compress, sorted(quant.layers.items()))
         run.pack(loaded, ids, key, journal, quant)
@@ -101,7 +101,7 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
             break
         run.show.say(f"perplexity grew by {math.expm1(rise):.2%}; packing again")
         loaded = run.read()
-    journal.put("chosen", run.key_compress, {"layers": quant.layers, "tried": choice.tried})
+    journal.put("chosen", run.key_compress, choice.state())
     run.key_tune, run.key_tuned = digest(run.key_tune, key), digest(run.key_tuned, key)  # checkpoints belong to this mix
     run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
     if probe is not None:
