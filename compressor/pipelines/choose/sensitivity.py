@@ -10,7 +10,7 @@ To second order both add up over units as long as errors are small and independe
 2021, arXiv 2102.05426); what they really come to together is measured after packing. KL is the rise of the loss on text that the dense model itself
 would write, and near to it on other text; error knows nothing of how much a layer matters.
 
-Price: options times the packing of the model; for kl one forward pass of the sample for every unit and option, at most SAMPLE logits kept in memory.
+Price: options times the packing of the model; for kl one forward pass of the sample for every unit and option, and the dense model's logits in memory.
 Finished blocks are kept in the work folder.
 """
 
@@ -29,11 +29,10 @@ from compressor.packing import relative_error
 from compressor.pipelines import journal
 from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
 from compressor.pipelines.compress import Plan
+from compressor.pipelines.measure import divergence
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Choose, Quant
 from compressor.stats import LayerStats
-
-SAMPLE = 1 << 28  # logits of the dense model that are kept, at most
 
 
 @dataclass(frozen=True)
@@ -60,31 +59,17 @@ class Unit:
         return cls(tuple(values["layers"]), values["weights"], options)
 
 
-class Divergence:
-    """KL(p_dense || p_now) a token, in nats, on a few windows int64 [count, seqlen]; made while the model is still dense."""
-
-    def __init__(self, model: nn.Module, ids: Tensor):
-        self.model = model
-        self.rows = ids.to(next(model.parameters()).device).split(1)
-        self.dense = [self._log_probs(row) for row in self.rows]
-
-    def __call__(self) -> float:
-        """Infinite where the model does not predict (any more)."""
-        total = sum(float(self._kl(row, dense)) for row, dense in zip(self.rows, self.dense, strict=True))
-        return max(0.0, total / sum(row.numel() for row in self.rows)) if math.isfinite(total) else math.inf
-
-    def _kl(self, row: Tensor, dense: Tensor) -> Tensor:
-        """Sum over the tokens of a row."""
-        return nn.functional.kl_div(self._log_probs(row), dense, reduction="sum", log_target=True)
-
-    @torch.no_grad()
-    def _log_probs(self, row: Tensor) -> Tensor:
-        return self.model(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)  # [seqlen, vocab]
+def kl(model: nn.Module, dense: divergence.Sample) -> float:
+    """KL(p_dense || p_now) a token, in nats; infinite where the model no longer predicts."""
+    try:
+        return float(dense.compare(model)["mean"])
+    except NumericError:
+        return math.inf
 
 
 def windows(options: Choose, seqlen: int, vocabulary: int) -> int:
-    """How many windows kl is measured on: those asked for, or as many as SAMPLE allows."""
-    return max(1, min(options.windows, SAMPLE // (seqlen * max(vocabulary, 1))))
+    """How many windows kl is measured on: those asked for, or as many as a Sample keeps."""
+    return max(1, min(options.windows, divergence.SAMPLE_LOGITS // (seqlen * max(vocabulary, 1))))
 
 
 def sample(text: Tensor, ids: Tensor, count: int) -> Tensor:
@@ -106,15 +91,15 @@ def measure(
     ways: dict[str, Quant],
     scale_dtype: torch.dtype,
     ids: Tensor,
-    divergence: Divergence | None,
+    damage: Callable[[], float] | None,
     work: Path,
     on_option: Callable[[int, str], None],
     keep_zeros: bool = False,
 ) -> list[Unit]:
     """All units of the linears that `todo` packs, with an option for every one of `ways` (those that come to the same are one option).
 
-    ids: calibration windows int64 [count, seqlen]. `divergence`: measures kl; None: error is the damage. on_option(linears times candidates done,
-    which unit). The model is left as it was.
+    ids: calibration windows int64 [count, seqlen]. `damage`: of the model as it is now, such as kl; None: error. on_option(linears times candidates
+    done, which unit). The model is left as it was.
     """
     blocks = model.get_submodule(todo.blocks_name)
     assert isinstance(blocks, nn.ModuleList)
@@ -129,7 +114,7 @@ def measure(
             for group in shared_inputs(block, leaves, partial(calibration.run, block, index, keep=False, batches=1)):
                 sums = tuple(dict.fromkeys(each for quant in ways.values() for each in (*PACKERS[quant.packer].needs, "hessian")))
                 stats = collect(block, index, group, sums, calibration, prefix + group[0])
-                found.append(asdict(_unit(block, prefix, group, ways, scale_dtype, stats, divergence, on_option, keep_zeros)))
+                found.append(asdict(_unit(block, prefix, group, ways, scale_dtype, stats, damage, on_option, keep_zeros)))
             journal.keep(path, {}, found)
         units += [Unit.from_dict(row) for row in found]
         if index + 1 < len(blocks):
@@ -139,7 +124,7 @@ def measure(
 
 def _unit(
     block: nn.Module, prefix: str, leaves: Sequence[str], ways: dict[str, Quant], dtype: torch.dtype, stats: LayerStats,
-    divergence: Divergence | None, on_option: Callable[[int, str], None], keep_zeros: bool,
+    damage: Callable[[], float] | None, on_option: Callable[[int, str], None], keep_zeros: bool,
 ) -> Unit:  # fmt: skip
     layers = {leaf: block.get_submodule(leaf) for leaf in leaves}
     weights = {leaf: layer.get_parameter("weight") for leaf, layer in layers.items()}
@@ -147,20 +132,19 @@ def _unit(
     options = []
     for quant, group, specs in _distinct(ways, k, prefix + leaves[0]):
         kept = {leaf: weight.detach().clone() for leaf, weight in weights.items()}
-        bits, damage = 0, 0.0
+        bits, error = 0, 0.0
         for leaf, weight in weights.items():
             exact = kept[leaf].float()
             stats.keep = exact != 0 if keep_zeros else None
             packed = PACKERS[quant.packer](exact, stats, quant, group, dtype)[0]
             bits += packed.stored_bits()
-            damage += relative_error(exact, packed, stats) ** 2
+            error += relative_error(exact, packed, stats) ** 2
             weight.copy_(packed.dequantize(weight.dtype))
-        if divergence is not None:
-            damage = divergence()
+        cost = error if damage is None else damage()
         for leaf, weight in weights.items():
             weight.copy_(kept[leaf])
-        if math.isfinite(damage):
-            options.append(Option(tuple(specs), bits, damage))
+        if math.isfinite(cost):
+            options.append(Option(tuple(specs), bits, cost))
         on_option(len(specs) * len(leaves), f"{prefix}{leaves[0]} {specs[0]}")
     if not options:
         raise NumericError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose.choice import PARTS, Choice, overhead, vocabulary, ways
 from compressor.pipelines.job import digest
 from compressor.pipelines.journal import Journal
+from compressor.pipelines.measure import divergence
 from compressor.pipelines.methods import check_methods
 from compressor.recipe import KEPT, Choose, Quant, Recipe
 
@@ -105,9 +107,9 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
     run.key_tune, run.key_tuned = digest(run.key_tune, key), digest(run.key_tuned, key)  # checkpoints belong to this mix
     run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
     if probe is not None:
-        probe.model = loaded.model
-        run.report.choice["sample"] = {"windows": len(probe.rows), "tokens": sum(row.numel() for row in probe.rows)}
-        run.report.choice["reached"]["loss"] = probe()
+        near = probe.compare(loaded.model)
+        run.report.choice["sample"] = {key: near[key] for key in ("windows", "tokens")}
+        run.report.choice["reached"]["loss"] = near["mean"]
     wanted = run.recipe.choose.max_loss
     if wanted is not None and math.expm1(rise) > wanted:
         run.report.notes.append(f"packing raised the perplexity by {math.expm1(rise):.2%}, more than the {wanted:.2%} that were asked for")
@@ -115,18 +117,19 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
     return loaded
 
 
-def _probed(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> tuple[sensitivity.Divergence | None, Choice]:
+def _probed(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> tuple[divergence.Sample | None, Choice]:
     """The dense model's logits on a sample, for kl, and the choice with all its units measured."""
     recipe, probe = run.recipe, None
     if recipe.choose.measure == "kl":
         text = data.calibration(run.calib, loaded.tokenizer, run.seqlen, 1 << 60, recipe.seed)  # all windows
         count = sensitivity.windows(recipe.choose, run.seqlen, vocabulary(loaded.model))
-        probe = sensitivity.Divergence(loaded.model, sensitivity.sample(text, ids, count))
+        probe = divergence.Sample(loaded.model, sensitivity.sample(text, ids, count))
     candidates, todo = ways(recipe.quant, recipe.choose), compress.plan(loaded.model, recipe.quant)
     names, dtype = [t.name for t in todo.packed()], load.scale_dtype(recipe.quant.scale_dtype, loaded.dtype)
     work = journal.subfolder("damage", digest(run.key_damage, sorted(candidates)))
+    damage = None if probe is None else partial(sensitivity.kl, loaded.model, probe)
     with run.stage("choose"), run.show.task("choose", len(names) * len(candidates)) as advance:
-        units = sensitivity.measure(loaded.model, todo, candidates, dtype, ids, probe, work, advance, run.sparse)
+        units = sensitivity.measure(loaded.model, todo, candidates, dtype, ids, damage, work, advance, run.sparse)
     return probe, Choice(recipe.choose, recipe.quant, units, fixed_bytes(recipe, loaded, len(candidates)), len(candidates))
 
 

@@ -1,6 +1,8 @@
 """What is measured of every unit and option: bits as they are stored, damage as it is, and a model that is left as it was."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from compressor import linear
 from compressor.errors import NumericError
 from compressor.pipelines import compress, load
 from compressor.pipelines.choose import sensitivity
+from compressor.pipelines.measure import divergence
 from compressor.recipe import Choose, Quant
 
 IDS = torch.randint(1, 2000, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -28,16 +31,20 @@ def model() -> nn.Module:
     return load.load("tiny", "cpu").model
 
 
-def measured(model: nn.Module, work: Path, divergence: Any, ways: dict[str, Quant] = WAYS) -> list[sensitivity.Unit]:
+def near(model: nn.Module) -> Callable[[], float]:
+    return partial(sensitivity.kl, model, divergence.Sample(model, IDS))
+
+
+def measured(model: nn.Module, work: Path, damage: Any, ways: dict[str, Quant] = WAYS) -> list[sensitivity.Unit]:
     todo = compress.plan(model, Quant())
-    return sensitivity.measure(model, todo, ways, torch.float16, IDS, divergence, work, lambda count, note: None)
+    return sensitivity.measure(model, todo, ways, torch.float16, IDS, damage, work, lambda count, note: None)
 
 
 def test_units_bits_and_damage(model: nn.Module, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         dense = model(IDS).logits.log_softmax(-1)
-    units = measured(model, tmp_path, sensitivity.Divergence(model, IDS))
+    units = measured(model, tmp_path, near(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     leaves = [tuple(name.rpartition(".")[2] for name in unit.layers) for unit in units]
     assert leaves == 4 * [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
@@ -55,7 +62,7 @@ def test_units_bits_and_damage(model: nn.Module, tmp_path: Path) -> None:
         linear.swap(model, name, linear.to_packed(layer, packed))
     with torch.no_grad():
         now = model(IDS).logits.log_softmax(-1)
-    damage = float((dense.exp() * (dense - now)).sum(-1).mean())
+    damage = float((dense.exp() * (dense - now)).sum(-1)[:, :-1].mean())  # the last token of a window predicts nothing
     option = units[0].options[2]
     assert option.bits == bits
     assert option.damage == pytest.approx(damage, rel=1e-3)
@@ -63,24 +70,25 @@ def test_units_bits_and_damage(model: nn.Module, tmp_path: Path) -> None:
 
 def test_fewer_bits_do_more_damage_by_either_measure(model: nn.Module, tmp_path: Path) -> None:
     ways = {f"{bits}bit": Quant(bits=bits) for bits in (2, 3, 4)}
-    for name, divergence in (("kl", sensitivity.Divergence(model, IDS)), ("error", None)):
+    for name, damage in (("kl", near(model)), ("error", None)):
         (tmp_path / name).mkdir()
-        for unit in measured(model, tmp_path / name, divergence, ways):
+        for unit in measured(model, tmp_path / name, damage, ways):
             damages = [option.damage for option in unit.options]
             assert damages[0] > damages[1] > damages[2] > 0
 
 
 def test_finished_blocks_are_not_measured_again(model: nn.Module, tmp_path: Path) -> None:
-    first = measured(model, tmp_path, sensitivity.Divergence(model, IDS))
+    first = measured(model, tmp_path, near(model))
     (tmp_path / "damage-00002.safetensors").unlink()
     runs = []
 
-    class Counted(sensitivity.Divergence):
-        def __call__(self) -> float:
-            runs.append(1)
-            return super().__call__()
+    damage = near(model)
 
-    assert measured(model, tmp_path, Counted(model, IDS)) == first
+    def counted() -> float:
+        runs.append(1)
+        return damage()
+
+    assert measured(model, tmp_path, counted) == first
     assert len(runs) == sum(len(unit.options) for unit in first) // 4
 
 
@@ -91,11 +99,11 @@ def test_the_sample_is_spread_bounded_and_not_what_calibrates() -> None:
     assert rest == {tuple(row.tolist()) for i, row in enumerate(text) if i not in (1, 2)}
     assert torch.equal(sensitivity.sample(text, text, 3), text[::4])  # a text that has no others
     assert sensitivity.windows(Choose(target_bits=3, windows=8), 2048, 32000) == 4
-    assert sensitivity.windows(Choose(target_bits=3, windows=8), 2048, sensitivity.SAMPLE) == 1
+    assert sensitivity.windows(Choose(target_bits=3, windows=8), 2048, divergence.SAMPLE_LOGITS) == 1
 
 
 def test_a_model_that_no_longer_predicts_is_no_choice(model: nn.Module, tmp_path: Path) -> None:
-    whole = sensitivity.Divergence(model, IDS)
+    whole = near(model)
     with torch.no_grad():
         model.lm_head.weight[7, 3] = torch.nan
     assert whole() == math.inf
