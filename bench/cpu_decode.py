@@ -42,7 +42,7 @@ from compressor import linear
 from compressor.kernels import layout
 from compressor.linear import PackedLinear
 from compressor.packed import Affine, PackedWeight
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint, load
 from compressor.quant import rtn
 from compressor.recipe import Quant
 
@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    vocab = load.read_config(folder)["vocab_size"]
+    vocab = checkpoint.read_config(folder)["vocab_size"]
     prompt = torch.randint(3, vocab, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
     plain = next((kind for kind in job["files"] if kind not in TYPES.values()), None)
     for bits, kind in TYPES.items():
@@ -288,7 +288,7 @@ def models(args: argparse.Namespace) -> list[tuple[str, bool]]:
 
 def run(args: argparse.Namespace, work: Path, table: Table) -> None:
     for name, rounded in models(args):
-        folder = load.TINY if name == "tiny" else work / name
+        folder = checkpoint.TINY if name == "tiny" else work / name
         if name != "tiny":
             subprocess.run([sys.executable, __file__, "--make-model", name, str(folder)], check=True)
         into = work / f"{name}-gguf"

@@ -21,7 +21,7 @@ from rows import write_rows
 from compressor.pipelines import api, data, load
 from compressor.pipelines.export import Target, export
 from compressor.pipelines.measure import harness, tasks
-from compressor.recipe import parse_quant
+from compressor.specs import parse_quant
 
 SPECS = ("3bit", "sketch3")
 SEED, LENGTH = 42, 128  # tokens that bound an answer, less than half of the models' context

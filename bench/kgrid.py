@@ -18,7 +18,7 @@ from train_tiny import SEQ, VOCAB, batch, corpus, encode, loss_of
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import compressor
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.pipelines.export import Target, export
 
 KINDS = {4: "q4_k", 3: "q3_k", 2: "q2_k"}
@@ -26,7 +26,7 @@ KINDS = {4: "q4_k", 3: "q3_k", 2: "q2_k"}
 
 def train(folder: Path, steps: int) -> None:
     """A LLaMA of two layers, 256 wide, on the prose of the standard library."""
-    tokenizer, began = AutoTokenizer.from_pretrained(load.TINY), time.perf_counter()
+    tokenizer, began = AutoTokenizer.from_pretrained(checkpoint.TINY), time.perf_counter()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

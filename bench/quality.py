@@ -33,7 +33,7 @@ from rows import write_rows
 from safetensors.torch import save_file
 
 from compressor import __version__
-from compressor.pipelines import data, load
+from compressor.pipelines import checkpoint, data, load
 from compressor.recipe import Recipe
 
 HERE = Path(__file__).resolve().parent
@@ -110,13 +110,13 @@ class Bench:
         self.a, self.name, recipe = a, Path(a.model).name, Recipe()
         self.work = a.work.resolve() / self.name
         self.work.mkdir(parents=True, exist_ok=True)
-        splits, source = data.load(a.data), load.resolve(a.model)
+        splits, source = data.load(a.data), checkpoint.resolve(a.model)
         self.common = {
             "model": str(source.resolve()), "data": a.data, "outside": a.outside, "group": a.group, "max_tokens": a.max_tokens, "steps": a.steps,
             "epochs": recipe.tune.epochs, "nsamples": recipe.data.nsamples, "seed": recipe.seed, "ids": str(self.work / "ids.safetensors"),
             "task": "" if a.no_task else str(self.work / "continuations.jsonl"),
         }  # fmt: skip
-        window = load.context(load.read_config(source))
+        window = load.context(checkpoint.read_config(source))
         ids = data.calibration(splits.train, load.load_tokenizer(source), window, recipe.data.nsamples, recipe.seed)
         save_file({"ids": ids}, self.common["ids"])
         continuations.write(self.work / "continuations.jsonl", [d.text for d in splits.test.documents], QUESTIONS)

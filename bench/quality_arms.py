@@ -30,7 +30,7 @@ from compressor.export import shards
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.integrations.peft import KINDS, Adapters, state
 from compressor.linear import block_weights, find_blocks
-from compressor.pipelines import compress, data, evaluate, load, pruning, write
+from compressor.pipelines import checkpoint, compress, data, evaluate, load, pruning, write
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.stages import peak_bytes
 from compressor.pipelines.tuners import Tuning, resolved
@@ -193,7 +193,7 @@ def stored_bits(folder: Path, loaded: load.Loaded) -> tuple[int, int]:
         f"{prefix}.{name}": m.in_features * m.out_features for name, m in blocks.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name
     }
     shapes = {name.removesuffix(".base_layer"): size for name, size in shapes.items()}
-    stored = shards.read_headers(folder, load.weight_files(folder)).items()
+    stored = shards.read_headers(folder, checkpoint.weight_files(folder)).items()
     bits = sum(8 * t.numel() * t.element_size() for key, t in stored if key.rpartition(".")[0] in shapes and not key.endswith(".bias"))
     return bits, sum(shapes.values())
 
@@ -242,7 +242,7 @@ def make(job: Job) -> dict[str, Any]:
 
 def read(job: Job) -> dict[str, Any]:
     """What a folder is worth, whoever made it."""
-    job.folder = load.resolve(job.asked["model"] if job.asked["kind"] == "dense" else str(job.folder))
+    job.folder = checkpoint.resolve(job.asked["model"] if job.asked["kind"] == "dense" else str(job.folder))
     return measure(job, load.load(str(job.folder), "cpu"), True)
 
 

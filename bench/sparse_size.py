@@ -22,7 +22,7 @@ from torch import Tensor
 from compressor import __version__, linear
 from compressor.export import sparse
 from compressor.packed import PackedWeight
-from compressor.pipelines import compress, load, write
+from compressor.pipelines import checkpoint, compress, load, write
 from compressor.recipe import Quant
 
 FIELDS = [
@@ -76,7 +76,7 @@ def sizes(loaded: load.Loaded, pattern: str, sparsity: float) -> dict[str, Any]:
         guess += sparse.estimate_bytes(weight.shape[0], weight.shape[1], sparsity, pattern, bits, group)
     with tempfile.TemporaryDirectory() as folder:
         facts = write.write_folder(loaded, Path(folder), sparse=True)
-        file = sum(path.stat().st_size for path in load.weight_files(Path(folder)))
+        file = sum(path.stat().st_size for path in checkpoint.weight_files(Path(folder)))
     zeros = sum(int((w.dequantize() if isinstance(w, PackedWeight) else w).eq(0).sum()) for w in weights.values())
     count = sum(w.shape[0] * w.shape[1] for w in weights.values())
     plain = round(write.bits_per_weight(weights) * count / 8)

@@ -3,7 +3,8 @@
 import pytest
 
 from compressor.errors import RecipeError
-from compressor.recipe import Quant, Recipe, parse_quant, parse_share, parse_size
+from compressor.recipe import Quant, Recipe
+from compressor.specs import parse_quant, parse_share, parse_size
 
 
 def test_round_trip_and_yaml_numbers() -> None:

@@ -41,10 +41,10 @@ from torch import Tensor
 from compressor import __version__
 from compressor.export import conversions, shards
 from compressor.packed import PackedWeight
-from compressor.pipelines import builtin, load
+from compressor.pipelines import builtin, checkpoint, load
 
 SHARED = ROOT.parent / "shared"
-MODELS = {"tiny": load.TINY, "babyllama": SHARED / "models" / "babyllama"}
+MODELS = {"tiny": checkpoint.TINY, "babyllama": SHARED / "models" / "babyllama"}
 STORIES = SHARED / "data" / "tinystories" / "stories.txt"
 COLUMNS = (
     "model", "library", "version", "transformers", "compressor", "format", "bits", "symmetric", "group", "act_order", "window", "tokens", "theirs",
@@ -185,15 +185,17 @@ def start_from(place: Place, made: Row) -> Row:
 
 def form(folder: Path) -> str:
     """What a folder says that it is."""
-    config = load.any_config(folder)["quantization_config"]
+    config = checkpoint.any_config(folder)["quantization_config"]
     method = config["quant_method"]
     return f"{method} {config.get(LABELS.get(method), '')}".strip()
 
 
 def compared(before: Path, after: Path) -> Row:
     """What changed between two folders beside values: headers, and codes of the packed weights."""
-    headers = [{key: (t.dtype, t.shape) for key, t in shards.read_headers(folder, load.weight_files(folder)).items()} for folder in (before, after)]
-    first, second = (load.read_packed(folder, load.any_config(folder))[1] for folder in (before, after))
+    headers = [
+        {key: (t.dtype, t.shape) for key, t in shards.read_headers(folder, checkpoint.weight_files(folder)).items()} for folder in (before, after)
+    ]
+    first, second = (load.read_packed(folder, checkpoint.any_config(folder))[1] for folder in (before, after))
     if first.keys() != second.keys():
         raise RuntimeError("the tuned folder has other packed linears")
     found = [changed(first[name], second[name]) for name in first]

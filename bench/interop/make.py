@@ -28,7 +28,7 @@ from compressor.errors import CompressorError
 from compressor.export import gptq as gptq_format
 from compressor.integrations import consumers
 from compressor.packed import Affine, PackedWeight
-from compressor.pipelines import compress, load, projection, write, writers
+from compressor.pipelines import checkpoint, compress, load, projection, write, writers
 from compressor.pipelines.export import export
 from compressor.quant import rtn
 from compressor.recipe import Quant
@@ -140,9 +140,9 @@ def random_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    vocab = json.loads((load.TINY / "config.json").read_text("utf-8"))["vocab_size"]
+    vocab = json.loads((checkpoint.TINY / "config.json").read_text("utf-8"))["vocab_size"]
     LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocab)).half().save_pretrained(folder)
-    write.copy_companions(load.TINY, folder)
+    write.copy_companions(checkpoint.TINY, folder)
 
 
 def packed(cell: Cell, source: Path) -> load.Loaded:

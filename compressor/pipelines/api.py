@@ -18,7 +18,8 @@ from compressor.pipelines.projection import Target
 from compressor.pipelines.tuners import Tuning, resolved
 from compressor.recipe import Recipe
 from compressor.tune.batches import Batches, CausalLM
-from compressor.tune.loop import TrainLog, train
+from compressor.tune.loop import train
+from compressor.tune.state import TrainLog
 
 
 class Model:

@@ -51,10 +51,10 @@ WHOLE = """import compressor
 model = compressor.load("FOLDER").model  # with its adapter"""
 WHOLE_ENCODER = """from pathlib import Path
 
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint, load
 
 folder = Path("FOLDER")
-model = load.load_packed(folder, load.any_config(folder), load.pick_device("auto"), "FOLDER").model  # with its adapter"""
+model = load.load_packed(folder, checkpoint.any_config(folder), load.pick_device("auto"), "FOLDER").model  # with its adapter"""
 SERVE = """vLLM, in a version that reads compressed-tensors of this width, serves both:
 
 ```sh

@@ -17,7 +17,8 @@ from rich.console import Console
 from compressor.errors import CompressorError, RecipeError, UserError
 from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks
 from compressor.pipelines import cli_flags as flags
-from compressor.recipe import Prune, Quant, Recipe, parse_prune, parse_quant, parse_share, parse_size
+from compressor.recipe import Prune, Quant, Recipe
+from compressor.specs import parse_prune, parse_quant, parse_share, parse_size
 
 ABOUT = "Compress language models to 2, 3 or 4 bits, tune them in that form, and write folders of exactly those weights."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=ABOUT)

@@ -31,7 +31,8 @@ from compressor.pipelines.fisher import squared_gradients
 from compressor.pipelines.packers import PACKERS, needs
 from compressor.quant.starts import STARTS, check
 from compressor.quant.starts import Path as LowRank
-from compressor.recipe import Quant, means
+from compressor.recipe import Quant
+from compressor.specs import means
 from compressor.stats import LayerStats
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compressor.errors import DataError, ModelError, RecipeError
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint, load
 from compressor.pipelines.encoder_data import Task
 from compressor.prune import slicing
 
@@ -82,8 +82,8 @@ def task_of(config: dict[str, Any]) -> str | None:
 
 def load_encoder(name: str, device: str, task: Task, seed: int) -> Encoder:
     """The encoder for a task. ModelError for a folder that lacks weights, DataError for data of another task than the model's."""
-    folder = load.resolve(name)
-    config = load.any_config(folder)
+    folder = checkpoint.resolve(name)
+    config = checkpoint.any_config(folder)
     if not is_encoder(config):
         raise ModelError(f"{folder} holds {architecture(config) or 'no named architecture'}, no encoder of {', '.join(ENCODERS)}")
     kind = task_of(config)
@@ -97,8 +97,8 @@ def load_encoder(name: str, device: str, task: Task, seed: int) -> Encoder:
 
 def _dense(name: str, config: dict[str, Any], device: str, task: Task, seed: int, fresh: bool) -> Encoder:
     """A dense folder in float32, whatever it is stored in: all of it may be trained."""
-    folder, where = load.resolve(name), load.pick_device(device)
-    load.weight_files(folder)
+    folder, where = checkpoint.resolve(name), load.pick_device(device)
+    checkpoint.weight_files(folder)
     wanted = config | _head(config, task) if fresh else config
     labels = {key: wanted[key] for key in ("id2label", "label2id") if fresh and key in wanted}
     try:
@@ -113,7 +113,7 @@ def _dense(name: str, config: dict[str, Any], device: str, task: Task, seed: int
     body = [key for key in random if not fresh or (key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in f".{key}")]
     if body:
         raise ModelError(f"{folder} lacks weights, they would be random: {', '.join(body[:3])}{' …' if len(body) > 3 else ''}")
-    loaded = load.Loaded(model.to(where).eval(), load.load_tokenizer(folder), folder, name, wanted, load.stored_dtype(folder))
+    loaded = load.Loaded(model.to(where).eval(), load.load_tokenizer(folder), folder, name, wanted, checkpoint.stored_dtype(folder))
     classes = classes_of(wanted, task)
     _name_classes(loaded, classes)
     note = f"{config['architectures'][0]} has no head for this task: a fresh one was drawn from seed {seed} ({', '.join(random)})"

@@ -29,7 +29,8 @@ from compressor.recipe import Finetune, Prune, Tune
 from compressor.tune.batches import Batches
 from compressor.tune.encoder import EncoderTask, Examples, Teacher
 from compressor.tune.gradients import Gradients
-from compressor.tune.loop import OnStep, TrainLog, train
+from compressor.tune.loop import OnStep, train
+from compressor.tune.state import TrainLog
 
 LR = 8e-5
 BEGIN, END = 0.1, 0.9  # the ramp, as shares of the steps

@@ -17,7 +17,19 @@ from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import peft
 from compressor.linear import block_weights, linears
-from compressor.pipelines import adapters, compress, encoder_data, encoder_eval, encoder_load, encoder_prune, encoder_tokens, estimate, load, write
+from compressor.pipelines import (
+    adapters,
+    checkpoint,
+    compress,
+    encoder_data,
+    encoder_eval,
+    encoder_load,
+    encoder_prune,
+    encoder_tokens,
+    estimate,
+    load,
+    write,
+)
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods, check_zeros_stay
@@ -45,8 +57,8 @@ class EncoderRun(Job):
         check(recipe)
         recipe = recipe.with_(tune=resolved(recipe.tune))
         super().__init__(recipe, output, show, command)
-        self.source = load.resolve(recipe.model)
-        self.config = load.any_config(self.source)
+        self.source = checkpoint.resolve(recipe.model)
+        self.config = checkpoint.any_config(self.source)
         if self.config.get("quantization_config") or self.config.get(slicing.WIDTHS):
             raise ModelError(f"{self.source} is already compressed; `run` starts from a dense encoder")
         self.task = encoder_data.load(recipe.data.data)
@@ -57,7 +69,7 @@ class EncoderRun(Job):
         if self.sparse and self.packs:
             compress.check_keep_zeros(recipe.quant)
             check_zeros_stay(recipe.tune.method)
-        self._keys(load.fingerprint(self.source))
+        self._keys(checkpoint.fingerprint(self.source))
 
     def _keys(self, model: str) -> None:
         """One key a stage: the model, the examples, the recipe up to it, the kind of device and the version of this program."""
@@ -231,7 +243,7 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     done = job.done(job.key, overwrite)
     if done is not None:
         return done
-    check_room(job.place, 8 * load.model_bytes(job.source) if job.finetunes or job.prunes else load.model_bytes(job.source))
+    check_room(job.place, 8 * checkpoint.model_bytes(job.source) if job.finetunes or job.prunes else checkpoint.model_bytes(job.source))
     return job.go()
 
 
@@ -271,7 +283,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
 
 def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: int | None = None) -> dict[str, Any]:
     """Accuracy (sequences, words) or exact match and F1 (questions) of an encoder with a head, dense or compressed, on labelled examples."""
-    config = load.any_config(load.resolve(model))
+    config = checkpoint.any_config(checkpoint.resolve(model))
     if not encoder_load.is_encoder(config):
         raise ModelError(f"{model} holds {encoder_load.architecture(config) or 'no named architecture'}, which is no encoder")
     if encoder_load.task_of(config) is None:
@@ -285,5 +297,5 @@ def evaluate_encoder(model: str, source: str, device: str, show: Show, seqlen: i
     with peft.set_aside(encoder.loaded):
         dense = {name: w != 0 for name, w in write.block_weights(encoder.loaded).items() if isinstance(w, Tensor)}
     document: dict[str, Any] = {"model": model, "data": source, "data_sha256": task.sha256("test"), "split": task.rule}
-    document |= {"folder_bytes": load.model_bytes(encoder.loaded.folder) + adapters.stored_bytes(encoder.loaded.folder)}
+    document |= {"folder_bytes": checkpoint.model_bytes(encoder.loaded.folder) + adapters.stored_bytes(encoder.loaded.folder)}
     return document | found | ({"sparsity": sparsity(dense)} if dense else {})

@@ -19,7 +19,7 @@ from compressor import linear
 from compressor.errors import ModelError
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
-from compressor.pipelines import compress, evaluate, load
+from compressor.pipelines import checkpoint, compress, evaluate, load
 from compressor.pipelines.packers import PACKERS, needs
 from compressor.prune import slicing
 from compressor.quant import starts
@@ -108,11 +108,11 @@ def _config(model: nn.Module) -> Any:
 
 def _dense(recipe: Recipe, model: nn.Module, folder: torch.dtype, source: Path) -> dict[str, Any]:
     """Of a model that is pruned and not packed."""
-    beside = load.model_bytes(source) - sum(path.stat().st_size for path in load.weight_files(source))
+    beside = checkpoint.model_bytes(source) - sum(path.stat().st_size for path in checkpoint.weight_files(source))
     folder_bytes = _parameters(model) * folder.itemsize + beside
     return {
         "packed_layers": 0, "left_dense": [], "bits_per_weight": float(8 * folder.itemsize), "folder_bytes": folder_bytes,
-        "ratio": load.model_bytes(source) / folder_bytes, "peak_bytes": {}, "seconds": {}, "notes": [],
+        "ratio": checkpoint.model_bytes(source) / folder_bytes, "peak_bytes": {}, "seconds": {}, "notes": [],
     }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     parameters = _parameters(model)
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
-    beside = load.model_bytes(source) - sum(path.stat().st_size for path in load.weight_files(source))  # tokenizer, config
+    beside = checkpoint.model_bytes(source) - sum(path.stat().st_size for path in checkpoint.weight_files(source))  # tokenizer, config
     folder_bytes = packed_bytes + rest + beside + adapter.bytes
     notes = [t.note for t in packed if t.note]
     if recipe.tune.adapter == "absorb" and adapter.bytes:
@@ -134,7 +134,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
-        "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": load.model_bytes(source) / folder_bytes,
+        "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": checkpoint.model_bytes(source) / folder_bytes,
         "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, todo.targets)),
         "seconds": _seconds(recipe, packed, device, counts, parameters), "notes": notes,
     }  # fmt: skip
@@ -153,7 +153,7 @@ def retuning(
     """As `estimate`, of a packed model that is tuned as it is. values: scales or table entries that it will hold in `packed_bytes`."""
     recipe = recipe.with_(quant=Quant(packer="rtn"))  # packs nothing; what the stages after packing take is the same
     weights, adapter, device = sum(t.shape[0] * t.shape[1] for t in packed), added(recipe.tune, packed), load.pick_device(recipe.device)
-    parameters, now = _parameters(model), load.model_bytes(source)
+    parameters, now = _parameters(model), checkpoint.model_bytes(source)
     trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
     memory = _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, [packed]))
     memory["load"] = memory.pop("compress") - parameters * (4 if device.type == "cpu" else 2) + 2 * now

@@ -25,7 +25,7 @@ from compressor.errors import ModelError, OutputError
 from compressor.export import compressed_tensors, dense, merge, shards, table, task
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import adapters, card_serving, data, formats, load, proof, tasks, write, writers
+from compressor.pipelines import adapters, card_serving, checkpoint, data, formats, load, proof, tasks, write, writers
 from compressor.pipelines.job import source_name
 from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, check_room, disk_full, publish
@@ -59,7 +59,7 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     loaded = load_source(source, target.device, adapters=True)
     outside(place, loaded)
     shapes = [weight.shape for weight in load.packed_weights(loaded.model).values()]
-    need = load.model_bytes(loaded.folder) + (sum(n * k * writers.DTYPES[target.to].itemsize for n, k in shapes) if writer is None else 0)
+    need = checkpoint.model_bytes(loaded.folder) + (sum(n * k * writers.DTYPES[target.to].itemsize for n, k in shapes) if writer is None else 0)
     check_room(place, need)  # before anything slow
     record, wrappers = opening(source, loaded, target.to), {}
     if writer is not None:
@@ -89,7 +89,7 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
 def stored_dense(loaded: load.Loaded) -> Iterable[tuple[str, Tensor]]:
     """The tensors of the source that are not packed, as it stores them; those of formats with dense weights of their own all at once."""
     if loaded.config["quantization_config"].get("quant_method") in STREAMED:
-        return dense.unpacked(loaded.folder, load.weight_files(loaded.folder), PARTS)
+        return dense.unpacked(loaded.folder, checkpoint.weight_files(loaded.folder), PARTS)
     return load.belonging(loaded.model, load.read_packed(loaded.folder, loaded.config)[0]).items()
 
 
@@ -148,7 +148,7 @@ def write_dense(
                 advance(1, name)
 
         rows = dense.write(folder, _config(loaded), stream(), dtype)
-        dense.prove(folder, load.weight_files(folder), stream(), dtype)
+        dense.prove(folder, checkpoint.weight_files(folder), stream(), dtype)
     lost = {row["name"].removesuffix(".weight"): _loss(row) for row in rows}
     layers = [_scheme(name, weight) | lost.pop(name, {"largest": 0.0, "mean": 0.0}) for name, weight in packed.items()]
     others = [{"name": row["name"]} | _loss(row) for row in rows if row["name"].removesuffix(".weight") in lost]
@@ -192,7 +192,7 @@ def cost(record: dict[str, Any]) -> str:
 
 def _bytes(folder: Path) -> int:
     """Bytes of what a server needs."""
-    return sum(path.stat().st_size for path in folder.glob("*.gguf")) or load.model_bytes(folder)
+    return sum(path.stat().st_size for path in folder.glob("*.gguf")) or checkpoint.model_bytes(folder)
 
 
 def losses(record: dict[str, Any]) -> Table:
@@ -268,7 +268,7 @@ def apply(base: str, paths: Sequence[Path], output: Path, show: Show | None = No
     packed = load.packed_weights(loaded.model)
     told = [{"file": tasks.short(path)} | replace(each, config={}).header() for path, each in zip(paths, found, strict=True)]
     record = opening(base, loaded, "apply") | {"tasks": told, "layers": [_scheme(name, weight) for name, weight in packed.items()]}
-    with published(place, load.model_bytes(loaded.folder) + sum(path.stat().st_size for path in paths)) as folder:
+    with published(place, checkpoint.model_bytes(loaded.folder) + sum(path.stat().st_size for path in paths)) as folder:
         record |= write_packed(loaded, packed, folder)
         if beside:
             record["adapter_bytes"] = attach.write(folder / peft.FOLDER, found[0].config, found[0].values)
@@ -279,7 +279,7 @@ def apply(base: str, paths: Sequence[Path], output: Path, show: Show | None = No
 
 def opening(source: str, loaded: load.Loaded, to: str) -> dict[str, Any]:
     """The head of a record: what became what."""
-    return {"compressor": __version__, "source": source_name(source), "source_fingerprint": load.fingerprint(loaded.folder), "to": to}
+    return {"compressor": __version__, "source": source_name(source), "source_fingerprint": checkpoint.fingerprint(loaded.folder), "to": to}
 
 
 def _scheme(name: str, weight: PackedWeight) -> dict[str, Any]:

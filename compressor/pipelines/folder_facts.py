@@ -19,7 +19,7 @@ from compressor.errors import ModelError
 from compressor.export import awq, gptq, hqq, mlx, shards, sparse, table
 from compressor.integrations import peft
 from compressor.kernels import layout
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.prune import slicing
 
 GGUF_TYPES = {
@@ -96,11 +96,11 @@ def facts(folder: Path) -> Facts:
     files = [folder] if folder.suffix == ".gguf" else sorted(folder.glob("*.gguf")) if folder.is_dir() else []
     if files and not (folder / "config.json").exists():
         return gguf_facts(files[0])
-    config = load.any_config(folder)
+    config = checkpoint.any_config(folder)
     quantization = config.get("quantization_config") or {}
     architecture = str(next(iter(config["architectures"]), "")) or str(config.get("model_type", ""))
     kind = format_of(quantization)
-    headers = shards.read_headers(folder, load.weight_files(folder))
+    headers = shards.read_headers(folder, checkpoint.weight_files(folder))
     schemes, shapes = READERS[kind](quantization, headers, folder) if kind in READERS else ({}, {})
     if kind in READERS and not schemes and kind != "sparse":
         raise ModelError(f"{folder} holds no packed layers, although its config.json says {kind}")

@@ -16,7 +16,7 @@ import yaml
 
 from compressor.errors import OutputError
 from compressor.integrations.peft import named
-from compressor.pipelines import card, card_serving, compress, load, render, write
+from compressor.pipelines import card, card_serving, checkpoint, compress, load, render, write
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.output import check_output, disk_full, finished
 from compressor.pipelines.packers import PACKERS
@@ -121,7 +121,7 @@ class Job:
         with self.stage("export"):
             beside = write.write_adapter(loaded, folder, self.place.name)
             self.report.export = write.write_folder(loaded, folder, self.sparse) | ({"adapter_bytes": beside} if beside else {})
-        size, bits = load.model_bytes(folder), self.report.export["bits_per_weight"]
+        size, bits = checkpoint.model_bytes(folder), self.report.export["bits_per_weight"]
         for name in ("packed", "tuned") if self.packs else ("pruned", "tuned"):
             if getattr(self.report, name):
                 self.record(name, bits_per_weight=bits, folder_bytes=size + (beside if name == "tuned" else 0))
@@ -171,7 +171,7 @@ def default_output(recipe: Recipe) -> Path:
 
 def source_name(model: str) -> str:
     """The hub id behind a name, or the last part of a local folder (no paths of this machine in a folder that others will read)."""
-    return Path(model).resolve().name if Path(model).is_dir() else load.ALIASES.get(model.lower(), model)
+    return Path(model).resolve().name if Path(model).is_dir() else checkpoint.ALIASES.get(model.lower(), model)
 
 
 def follow(advance: Callable[[int, str], None]) -> OnStep:

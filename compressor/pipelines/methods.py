@@ -5,7 +5,8 @@ from dataclasses import asdict
 from compressor.errors import RecipeError
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.tuners import TUNERS
-from compressor.recipe import KEPT, Prune, Quant, Recipe, parse_quant
+from compressor.recipe import KEPT, Prune, Quant, Recipe
+from compressor.specs import parse_quant
 from compressor.tune.kgrid import GRIDS
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from compressor.errors import ModelError, OutputError
 from compressor.export import task
 from compressor.integrations import peft
-from compressor.pipelines.load import COMPANIONS, INDEX, weight_files
+from compressor.pipelines.checkpoint import COMPANIONS, INDEX, weight_files
 
 TASK_FILE = "task.safetensors"
 OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html", TASK_FILE)  # about the model, not of it: not counted in its size

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, RecipeError
 from compressor.linear import block_weights, find_blocks, linears, packed_linears
-from compressor.pipelines import estimate, journal, load, surgery
+from compressor.pipelines import checkpoint, estimate, journal, load, surgery
 from compressor.pipelines.methods import check_heeded
 from compressor.prune import lowrank, obert, slicing
 from compressor.prune.depth import DepthPruner, kept_blocks
@@ -27,7 +27,8 @@ from compressor.prune.units import Family, families, shape
 from compressor.prune.widths import Widths, check_near, choose, multiple_of, prunable, shape_notes
 from compressor.recipe import Prune, Tune
 from compressor.tune.batches import Batches, CausalLM
-from compressor.tune.loop import OnStep, TrainLog, train
+from compressor.tune.loop import OnStep, train
+from compressor.tune.state import TrainLog
 
 LR = 0.64  # of the low-rank paths, over the hidden size: 5e-3 at 128, as measured (docs/log.md), and near the paper's 1e-4 at 4096
 BEGIN, END = 0.05, 0.3  # the ramp, as shares of the steps: on small budgets healing pays more than going slowly
@@ -162,7 +163,7 @@ def shell_after(source: Path, options: Prune) -> nn.Module:
     """The model as it will be, without weights (meta device). Errors as those of `plan`."""
     model = estimate.shell(source)
     todo = plan(model, options)
-    if load.read_config(source).get("quantization_config"):
+    if checkpoint.read_config(source).get("quantization_config"):
         check_packed(source.name, options)
     if todo.widths is not None:
         units = families(model, todo.widths.unit)

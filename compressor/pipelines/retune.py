@@ -18,7 +18,7 @@ from compressor.errors import CompressorError, ModelError
 from compressor.export import conversions, shards
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.packed import Affine, PackedWeight, zeros_as_floats
-from compressor.pipelines import compress, estimate, formats, load, tools, write
+from compressor.pipelines import checkpoint, compress, estimate, formats, load, tools, write
 from compressor.pipelines.job import plain, source_name
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.methods import check_zeros_stay
@@ -100,7 +100,7 @@ class Retune(Run):
         found = self.measured("packed", self.key_dense, loaded, journal)
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
-        self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=load.model_bytes(self.source))
+        self.record("packed", bits_per_weight=self.packed_bits, folder_bytes=checkpoint.model_bytes(self.source))
 
     def measured(self, name: str, key: str, loaded: load.Loaded, journal: Journal) -> dict[str, Any]:
         """As any run; what was tuned is first made what the folder will hold. An adapter leaves its base as it was."""
@@ -121,14 +121,14 @@ class Retune(Run):
     def cost(self, model: torch.nn.Module, counts: estimate.Counts, before: torch.nn.Module | None) -> dict[str, Any]:
         packed, values, stored = self._stored(model)
         check_layers(self.recipe.tune, {t.name: t.shape for t in packed}, ())
-        size = load.model_bytes(self.source) + estimate.added(self.recipe.tune, packed).bytes
+        size = checkpoint.model_bytes(self.source) + estimate.added(self.recipe.tune, packed).bytes
         found = estimate.retuning(self.recipe, model, packed, values, stored, counts, self.source)
         note = "" if self.recipe.tune.method not in ("table", "qalora") else "tables or tuned zeros take more than the values that they replace"
         return found | {"folder_bytes": size, "notes": [note] if note else []}
 
     def _stored(self, model: torch.nn.Module) -> tuple[list[compress.Target], int, int]:
         """(packed linears, their values, the bytes that they take) from the headers of the folder, whatever its format."""
-        headers = shards.read_headers(self.source, load.weight_files(self.source))
+        headers = shards.read_headers(self.source, checkpoint.weight_files(self.source))
         parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for key, tensor in headers.items():
             module, _, leaf = key.rpartition(".")

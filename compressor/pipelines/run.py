@@ -14,7 +14,7 @@ import torch
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
-from compressor.pipelines import adapters, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
+from compressor.pipelines import adapters, checkpoint, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
@@ -50,8 +50,8 @@ class Run(Job):
         if self.sparse and self.packs:
             compress.check_keep_zeros(recipe.quant)
             check_zeros_stay(recipe.tune.method)
-        self.source = load.resolve(recipe.model)
-        self.config = load.read_config(self.source)
+        self.source = checkpoint.resolve(recipe.model)
+        self.config = checkpoint.read_config(self.source)
         self.check_source()
         self.seqlen = load.context(self.config, recipe.data.seqlen, "seqlen")
         self.window = load.context(self.config, recipe.eval.window or self.seqlen)
@@ -59,7 +59,7 @@ class Run(Job):
         self.outside = data.load_text("python-source" if recipe.data.outside is None else recipe.data.outside)
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
-        self._fingerprints(load.fingerprint(self.source))
+        self._fingerprints(checkpoint.fingerprint(self.source))
 
     def check_source(self) -> None:
         """ModelError for a model that this run cannot start from."""
@@ -126,8 +126,8 @@ class Run(Job):
         self.report.model = {
             "name": source_name(self.recipe.model).rpartition("/")[2], "source": source_name(self.recipe.model),
             "architecture": self.config["architectures"][0], "parameters": sum(p.numel() for p in parameters.values()),
-            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in found), "dense_bytes": load.model_bytes(self.source),
-            "dense_dtype": plain(load.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
+            "packed_parameters": sum(t.shape[0] * t.shape[1] for t in found), "dense_bytes": checkpoint.model_bytes(self.source),
+            "dense_dtype": plain(checkpoint.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
             "scale_dtype": plain(load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)),
         }  # fmt: skip
         for target in found:
@@ -153,7 +153,7 @@ class Run(Job):
     def cost(self, model: torch.nn.Module, counts: estimate.Counts, before: torch.nn.Module | None) -> dict[str, Any]:
         """Sizes, memory and time; model: a shell of what is packed and tuned; before: of what is pruned to that."""
         self.targets(model)
-        folder = load.folder_dtype(load.stored_dtype(self.source), self.config)
+        folder = load.folder_dtype(checkpoint.stored_dtype(self.source), self.config)
         if not self.recipe.choose.active:
             return estimate.estimate(self.recipe, model, folder, counts, self.source, before)
         windows = sensitivity.windows(self.recipe.choose, self.seqlen, self.config.get("vocab_size", 1))
@@ -292,7 +292,7 @@ def _kind(recipe: Recipe) -> type[Run]:
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
-    if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
+    if encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model))):
         if recipe.save != "folder":
             raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
         return encoder_run.run(recipe, output, overwrite, show, command)
@@ -300,13 +300,13 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     done = job.done(job.key_written, overwrite)
     if done is not None:
         return done
-    check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + load.model_bytes(job.source) // 2)
+    check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + checkpoint.model_bytes(job.source) // 2)
     return job.go()
 
 
 def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
-    if encoder_load.is_encoder(load.any_config(load.resolve(recipe.model))):
+    if encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model))):
         return encoder_run.dry_run(recipe, output, show)
     job = _kind(recipe)(recipe, output or default_output(recipe), show)
     check_output(job.place, overwrite=True)

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.errors import RecipeError
-from compressor.pipelines import folder_facts, load
+from compressor.pipelines import checkpoint, folder_facts
 from compressor.pipelines.card import RANKS
 from compressor.pipelines.folder_facts import Facts, Scheme
 
@@ -204,7 +204,7 @@ def advise(folder: Path | str, server: str | None = None) -> tuple[dict[str, Any
     if server is not None and server not in SERVERS:
         raise RecipeError(f"server {server!r} is unknown; choose {', '.join(SERVERS)}")
     place = Path(folder)
-    place = place if place.suffix == ".gguf" and place.is_file() else load.resolve(str(folder))
+    place = place if place.suffix == ".gguf" and place.is_file() else checkpoint.resolve(str(folder))
     found = folder_facts.facts(place)
     rows = [judge(name, found, place) for name in ([server] if server else SERVERS)]
     shown = Table("server", "loads", "why, and what it needs", "start it with", title=Text(f"{place}: {folder_facts.describe(found)}"))

@@ -25,7 +25,7 @@ from compressor.export import merge, task
 from compressor.integrations import attach, peft
 from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight, zeros_as_floats
-from compressor.pipelines import bases, load
+from compressor.pipelines import bases, checkpoint, load
 from compressor.pipelines.bases import MOVED, base_digest, marks
 from compressor.pipelines.job import source_name
 from compressor.pipelines.output import TASK_FILE, read_report
@@ -296,7 +296,7 @@ def leave_only(loaded: load.Loaded, folder: Path, version: str) -> None:
     """In a finished, proven folder of a run put a task file in place of the model: the file that `compressor task` would take out of it."""
     told = about(folder, folder.name)
     kind = _save_folder(loaded, folder, folder / TASK_FILE, told)["kind"]
-    for path in load.model_files(folder):
+    for path in checkpoint.model_files(folder):
         path.unlink()
     if (folder / peft.FOLDER).is_dir():
         shutil.rmtree(folder / peft.FOLDER)
@@ -305,8 +305,8 @@ def leave_only(loaded: load.Loaded, folder: Path, version: str) -> None:
 
 def load_source(name: str, device: str, adapters: bool = False) -> load.Loaded:
     """A packed folder as a model; ModelError before anything is loaded for a dense one, and without `adapters` for one that has an adapter."""
-    folder = load.resolve(name)
-    if not load.read_config(folder).get("quantization_config"):
+    folder = checkpoint.resolve(name)
+    if not checkpoint.read_config(folder).get("quantization_config"):
         raise ModelError(f"{name} is dense; give a packed folder, such as `compressor run` writes")
     if not adapters and (folder / peft.FOLDER).is_dir():
         raise ModelError(

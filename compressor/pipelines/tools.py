@@ -13,7 +13,7 @@ from compressor.export import sparse
 from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
-from compressor.pipelines import adapters, load, write
+from compressor.pipelines import adapters, checkpoint, load, write
 from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
 from compressor.pipelines.report import environment, size
@@ -33,7 +33,7 @@ def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
 
     Bits are those of the base alone, bytes those of an adapter too.
     """
-    total = load.model_bytes(loaded.folder) + adapters.stored_bytes(loaded.folder)
+    total = checkpoint.model_bytes(loaded.folder) + adapters.stored_bytes(loaded.folder)
     with peft.set_aside(loaded):
         packed = load.packed_weights(loaded.model)
         if (loaded.config.get("quantization_config") or {}).get("quant_method") == sparse.METHOD:
@@ -41,7 +41,7 @@ def sizes_of(loaded: load.Loaded) -> dict[str, Any]:
         elif packed:
             bits = write.folder_bits(loaded.folder, packed)
         else:
-            return {"bits_per_weight": float(torch.finfo(load.stored_dtype(loaded.folder)).bits), "folder_bytes": total, "ratio": 1.0}
+            return {"bits_per_weight": float(torch.finfo(checkpoint.stored_dtype(loaded.folder)).bits), "folder_bytes": total, "ratio": 1.0}
         return {"bits_per_weight": bits, "folder_bytes": total, "ratio": dense_bytes(loaded) / total}
 
 

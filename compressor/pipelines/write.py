@@ -16,7 +16,8 @@ from compressor.export import sparse as sparse_format
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import formats
-from compressor.pipelines.load import COMPANIONS, Loaded, any_config, model_bytes, read_packed, weight_files
+from compressor.pipelines.checkpoint import COMPANIONS, any_config, model_bytes, weight_files
+from compressor.pipelines.load import Loaded, read_packed
 
 
 def round_to_folder(loaded: Loaded, packed: set[str]) -> None:

@@ -17,7 +17,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.export import awq, compressed_tensors, conversions, dense, gptq, mlx, table
 from compressor.export.gguf_types import KINDS
 from compressor.packed import PackedWeight
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.pipelines.formats import FORMATS
 
 TABLES, FLOATS, COLUMNS = "tables", "tuned zeros", "another order of columns"
@@ -98,9 +98,9 @@ class Folder:
 
     def back(self, folder: Path) -> tuple[dict[str, Tensor], Iterator[tuple[str, Tensor]]]:
         """(dense tensors, the packed linears dequantised one by one to float32), as our reader finds them in the folder."""
-        config = load.any_config(folder)
+        config = checkpoint.any_config(folder)
         others, packed = FORMATS[str(config["quantization_config"]["quant_method"])].read(
-            folder, load.weight_files(folder), config["quantization_config"]
+            folder, checkpoint.weight_files(folder), config["quantization_config"]
         )
         return others, ((name, dense.dequantize(weight)) for name, weight in packed.items())
 

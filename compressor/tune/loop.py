@@ -21,40 +21,24 @@ The loop casts nothing: load the model in float32 on a CPU, in the dtype it is s
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 """
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressor.errors import ModelError, NumericError, OutputError, RecipeError
+from compressor.errors import NumericError, RecipeError
 from compressor.prune import Pruner
 from compressor.recipe import Tune
 from compressor.tune.batches import Batches, Objective, rate
+from compressor.tune.state import CHECKPOINT, State, TrainLog, resume, save
 
-CHECKPOINT = "tune.safetensors"
 OnStep = Callable[[dict[str, Any]], None]  # gets the record of a step
 STRIKES = 3  # non-finite steps, or evaluations, in a row that end the run
-
-
-@dataclass
-class TrainLog:
-    """What happened. curve: {step, loss, lr, grad_norm, tokens} of each applied step; evals: {step, value}; notes: sentences."""
-
-    steps: int
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    evals: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    resumed_from: int = 0
 
 
 def train(
@@ -80,10 +64,10 @@ def train(
     the last good ones), OutputError when a checkpoint cannot be written.
     """
     batches, peak = Batches(objective, options, seed), _peak(options)
-    state, log = _State(parameters, options.weight_decay, pruner), TrainLog(batches.steps, notes=batches.notes)
+    state, log = State(parameters, options.weight_decay, pruner), TrainLog(batches.steps, notes=batches.notes)
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
-        log = _resume(path, fingerprint, state, log)
+        log = resume(path, fingerprint, state, log)
     with _training(model, options, state.device):
         loss = objective.loss(model)
         for step in range(log.resumed_from, batches.steps):
@@ -95,7 +79,7 @@ def train(
             if fault is None:
                 state.keep()
                 if path is not None and step > log.resumed_from and step % options.checkpoint_every == 0:
-                    _save(path, fingerprint, state, log, step)
+                    save(path, fingerprint, state, log, step)
                 state.pruner.observe(step)
                 lr = peak * rate(step, batches.steps, options, state.pruner.restarts) * state.multiplier
                 norm = state.update(lr, options.clip)
@@ -111,26 +95,8 @@ def train(
                 on_step(dict(record))
     if path is not None and log.resumed_from < batches.steps:
         state.keep()
-        _save(path, fingerprint, state, log, batches.steps)
+        save(path, fingerprint, state, log, batches.steps)
     return log
-
-
-class _Unpruned:
-    """The pruner of a run that prunes nothing."""
-
-    restarts = ()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def prune(self, step: int) -> None:
-        pass
-
-    def observe(self, step: int) -> None:
-        pass
-
-    def hold(self) -> None:
-        pass
 
 
 def _peak(options: Tune) -> float:
@@ -139,64 +105,7 @@ def _peak(options: Tune) -> float:
     return options.lr
 
 
-class _State:
-    """The parameters, their Adam moments and the pruner's tensors, and the good copy of all."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float, pruner: Pruner | None = None):
-        self.pruner = _Unpruned() if pruner is None else pruner
-        for name, p in parameters.items():
-            if p.dtype != torch.float32 or not p.requires_grad:
-                raise ModelError(f"{name} cannot be trained: trainables are float32 and require a gradient, this one is {p.dtype}")
-        if not parameters:
-            raise ModelError("there is nothing to train: the tuner attached no parameters")
-        self.parameters = dict(parameters)
-        self.device = next(iter(parameters.values())).device
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.0, weight_decay=weight_decay)
-        for p in parameters.values():
-            p.grad = torch.zeros_like(p)
-            self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        self.good = {key: t.clone() for key, t in self.tensors().items()}
-        self.multiplier = 1.0
-        self.strikes = {"steps": 0, "evaluations": 0}  # failures in a row
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The live tensors, flat."""
-        out = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            out |= {f"{key}/{name}": t for key, t in self.optimizer.state[p].items()}
-        return out | {f"pruned/{name}": t for name, t in self.pruner.tensors().items()}
-
-    def keep(self) -> None:
-        """The state as it is now is good."""
-        self.strikes["steps"] = 0
-        for key, t in self.tensors().items():
-            self.good[key].copy_(t)
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load all tensors, or raise ValueError before any is changed."""
-        live = self.tensors()
-        if {k: t.shape for k, t in live.items()} != {k: t.shape for k, t in tensors.items()}:
-            raise ValueError("it belongs to other parameters")
-        for key, t in live.items():
-            t.copy_(tensors[key])
-        self.pruner.hold()
-
-    def update(self, lr: float, clip: float) -> float:
-        """One AdamW step on the gradients at hand, those of what is pruned left out; returns their norm before clipping."""
-        self.pruner.hold()
-        norm = self.norm()
-        if clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, norm)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.pruner.hold()
-        return float(norm)
-
-    def norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-
-
-def _gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: _State) -> tuple[float, str | None]:
+def _gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: State) -> tuple[float, str | None]:
     """Fill the gradients of one step; returns its mean loss and, if a number is not finite, a sentence about where."""
     total = batches.tokens(step)
     state.optimizer.zero_grad(set_to_none=False)
@@ -221,7 +130,7 @@ def _gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, s
 
 
 @torch.no_grad()
-def _unproven(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: _State) -> str | None:
+def _unproven(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: State) -> str | None:
     """What is not finite after the update of `step`, a parameter or the loss of the same windows; None if nothing is."""
     for name, p in state.parameters.items():
         if not bool(torch.isfinite(p).all()):
@@ -262,7 +171,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
     return found[0] if found else "the loss itself: every layer's output is finite"
 
 
-def _strike(state: _State, log: TrainLog, step: int, kind: str, fault: str) -> dict[str, Any]:
+def _strike(state: State, log: TrainLog, step: int, kind: str, fault: str) -> dict[str, Any]:
     """Undo, slow down, remember; NumericError on the third of this kind ("steps" or "evaluations") in a row."""
     state.restore(state.good)
     state.strikes[kind] += 1
@@ -278,7 +187,7 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _evaluated(model: nn.Module, evaluate: Callable[[], float], state: _State, log: TrainLog, step: int, owed: bool) -> dict[str, Any] | None:
+def _evaluated(model: nn.Module, evaluate: Callable[[], float], state: State, log: TrainLog, step: int, owed: bool) -> dict[str, Any] | None:
     """Evaluate; the record of the strike if that failed. An evaluation that is `owed` is repeated on the good state until it is there."""
     record = None
     while (fault := _evaluate(model, evaluate, state, log, step)) is not None:
@@ -289,7 +198,7 @@ def _evaluated(model: nn.Module, evaluate: Callable[[], float], state: _State, l
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, evaluate: Callable[[], float], state: _State, log: TrainLog, step: int) -> str | None:
+def _evaluate(model: nn.Module, evaluate: Callable[[], float], state: State, log: TrainLog, step: int) -> str | None:
     """Evaluate and log the value; if it is not finite, only a sentence about it."""
     model.eval()
     try:
@@ -333,44 +242,3 @@ def _keep(model: nn.Module) -> None:
     """Undo `_recompute`."""
     disable: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     disable()
-
-
-def _save(path: Path, fingerprint: str, state: _State, log: TrainLog, step: int) -> None:
-    """Write the good state after `step` steps: to a temporary name, to the disk, then renamed."""
-    record = {"fingerprint": fingerprint, "step": step, "multiplier": state.multiplier, "strikes": state.strikes, "log": asdict(log)}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: t.cpu().contiguous() for key, t in state.good.items()}, temporary, metadata={"state": json.dumps(record)})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"the tuning checkpoint {path} cannot be written ({error}): free some space and run the same command again") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _resume(path: Path, fingerprint: str, state: _State, fresh: TrainLog) -> TrainLog:
-    """Load the checkpoint into `state` and return its log; one of another run, or a damaged one, leaves the state and is noted in `fresh`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["state"])
-            if record["fingerprint"] != fingerprint:
-                fresh.notes.append(f"the tuning checkpoint {path} is of another run (fingerprint {record['fingerprint']}) and was not used")
-                return fresh
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        log = TrainLog(**record["log"] | {"resumed_from": int(record["step"])})
-        if log.steps != fresh.steps:
-            raise ValueError(f"it is of a run of {log.steps} steps, this one has {fresh.steps}")
-        multiplier, failed = float(record["multiplier"]), int(record["strikes"]["evaluations"])
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise ValueError("it holds non-finite numbers")
-        state.restore(tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        fresh.notes.append(f"the tuning checkpoint {path} is damaged or does not fit ({error}) and was not used")
-        return fresh
-    state.multiplier, state.strikes["evaluations"] = multiplier, failed
-    state.keep()
-    return log

@@ -12,7 +12,7 @@ from compressor import linear
 from compressor.errors import ModelError
 from compressor.export import bitmask, sparse
 from compressor.linear import PackedLinear, packed_linears
-from compressor.pipelines import load, write
+from compressor.pipelines import checkpoint, load, write
 from compressor.quant import PACKERS
 from compressor.recipe import Quant
 from tests.integrations.damaged import refuses
@@ -54,7 +54,7 @@ def prune(model: Any, bits: int | None = None, every: int = 1) -> Any:
 
 def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     config = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__]}
-    loaded = load.Loaded(model, None, load.TINY, "made", config, dtype)
+    loaded = load.Loaded(model, None, checkpoint.TINY, "made", config, dtype)
     write.round_to_folder(loaded, set())
     write.write_folder(loaded, folder, sparse=True)
     return folder
@@ -211,4 +211,4 @@ def test_sketches_are_not_saved_and_dense_models_not_pruned_on_the_way(folder: P
     with pytest.raises(ModelError, match=f"cannot be saved as a {sparse.NAME} folder: 1 of its"):
         model.save_pretrained(tmp_path / "x")
     with pytest.raises(ModelError, match="packs none"):
-        auto(load.TINY, quantization_config=SparseConfig())
+        auto(checkpoint.TINY, quantization_config=SparseConfig())

@@ -14,7 +14,7 @@ from compressor.errors import ModelError
 from compressor.export import table
 from compressor.linear import PackedLinear, packed_linears
 from compressor.packed import PackedWeight, Table
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint, load
 from tests.integrations.damaged import refuses
 
 SCHEMES = [(2, 64, torch.float16), (3, 64, torch.bfloat16), (4, 48, torch.float32), (3, 32, torch.float16), (2, 20, torch.bfloat16)]
@@ -46,7 +46,7 @@ def write(model: Any, folder: Path, **options: int) -> Path:
     folder.mkdir()
     config = json.loads(model.config.to_json_string()) | {"architectures": [type(model).__name__], "dtype": "float32"}
     table.write(folder, config, [*own.items(), *((n, layer.packed()) for n, layer in packed.items())], ["lm_head"], **options)
-    for path in load.TINY.glob("tokenizer*"):
+    for path in checkpoint.TINY.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
     return folder
 
@@ -225,4 +225,4 @@ def test_dense_models_are_not_packed_on_the_way() -> None:
     from compressor.integrations.transformers import CompressorConfig
 
     with pytest.raises(ModelError, match="packs none"):
-        auto(load.TINY, quantization_config=CompressorConfig())
+        auto(checkpoint.TINY, quantization_config=CompressorConfig())

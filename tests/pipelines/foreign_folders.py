@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compressor.export import conversions, foreign, gptq
 from compressor.linear import linears, packed_linears, swap, to_packed
 from compressor.packed import PackedWeight
-from compressor.pipelines import load, write
+from compressor.pipelines import checkpoint, load, write
 from compressor.pipelines.formats import FORMATS, NATIVE
 from compressor.pipelines.run import run
 from compressor.quant import rtn
@@ -81,7 +81,7 @@ def copier(make: Callable[..., Path], place: Path) -> Callable[..., Path]:
 
 def quantization(folder: Path) -> dict[str, Any]:
     """The quantization_config of a folder, wherever it lies."""
-    config: dict[str, Any] = load.any_config(folder)["quantization_config"]
+    config: dict[str, Any] = checkpoint.any_config(folder)["quantization_config"]
     return config
 
 
@@ -124,7 +124,7 @@ def like_efficientqat(folder: Path) -> None:
 
 def read(folder: Path) -> dict[str, PackedWeight]:
     """The packed weights of a folder, as its format stores them."""
-    return load.read_packed(folder, load.any_config(folder))[1]
+    return load.read_packed(folder, checkpoint.any_config(folder))[1]
 
 
 def recipe(folder: Path, method: str = "peqa", **keys: Any) -> Recipe:
@@ -158,7 +158,7 @@ def assert_only_values_moved(before: Path, after: Path) -> None:
         if weight.zero is not None and other.zero is not None:  # what MLX stores of a zero is rounded with its scale
             limit = 1e-3 * weight.zero.float() if mlx_folder else 0.0
             assert weight.zero.dtype == other.zero.dtype and bool(((weight.zero.float() - other.zero.float()).abs() <= limit).all()), name
-    was, now = (load.read_packed(folder, load.any_config(folder))[0] for folder in (before, after))
+    was, now = (load.read_packed(folder, checkpoint.any_config(folder))[0] for folder in (before, after))
     assert was.keys() == now.keys() and all(torch.equal(tensor, now[name]) and tensor.dtype == now[name].dtype for name, tensor in was.items())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import compressor
 from compressor.integrations import peft
-from compressor.pipelines import encoder_run, load
+from compressor.pipelines import checkpoint, encoder_run, load
 from compressor.pipelines.tools import inspect_folder
 from compressor.recipe import Recipe
 from tests.pipelines import encoders
@@ -83,7 +83,7 @@ def test_the_code_on_the_card_of_an_encoder(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     encoder_run.run(recipe, folder)
     ids = torch.randint(5, len(encoders.VOCAB), (4, 9), generator=torch.Generator().manual_seed(0))
-    loaded = load.load_packed(folder, load.any_config(folder), torch.device("cpu"), "out")
+    loaded = load.load_packed(folder, checkpoint.any_config(folder), torch.device("cpu"), "out")
     tuned = answers(loaded.model, ids)
     peft.strip(loaded.model)
     first, stock = executed(folder)
@@ -108,7 +108,7 @@ def test_inspect_names_layers_and_adapter(kept: Path) -> None:
     beside = sum(p.stat().st_size for p in (kept / "adapter").iterdir())
     trained = report["training"]["trainable"]
     assert document["adapter"] == {"kind": "rslora", "rank": 4, "linears": 28, "parameters": trained, "bytes": beside}
-    assert document["folder_bytes"] == load.model_bytes(kept) + beside and document["bits_per_weight"] == 3.125
+    assert document["folder_bytes"] == checkpoint.model_bytes(kept) + beside and document["bits_per_weight"] == 3.125
     assert f"rslora of rank 4 beside 28 of 28 linears, {trained:,} numbers" in str(table.caption)
 
 

@@ -15,7 +15,7 @@ from compressor.errors import DataError, ModelError, RecipeError, UserError
 from compressor.export import dense
 from compressor.integrations import peft
 from compressor.linear import find_blocks, linears, packed_linears
-from compressor.pipelines import adapters, compress, export, load, projection, write, writers
+from compressor.pipelines import adapters, checkpoint, compress, export, load, projection, write, writers
 from compressor.recipe import Quant, Tune
 from tests.pipelines.commands import call
 from tests.pipelines.pruned import logits, source, text, theirs
@@ -112,8 +112,8 @@ def test_the_disk_has_room_for_what_is_folded(packed: Path, tmp_path: Path, monk
     monkeypatch.setattr(export, "check_room", lambda _place, need: asked.append(need))
     export.export(str(packed), tmp_path / "out", target("bf16"))
     shapes = [layer.packed().shape for layer in packed_linears(load.load(str(packed), "cpu").model).values()]
-    assert set(asked) == {load.model_bytes(packed) + 2 * sum(n * k for n, k in shapes)}
-    assert min(asked) > load.model_bytes(tmp_path / "out")
+    assert set(asked) == {checkpoint.model_bytes(packed) + 2 * sum(n * k for n, k in shapes)}
+    assert min(asked) > checkpoint.model_bytes(tmp_path / "out")
 
 
 def test_a_wrapper_is_as_before_folding(packed: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from compressor.export import conversions, dense
 from compressor.packed import PackedWeight
-from compressor.pipelines import capabilities, load, writers
+from compressor.pipelines import capabilities, checkpoint, writers
 from tests.pipelines.foreign_folders import dense_folder
 
 pytest.importorskip("gguf")
@@ -106,7 +106,7 @@ def written(to: str, made: PackedWeight, folder: Path, source: Path) -> torch.Te
     held = writer.held(made)
     stored = held if isinstance(held, PackedWeight) else made
     folder.mkdir(exist_ok=True)
-    writer.write(folder, source, load.any_config(source) | capabilities.HEADS, iter([(NAME, stored)]), [])
+    writer.write(folder, source, checkpoint.any_config(source) | capabilities.HEADS, iter([(NAME, stored)]), [])
     found = {name.removesuffix(".weight"): tensor for name, tensor in writer.back(folder)[1]}
     return found[NAME]
 

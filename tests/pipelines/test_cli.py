@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.errors import RecipeError
 from compressor.linear import linears
-from compressor.pipelines import cli, compress, load, write
+from compressor.pipelines import checkpoint, cli, compress, load, write
 from compressor.recipe import Prune, Quant, Recipe
 from tests.pipelines.commands import call
 
@@ -85,7 +85,7 @@ def test_bad_inputs(at: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     (at / "empty.yaml").write_text("")
     (at / "list.yaml").write_text("[1, 2]")
     for name in ("notlm", "nan", "cut"):
-        shutil.copytree(load.TINY, at / name)
+        shutil.copytree(checkpoint.TINY, at / name)
     config = json.loads((at / "notlm" / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
     (at / "notlm" / "config.json").write_text(json.dumps(config))
     tensors = load_file(at / "nan" / "model.safetensors")
@@ -126,7 +126,7 @@ def test_eval_prints_the_contract(packed: Path, at: Path, monkeypatch: pytest.Mo
     assert document["ratio"] > 1.5
     assert len(document["data_sha256"]) == 64
     assert document["tokens_per_second"] > 0
-    assert document["folder_bytes"] == load.model_bytes(packed)
+    assert document["folder_bytes"] == checkpoint.model_bytes(packed)
 
 
 def test_generate_and_inspect(packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor.errors import DataError, ModelError, OutputError, RecipeError
 from compressor.linear import block_weights, find_blocks, packed_linears
-from compressor.pipelines import encoder_data, encoder_load, encoder_prune, encoder_run, load
+from compressor.pipelines import checkpoint, encoder_data, encoder_load, encoder_prune, encoder_run
 from compressor.pipelines.show import Show
 from compressor.recipe import Prune, Recipe
 from compressor.tune.encoder import Examples
@@ -386,4 +386,4 @@ def test_minilm_on_sst2(shared: Path, tmp_path: Path) -> None:
     assert document["dense"]["task"]["accuracy"] > 0.6
     assert document["pruned"]["task"]["accuracy"] > 0.55
     assert document["pruned"]["folder_bytes"] < 0.85 * document["dense"]["folder_bytes"]
-    assert load.any_config(tmp_path / "out")["architectures"] == ["BertForSequenceClassification"]
+    assert checkpoint.any_config(tmp_path / "out")["architectures"] == ["BertForSequenceClassification"]

@@ -8,7 +8,7 @@ import pytest
 import compressor
 from compressor.integrations.peft import KINDS, Adapters
 from compressor.linear import packed_linears
-from compressor.pipelines import compress, estimate, load
+from compressor.pipelines import checkpoint, compress, estimate
 from compressor.pipelines.run import dry_run
 from compressor.pipelines.show import Show
 from compressor.recipe import Quant, Recipe, Tune
@@ -28,7 +28,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def packed() -> list[compress.Target]:
-    return compress.plan(estimate.shell(load.TINY), Quant()).packed()
+    return compress.plan(estimate.shell(checkpoint.TINY), Quant()).packed()
 
 
 def told(tmp_path: Path, **keys: Any) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_starts_take_time(tmp_path: Path) -> None:
         for keys in ({}, {"start": "residual"}, {"start": "loftq"}, {"start": "loftq", "targets": "q_proj"})
     )
     assert zero < residual < loftq and zero < some < loftq / 4
-    solves = sum(3 * t.shape[1] ** 3 for t in compress.plan(estimate.shell(load.TINY), Quant()).packed()) / (1e6 * estimate.EFFICIENCY)
+    solves = sum(3 * t.shape[1] ** 3 for t in compress.plan(estimate.shell(checkpoint.TINY), Quant()).packed()) / (1e6 * estimate.EFFICIENCY)
     assert loftq - zero > 5 * (residual - zero) + 4 * solves
 
 

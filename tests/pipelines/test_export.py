@@ -15,7 +15,7 @@ from compressor.errors import ModelError, OutputError, RecipeError
 from compressor.kernels import layout
 from compressor.linear import packed_linears
 from compressor.packed import Affine
-from compressor.pipelines import data, evaluate, export, load, output, tasks, write
+from compressor.pipelines import checkpoint, data, evaluate, export, load, output, tasks, write
 from compressor.quant import rtn
 from compressor.recipe import Quant
 from tests.pipelines.commands import call
@@ -77,7 +77,7 @@ def test_dense_folders_are_ordinary(at: Path, request: pytest.FixtureRequest, ki
     rows = record(at / "out")["layers"]
     assert len(rows) == 28 == shown.row_count
     assert document["verified"]
-    assert document["folder_bytes"] == load.model_bytes(at / "out")
+    assert document["folder_bytes"] == checkpoint.model_bytes(at / "out")
     assert document["error"]["largest"] == max(row["largest"] for row in rows)
     if to == "bf16":
         assert 0 < document["error"]["mean"] < document["error"]["largest"] <= 2**-8

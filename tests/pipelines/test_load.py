@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from compressor.errors import CompressorError, ModelError, UserError
 from compressor.linear import linears, packed_linears, swap, to_packed
 from compressor.packed import PackedWeight, Table
-from compressor.pipelines import compress, load, write
+from compressor.pipelines import checkpoint, compress, load, write
 from compressor.recipe import Quant
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(load.TINY, tmp_path / "dense"))
+    return Path(shutil.copytree(checkpoint.TINY, tmp_path / "dense"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_tiny_is_what_its_card_says() -> None:
     assert 1_000_000 <= loaded.model.num_parameters() <= 2_000_000
     assert all(m.in_features % 128 == 0 for m in loaded.model.modules() if isinstance(m, torch.nn.Linear))
     assert loaded.config["tie_word_embeddings"] is True
-    assert sum(p.stat().st_size for p in load.TINY.iterdir()) < 10_000_000
+    assert sum(p.stat().st_size for p in checkpoint.TINY.iterdir()) < 10_000_000
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_tiny_is_what_its_card_says() -> None:
 )
 def test_unknown_names(name: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
-        load.resolve(name)
+        checkpoint.resolve(name)
 
 
 def test_hub_ids_are_fetched_and_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_hub_ids_are_fetched_and_failures_are_one_sentence(monkeypatch: pytest.M
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert load.resolve("Llama-7B") == tmp_path
+    assert checkpoint.resolve("Llama-7B") == tmp_path
     with pytest.raises(ModelError, match="could not be fetched from the hub: 404 Client Error$"):
-        load.resolve("org/gone")
+        checkpoint.resolve("org/gone")
     assert asked == ["huggyllama/llama-7b", "org/gone"]
 
 
@@ -212,10 +212,10 @@ def test_dtypes_of_the_output_folder() -> None:
 
 
 def test_the_dtype_is_read_from_the_weights_not_from_the_configuration(dense: Path) -> None:
-    assert load.stored_dtype(dense) == torch.bfloat16
+    assert checkpoint.stored_dtype(dense) == torch.bfloat16
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(config | {"dtype": "nonsense"}))
-    assert load.stored_dtype(dense) == torch.bfloat16
+    assert checkpoint.stored_dtype(dense) == torch.bfloat16
     del config["dtype"]
     (dense / "config.json").write_text(json.dumps(config))
     assert load.load(str(dense), "cpu").dtype == torch.float16
@@ -229,18 +229,18 @@ def test_weights_beyond_float16_keep_their_dtype(dense: Path) -> None:
 
 
 def test_fingerprint_sees_every_byte_of_weights_and_tokenizer_and_nothing_else(dense: Path) -> None:
-    first = load.fingerprint(dense)
+    first = checkpoint.fingerprint(dense)
     (dense / "notes.txt").write_text("not of the model")
     (dense / "consolidated.safetensors").write_bytes(b"0" * 1000)
-    assert load.fingerprint(dense) == first
-    assert load.model_bytes(dense) == load.model_bytes(load.TINY)
+    assert checkpoint.fingerprint(dense) == first
+    assert checkpoint.model_bytes(dense) == checkpoint.model_bytes(checkpoint.TINY)
     whole = bytearray((dense / "model.safetensors").read_bytes())
     whole[len(whole) // 2] ^= 1
     (dense / "model.safetensors").write_bytes(whole)
-    second = load.fingerprint(dense)
+    second = checkpoint.fingerprint(dense)
     assert second != first
     (dense / "tokenizer.json").write_text((dense / "tokenizer.json").read_text() + " ")
-    assert load.fingerprint(dense) != second
+    assert checkpoint.fingerprint(dense) != second
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_bias_that_is_missing_from_a_packed_folder_is_an_error(tmp_path: Path)
 
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen2ForCausalLM(Qwen2Config(**small, vocab_size=2048, tie_word_embeddings=True)).save_pretrained(tmp_path / "dense")
-    for path in load.TINY.glob("tokenizer*"):
+    for path in checkpoint.TINY.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "dense")
     loaded = load.load(str(tmp_path / "dense"), "cpu")
     quant = Quant(packer="rtn", group=32)

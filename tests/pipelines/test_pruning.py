@@ -17,7 +17,7 @@ from compressor.prune.importance import FullGradients, LoraGradients, PaperGradi
 from compressor.prune.slicing import WIDTHS, drop_blocks
 from compressor.prune.widths import prunable
 from compressor.tune import loop
-from compressor.tune.loop import CHECKPOINT
+from compressor.tune.state import CHECKPOINT
 from tests.pipelines.commands import call
 from tests.pipelines.pruned import logits, objective, options, ours, source, text, theirs, whole
 from tests.prune.helpers import causal, pack

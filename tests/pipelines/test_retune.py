@@ -12,7 +12,7 @@ from compressor.errors import ModelError, RecipeError
 from compressor.integrations import peft
 from compressor.linear import packed_linears
 from compressor.packed import Affine, PackedWeight
-from compressor.pipelines import evaluate, load, retune
+from compressor.pipelines import checkpoint, evaluate, load, retune
 from compressor.pipelines.show import Show
 from compressor.pipelines.tools import evaluate_folder
 from tests.pipelines import foreign_folders as made
@@ -64,8 +64,8 @@ def test_scales_learn_and_everything_else_stays(folder: Any, tmp_path: Path, mon
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["packed"] and report["tuned"] and not report.get("dense") and report["export"]["verified"]
     assert "dense" not in document and document["tuned"]["domain"]["perplexity"] < document["packed"]["domain"]["perplexity"]
-    assert "notes" not in report and document["packed"]["folder_bytes"] == load.model_bytes(source)
-    assert document["tuned"]["folder_bytes"] == load.model_bytes(tmp_path / "out")
+    assert "notes" not in report and document["packed"]["folder_bytes"] == checkpoint.model_bytes(source)
+    assert document["tuned"]["folder_bytes"] == checkpoint.model_bytes(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("form", "bits", "group"), [

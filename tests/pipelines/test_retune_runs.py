@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from compressor.errors import OutputError
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.pipelines.run import dry_run, run
 from compressor.pipelines.show import Show
 from tests.pipelines import encoders
@@ -169,7 +169,7 @@ def test_efficientqat_and_tables_are_foretold_too(folder: Any, tmp_path: Path) -
     source = made.copier(folder, tmp_path)("gptq_v2", 3)
     made.like_efficientqat(source)
     found = dry_run(made.recipe(source), tmp_path / "out", Show())
-    assert found["packed_layers"] == 14 and found["folder_bytes"] == load.model_bytes(source)
+    assert found["packed_layers"] == 14 and found["folder_bytes"] == checkpoint.model_bytes(source)
     assert "take more" in dry_run(made.recipe(source, "table"), tmp_path / "out", Show())["notes"][0]
 
 

@@ -6,11 +6,11 @@ import torch
 from safetensors import safe_open
 
 from compressor.errors import DataError, OutputError, RecipeError
-from compressor.tune import loop
+from compressor.tune import loop, state
 from compressor.tune import loss as losses
 from compressor.tune.batches import Batches, CausalLM, rate
-from compressor.tune.loop import CHECKPOINT
 from compressor.tune.loss import loss_function
+from compressor.tune.state import CHECKPOINT
 from tests.tune.helpers import Killed, kill_at, run, same
 
 # --- schedule and data order ---------------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_noted_and_the_run_starts_afresh(packed_llama, o
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
         next(iter(tensors.values())).fill_(float("inf"))
-        loop.save_file(tensors, path, metadata)
+        state.save_file(tensors, path, metadata)
     else:
         run(packed_llama, windows, chosen, tmp_path)
         data = path.read_bytes()
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_noted_and_the_run_starts_afresh(packed_llama, o
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint(packed_llama, options, windows, tmp_path, monkeypatch):
-    real, chosen = loop.save_file, options(steps=6, checkpoint_every=2)
+    real, chosen = state.save_file, options(steps=6, checkpoint_every=2)
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half a file")
@@ -259,11 +259,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_checkpoint(packed_llama,
 
     with pytest.raises(Killed):
         run(packed_llama, windows, chosen, tmp_path, on_step=kill_at(3))
-    monkeypatch.setattr(loop, "save_file", full)
+    monkeypatch.setattr(state, "save_file", full)
     with pytest.raises(OutputError, match="No space left on device") as caught:
         run(packed_llama, windows, chosen, tmp_path)
     assert "\n" not in str(caught.value) and [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
-    monkeypatch.setattr(loop, "save_file", real)
+    monkeypatch.setattr(state, "save_file", real)
     log, parameters = run(packed_llama, windows, chosen, tmp_path)
     assert log.resumed_from == 2 and same(parameters, run(packed_llama, windows, chosen)[1])
 

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from compressor.errors import ModelError, NumericError
 from compressor.tune import loop
 from compressor.tune.batches import Batches, CausalLM
-from compressor.tune.loop import CHECKPOINT, train
+from compressor.tune.loop import train
 from compressor.tune.peqa import Peqa
+from compressor.tune.state import CHECKPOINT
 from tests.tune.helpers import Killed, kill_at, run, same
 
 
@@ -64,7 +65,7 @@ def test_three_failed_evaluations_in_a_row_end_the_run(packed_llama, options, wi
 
 @pytest.mark.parametrize("broken", [float("nan"), 1e30], ids=["parameter", "loss"])
 def test_the_last_update_is_proven_before_it_is_kept(packed_llama, options, windows, tmp_path, monkeypatch, broken):
-    chosen, update, calls = options(steps=3, parametrization="absolute"), loop._State.update, []
+    chosen, update, calls = options(steps=3, parametrization="absolute"), loop.State.update, []
 
     def breaking(self, lr, clip):
         calls.append({name: p.detach().clone() for name, p in self.parameters.items()})
@@ -74,7 +75,7 @@ def test_the_last_update_is_proven_before_it_is_kept(packed_llama, options, wind
                 p.data.fill_(broken)
         return norm
 
-    monkeypatch.setattr(loop._State, "update", breaking)
+    monkeypatch.setattr(loop.State, "update", breaking)
     log, parameters = run(lambda: packed_llama(dtype=torch.float32), windows, chosen, tmp_path)
     assert [row["step"] for row in log.curve] == [1, 2] and len(log.notes) == 1
     assert "step 3 was dropped" in log.notes[0] and "model.layers.0.self_attn." in log.notes[0]
@@ -84,13 +85,13 @@ def test_the_last_update_is_proven_before_it_is_kept(packed_llama, options, wind
 
 
 def test_one_bad_window_costs_one_step(packed_llama, options, windows, monkeypatch):
-    class Watched(loop._State):
+    class Watched(loop.State):
         def __init__(self, *args):
             super().__init__(*args)
             states.append(self)
 
     states = []
-    monkeypatch.setattr(loop, "_State", Watched)
+    monkeypatch.setattr(loop, "State", Watched)
     ids = windows[0].clone()
     model = packed_llama()
     chosen = options(batch=2, steps=5, schedule="constant")

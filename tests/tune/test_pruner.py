@@ -17,7 +17,8 @@ from compressor.prune.units import families
 from compressor.recipe import Tune
 from compressor.tune import loop
 from compressor.tune.batches import CausalLM, rate
-from compressor.tune.loop import CHECKPOINT, train
+from compressor.tune.loop import train
+from compressor.tune.state import CHECKPOINT
 from tests.prune.helpers import causal, pack
 from tests.tune.helpers import Killed, kill_at, run, same
 

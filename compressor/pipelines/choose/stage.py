@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from compressor.errors import RecipeError
-from compressor.pipelines import compress, data, estimate, load, pruning, write
+from compressor.pipelines import checkpoint, compress, data, estimate, load, pruning, write
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose.choice import PARTS, Choice, overhead, vocabulary, ways
 from compressor.pipelines.job import digest
@@ -139,7 +139,7 @@ def fixed_bytes(recipe: Recipe, loaded: load.Loaded, schemes: int) -> int:
     names = [t.name for t in todo]
     dense = [name for name in write.dense_tensors(loaded) if name.removesuffix(".weight") not in set(names)]
     rest = write.tensor_bytes(loaded) - sum(t.shape[0] * t.shape[1] for t in todo) * loaded.dtype.itemsize
-    total = recipe.choose.target_size or load.model_bytes(loaded.folder)
+    total = recipe.choose.target_size or checkpoint.model_bytes(loaded.folder)
     parts = PARTS + any(not way.symmetric for way in ways(recipe.quant, recipe.choose).values())  # zeros
     return rest + overhead(names, dense, total, schemes, parts) + estimate.added(recipe.tune, todo).bytes
 

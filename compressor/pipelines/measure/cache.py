@@ -23,7 +23,7 @@ from typing import Any
 from compressor import __version__
 from compressor.integrations import peft
 from compressor.kernels import dispatch
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.pipelines.output import read_report
 from compressor.pipelines.show import Show
 
@@ -91,14 +91,14 @@ def base_key(device: str) -> dict[str, Any]:
 
 
 def model_digest(folder: Path) -> str:
-    """Digest of every byte that decides what a folder computes: `load.fingerprint`, and the adapter beside it."""
+    """Digest of every byte that decides what a folder computes: `checkpoint.fingerprint`, and the adapter beside it."""
     beside = sorted(path for path in (folder / peft.FOLDER).glob("*") if path.is_file())
     parts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in beside}
-    return digest({"model": load.fingerprint(folder), "adapter": parts})
+    return digest({"model": checkpoint.fingerprint(folder), "adapter": parts})
 
 
 def size_digest(folder: Path) -> str:
     """Digest of what sizes depend on besides the model: the bytes of the dense one, which report.json names, and those of all files."""
     model = read_report(folder).get("model")
     dense = model.get("dense_bytes") if isinstance(model, dict) else None
-    return digest({"dense": str(dense), "bytes": load.model_bytes(folder)})
+    return digest({"dense": str(dense), "bytes": checkpoint.model_bytes(folder)})

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import DataError, ModelError, NumericError, RecipeError
-from compressor.pipelines import encoder_load, encoder_run, evaluate, load, tools
+from compressor.pipelines import checkpoint, encoder_load, encoder_run, evaluate, load, tools
 from compressor.pipelines.measure import cache, divergence, protocols
 from compressor.pipelines.measure.protocols import Text
 from compressor.pipelines.output import read_report
@@ -67,8 +67,8 @@ class Side:
 
     @classmethod
     def of(cls, name: str, device: str) -> "Side":
-        folder = load.resolve(name)
-        return cls(name, folder, load.read_config(folder), device)
+        folder = checkpoint.resolve(name)
+        return cls(name, folder, checkpoint.read_config(folder), device)
 
     @cached_property
     def digest(self) -> str:
@@ -81,7 +81,7 @@ class Side:
     @cached_property
     def tokens_by(self) -> str:
         """Digest of what decides how a text becomes tokens: folders of one tokenizer share their windows."""
-        paths = sorted({path for pattern in load.COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
+        paths = sorted({path for pattern in checkpoint.COMPANIONS for path in self.folder.glob(pattern) if path.is_file()})
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
         return cache.digest({"type": self.config.get("model_type"), "files": files})
 
@@ -109,7 +109,7 @@ def evaluate_all(asked: Asked, show: Show) -> dict[str, Any]:
     """The document of `compressor eval` (docs/evaluation.md). Raises UserError for what cannot be measured: before anything is, where that can be
     told without loading a model."""
     protocols.check(asked.window, asked.stride, asked.max_tokens)
-    kinds = [encoder_load.is_encoder(load.any_config(load.resolve(name))) for name in asked.models]
+    kinds = [encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(name))) for name in asked.models]
     if any(kinds):
         return _encoders(asked, all(kinds), show)
     if asked.limit < 0 or asked.shots < 0:
@@ -155,13 +155,13 @@ def find_reference(name: str, sides: list[Side]) -> str:
         return source
     wanted = read_report(side.folder)["model"].get("dense_bytes")
     for place in (side.folder.parent / source, Path(source)):
-        if (place / "config.json").is_file() and load.model_bytes(place) == wanted:
+        if (place / "config.json").is_file() and checkpoint.model_bytes(place) == wanted:
             return str(place)
     if source.count("/") == 1:
         from huggingface_hub import snapshot_download
 
         try:
-            return snapshot_download(source, allow_patterns=load.FILES, local_files_only=True)
+            return snapshot_download(source, allow_patterns=checkpoint.FILES, local_files_only=True)
         except (OSError, ValueError):  # LocalEntryNotFoundError is both; a name that is none is a ValueError
             pass
     raise RecipeError(f"{side.name} was made from {source}, which is neither beside it nor fetched already; give --reference FOLDER")
@@ -270,7 +270,7 @@ class Job:
         return out | {"cached": all(part["cached"] for part in parts)}
 
     def _key(self, kind: str, side: Side, key: dict[str, Any]) -> dict[str, Any]:
-        compute = torch.float32 if self.base["device"] == "cpu" else load.folder_dtype(load.stored_dtype(side.folder), side.config)
+        compute = torch.float32 if self.base["device"] == "cpu" else load.folder_dtype(checkpoint.stored_dtype(side.folder), side.config)
         return self.base | {"kind": kind, "model": side.digest, "compute": str(compute)} | key
 
     def _known(self, kind: str, side: Side, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -347,7 +347,7 @@ class Job:
         def make() -> dict[str, Any]:
             rows, targets, _ = self._cut(reference, text)
             with _naming(text):
-                model, stored = reference.loaded.model, load.stored_dtype(reference.folder)
+                model, stored = reference.loaded.model, checkpoint.stored_dtype(reference.folder)
                 with _bar(self.show, f"noise floor of {reference.name}", 2 * len(rows)) as progress, evaluate.evaluating(model):
                     return divergence.floor(model, stored, rows, targets, progress)
 

@@ -29,14 +29,15 @@ import yaml
 
 from compressor import __version__
 from compressor.errors import RecipeError
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.cli import FLAGS, value_of
 from compressor.pipelines.job import default_output
 from compressor.pipelines.methods import check_methods
 from compressor.pipelines.packers import PACKERS, needs
 from compressor.pipelines.tuners import OWN, TUNERS, resolved
-from compressor.recipe import Prune, Quant, Recipe, Tune, parse_prune, parse_quant
+from compressor.recipe import Prune, Quant, Recipe, Tune
+from compressor.specs import parse_prune, parse_quant
 
 LIMIT = 10_000  # combinations of a grid
 OTHER = ("base", "points", "exclude")  # keys of a grid that are no axes
@@ -75,7 +76,7 @@ class Grid:
         self.axes, self.spelt = axes, tuple(dict.fromkeys(key for choice in asked for key in _quiet(choice)))
         if both := next((key for key in _spelt(overrides) if key in self.spelt), None):
             raise RecipeError(f"{both} is what the grid varies: change it there, or leave it out of the command")
-        self.fingerprint, self._texts = load.fingerprint(load.resolve(model)), dict[str, str]()
+        self.fingerprint, self._texts = checkpoint.fingerprint(checkpoint.resolve(model)), dict[str, str]()
         self._patterns = [_pattern(pattern) for pattern in self.exclude]
 
     @property

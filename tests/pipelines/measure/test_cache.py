@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from compressor.pipelines import load
+from compressor.pipelines import checkpoint
 from compressor.pipelines.measure import cache
 from compressor.pipelines.show import Show
 
@@ -105,10 +105,10 @@ def test_older_entries_count_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_byte_of_model_and_adapter_counts(tmp_path: Path) -> None:
-    for path in load.model_files(load.TINY):
+    for path in checkpoint.model_files(checkpoint.TINY):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     first = cache.model_digest(tmp_path)
-    assert first == cache.model_digest(load.TINY)
+    assert first == cache.model_digest(checkpoint.TINY)
     weights = tmp_path / "model.safetensors"
     seconds, whole = weights.stat(), bytearray(weights.read_bytes())
     whole[-1] ^= 1

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import compressor.pipelines.measure as room
 from compressor.errors import DataError, RecipeError
 from compressor.linear import linears
-from compressor.pipelines import cli, cli_eval, compress, data, evaluate, load, tools, write
+from compressor.pipelines import checkpoint, cli, cli_eval, compress, data, evaluate, load, tools, write
 from compressor.pipelines.measure import cache, compare, divergence, tables
 from compressor.pipelines.report import fixed
 from compressor.recipe import Quant
@@ -94,7 +94,7 @@ def test_one_model_and_one_text_keep_the_contract(measure: Any, place: Path) -> 
         key: wanted["text"][key] for key in ("perplexity", "tokens", "window", "stride")
     }
     assert found["data_sha256"] == data.load_text("a.txt").sha256 and found["data"] == "a.txt" and found["model"] == "w4"
-    assert found["bits_per_weight"] == 4.5 and found["folder_bytes"] == load.model_bytes(place / "w4") and found["tokens_per_second"] > 0
+    assert found["bits_per_weight"] == 4.5 and found["folder_bytes"] == checkpoint.model_bytes(place / "w4") and found["tokens_per_second"] > 0
     assert found["ratio"] == tools.dense_bytes(loaded) / found["folder_bytes"] and found["cached"] is False
     assert found["protocol"] | {"name": "a.txt", "bos": "one text with the tokenizer's own special tokens", "fixed": None} == found["protocol"]
     assert "Windows of 32 tokens, stride 32" in err and found["data_sha256"][:16] in err and f"{found['tokens']} tokens predicted" in err
@@ -174,7 +174,7 @@ def test_the_smallest_model_decides_the_window(measure: Any) -> None:
 def test_auto_finds_the_dense_model(measure: Any, place: Path, tmp_path: Path) -> None:
     shutil.copytree("w4", tmp_path / "packed")
     shutil.copytree("dense", tmp_path / "base")
-    report = {"compressor": "1", "keys": "x", "model": {"source": "base", "dense_bytes": load.model_bytes(place / "dense")}}
+    report = {"compressor": "1", "keys": "x", "model": {"source": "base", "dense_bytes": checkpoint.model_bytes(place / "dense")}}
     (tmp_path / "packed" / "report.json").write_text(json.dumps(report))
     found, _ = measure(str(tmp_path / "packed"), "--reference", "auto", "--data", "a.txt", "--window", "32")
     assert found["reference"]["model"] == str(tmp_path / "base") and found["divergence"]["mean"] > 0

@@ -1,0 +1,146 @@
+"""What training keeps: the parameters with their moments, the good copy of all, and the checkpoint that it is written down in."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressor.errors import ModelError, OutputError
+from compressor.prune import Pruner
+
+CHECKPOINT = "tune.safetensors"
+
+
+class _Unpruned:
+    """The pruner of a run that prunes nothing."""
+
+    restarts = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def prune(self, step: int) -> None:
+        pass
+
+    def observe(self, step: int) -> None:
+        pass
+
+    def hold(self) -> None:
+        pass
+
+
+class State:
+    """The parameters, their Adam moments and the pruner's tensors, and the good copy of all."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float, pruner: Pruner | None = None):
+        self.pruner = _Unpruned() if pruner is None else pruner
+        for name, p in parameters.items():
+            if p.dtype != torch.float32 or not p.requires_grad:
+                raise ModelError(f"{name} cannot be trained: trainables are float32 and require a gradient, this one is {p.dtype}")
+        if not parameters:
+            raise ModelError("there is nothing to train: the tuner attached no parameters")
+        self.parameters = dict(parameters)
+        self.device = next(iter(parameters.values())).device
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), lr=0.0, weight_decay=weight_decay)
+        for p in parameters.values():
+            p.grad = torch.zeros_like(p)
+            self.optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.good = {key: t.clone() for key, t in self.tensors().items()}
+        self.multiplier = 1.0
+        self.strikes = {"steps": 0, "evaluations": 0}  # failures in a row
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors, flat."""
+        out = {f"value/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            out |= {f"{key}/{name}": t for key, t in self.optimizer.state[p].items()}
+        return out | {f"pruned/{name}": t for name, t in self.pruner.tensors().items()}
+
+    def keep(self) -> None:
+        """The state as it is now is good."""
+        self.strikes["steps"] = 0
+        for key, t in self.tensors().items():
+            self.good[key].copy_(t)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load all tensors, or raise ValueError before any is changed."""
+        live = self.tensors()
+        if {k: t.shape for k, t in live.items()} != {k: t.shape for k, t in tensors.items()}:
+            raise ValueError("it belongs to other parameters")
+        for key, t in live.items():
+            t.copy_(tensors[key])
+        self.pruner.hold()
+
+    def update(self, lr: float, clip: float) -> float:
+        """One AdamW step on the gradients at hand, those of what is pruned left out; returns their norm before clipping."""
+        self.pruner.hold()
+        norm = self.norm()
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), clip, norm)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.pruner.hold()
+        return float(norm)
+
+    def norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+
+
+@dataclass
+class TrainLog:
+    """What happened. curve: {step, loss, lr, grad_norm, tokens} of each applied step; evals: {step, value}; notes: sentences."""
+
+    steps: int
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    resumed_from: int = 0
+
+
+def save(path: Path, fingerprint: str, state: State, log: TrainLog, step: int) -> None:
+    """Write the good state after `step` steps: to a temporary name, to the disk, then renamed."""
+    record = {"fingerprint": fingerprint, "step": step, "multiplier": state.multiplier, "strikes": state.strikes, "log": asdict(log)}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.cpu().contiguous() for key, t in state.good.items()}, temporary, metadata={"state": json.dumps(record)})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"the tuning checkpoint {path} cannot be written ({error}): free some space and run the same command again") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def resume(path: Path, fingerprint: str, state: State, fresh: TrainLog) -> TrainLog:
+    """Load the checkpoint into `state` and return its log; one of another run, or a damaged one, leaves the state and is noted in `fresh`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["state"])
+            if record["fingerprint"] != fingerprint:
+                fresh.notes.append(f"the tuning checkpoint {path} is of another run (fingerprint {record['fingerprint']}) and was not used")
+                return fresh
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        log = TrainLog(**record["log"] | {"resumed_from": int(record["step"])})
+        if log.steps != fresh.steps:
+            raise ValueError(f"it is of a run of {log.steps} steps, this one has {fresh.steps}")
+        multiplier, failed = float(record["multiplier"]), int(record["strikes"]["evaluations"])
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+            raise ValueError("it holds non-finite numbers")
+        state.restore(tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        fresh.notes.append(f"the tuning checkpoint {path} is damaged or does not fit ({error}) and was not used")
+        return fresh
+    state.multiplier, state.strikes["evaluations"] = multiplier, failed
+    state.keep()
+    return log
