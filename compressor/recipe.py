@@ -127,6 +127,7 @@ class Data:
     calib: str | None = None  # calibration text of data-driven packers; None means the training part of the domain
     nsamples: int = 128  # calibration windows
     seqlen: int | None = None  # tokens a calibration or training window; None means min(2048, what the model was made for)
+    activations: str = "auto"  # of calibration and evaluation, by blocks: memory | disk | recompute, anew for every block | auto: disk if many
     train_on_prompt: bool = False  # instruction data: whether the loss counts prompt tokens too
 
 
@@ -176,6 +177,7 @@ class Recipe:
     model: str = "tiny"
     seed: int = 42
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    memory: str = "auto"  # whole, the model in one piece | blocks, one block at a time in memory | auto: in one piece where it fits
     save: str = "folder"  # folder | task: only what the tuning moved, a file that goes with the folder of the same recipe untuned
     finetune: Finetune = field(default_factory=Finetune)
     prune: Prune = field(default_factory=Prune)
@@ -320,6 +322,8 @@ def _check(r: Recipe) -> None:
         (d.seqlen is None or d.seqlen > 1, f"seqlen={d.seqlen} must be at least 2"),
         (t.parametrization in ("relative", "absolute"), f"parametrization={t.parametrization!r}: choose relative or absolute"),
         (t.schedule in ("cosine", "linear", "constant"), f"schedule={t.schedule!r}: choose cosine, linear or constant"),
+        (r.memory in ("auto", "whole", "blocks"), f"memory={r.memory!r}: choose auto, whole or blocks"),
+        (d.activations in ("auto", "memory", "disk", "recompute"), f"activations={d.activations!r}: choose auto, memory, disk or recompute"),
         (r.save in ("folder", "task"), f"save={r.save!r}: choose folder or task"),
         (r.save == "folder" or t.method != "none", "save=task keeps what a tuning moved, and nothing is tuned: add --tune, or leave --save out"),
         (0 <= r.seed < 1 << 31, f"seed={r.seed} must be from 0 to 2147483647"),

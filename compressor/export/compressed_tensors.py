@@ -10,7 +10,7 @@ padded 3-bit stream (ten codes a word): this module reads that too and never wri
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,15 @@ def _targets(names: list[str], others: list[str]) -> list[str]:
 
 def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
     """(dense tensors by name, packed weights by module name) of a pack-quantized folder; `config` is its quantization_config."""
+    dense, packed = each(folder, files, config)
+    return dense, dict(packed)
+
+
+def each(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], Iterator[tuple[str, PackedWeight]]]:
+    """As `read`, the packed weights one after the other, so that they need not be in memory together."""
     groups = groups_of(config, str(folder))
     dense, parts = shards.read_weights(folder, files, PARTS)
-    packed = {module: decode(parts.pop(module), f"{folder}: {module}", module, groups) for module in list(parts)}
-    return dense, packed
+    return dense, ((module, decode(parts.pop(module), f"{folder}: {module}", module, groups)) for module in list(parts))
 
 
 def groups_of(config: Mapping[str, Any], where: str) -> list[Group]:

@@ -136,7 +136,7 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     Scales and zeros keep their dtype. ModelError for what is damaged or of a form that is not read.
     """
     dense, parts = shards.read_weights(folder, files, PARTS)
-    for name in [name for name, found in parts.items() if "W_q" not in found]:
+    for name in [name for name in parts if "W_q" not in parts.names(name)]:
         dense |= {f"{name}.{part}": tensor for part, tensor in parts.pop(name).items()}
     if not parts:
         raise ModelError(f"{folder} says that it is quantised with hqq, but holds no W_q: save it again with hqq's own save_to_safetensors")

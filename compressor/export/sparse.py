@@ -135,7 +135,7 @@ def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[
     """
     schemes = schemes_of(config, folder)
     dense, parts = shards.read_weights(folder, files, PARTS)
-    check_modules(schemes, [*dense, *(f"{module}.{part}" for module, found in parts.items() for part in found)], folder)
+    check_modules(schemes, [*dense, *(f"{module}.{part}" for module in parts for part in parts.names(module))], folder)
     packed: dict[str, PackedWeight] = {}
     for module in list(parts):
         weight = bitmask.decode(parts.pop(module), schemes[module], f"{folder}: {module}")

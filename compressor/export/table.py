@@ -7,7 +7,7 @@ guessed from shapes, and whatever does not agree with it is an error. All bytes 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,16 @@ def decode(parts: Mapping[str, Tensor], bits: int, segment: int, where: str) -> 
 
 def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
     """(dense tensors by name, packed weights by module name) of a table folder; `config` is its quantization_config."""
+    dense, packed = each(folder, files, config)
+    return dense, dict(packed)
+
+
+def each(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], Iterator[tuple[str, PackedWeight]]]:
+    """As `read`, the packed weights one after the other, so that they need not be in memory together."""
     schemes = schemes_of(config, folder)
     dense, parts = shards.read_weights(folder, files, PARTS)
     check_modules(schemes, parts, folder)
-    packed = {module: decode(parts.pop(module), *schemes[module], f"{folder}: {module}") for module in list(parts)}
-    return dense, packed
+    return dense, ((module, decode(parts.pop(module), *schemes[module], f"{folder}: {module}")) for module in list(parts))
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """Calibration windows on their way through a model's blocks, one block at a time, and the sums that packers ask for of what each linear reads.
 
-Hidden states wait in main memory; a block is run as often as there are groups of linears that read the same input, and once more for its outputs.
-Which linears share an input is seen by running the block once, not known by name.
+Hidden states wait in main memory, or where blockwise/hidden.py keeps them; a block is run as often as there are groups of linears that read the
+same input, and once more for its outputs. Which linears share an input is seen by running the block once, not known by name.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
+from compressor.pipelines.blockwise.hidden import Hidden
 from compressor.stats import LayerStats
 
 BATCH_TOKENS = 8192  # tokens of calibration that run through a block at once
@@ -25,12 +26,13 @@ class Stop(Exception):
 class Calibration:
     """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once a batch size."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor):
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Hidden | None = None):
+        """ids int64 [count, seqlen]; hidden: what hidden states wait in, a list unless something else is given."""
         count, seqlen = ids.shape
         size = max(1, min(count, BATCH_TOKENS // seqlen))
         device = next(model.parameters()).device
         self.batches = [part.to(device) for part in ids.split(size)]  # equal ones, and perhaps a smaller last one
-        self.hidden: list[Tensor] = []
+        self.hidden: Hidden = [] if hidden is None else hidden
         self.arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]  # by the size of the batch: masks have its shape
         self._record(model, blocks)
 
@@ -76,7 +78,8 @@ class Calibration:
         A hook inside the block may raise Stop to end the pass of its batch.
         """
         device = next(block.parameters()).device
-        for i, hidden in enumerate(self.hidden[:batches]):
+        for i in range(len(self.hidden))[:batches]:
+            hidden = self.hidden[i]
             with contextlib.suppress(Stop):
                 out = block(hidden.to(device), **self.arguments[index][len(hidden)])
                 if keep:

@@ -78,6 +78,7 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "rank": "tune__rank", "alpha": "tune__alpha", "dropout": "tune__dropout", "targets": "tune__targets", "adapter_start": "tune__start",
     "adapter": "tune__adapter", "absorb_limit": "tune__absorb_limit", "grid": "tune__grid",
     "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device", "save": "save",
+    "memory": "memory", "activations": "data__activations",
     "target_bits": "choose__target_bits", "target_size": "choose__target_size", "max_loss": "choose__max_loss",
     "candidates": "choose__candidates", "sensitivity": "choose__measure", "layer": "quant__layers", "tasks": "eval__tasks",
     "task_limit": "eval__task_limit",
@@ -166,7 +167,8 @@ def run(
     targets: flags.Targets = None, adapter_start: flags.AdapterStart = None, adapter: flags.Adapter = None, absorb_limit: flags.AbsorbLimit = None,
     grid: flags.Grid = None, absolute: flags.Absolute = None, gradient_checkpointing: flags.GradientCheckpointing = None,
     train_on_prompt: flags.TrainOnPrompt = None, window: flags.Window = None, max_tokens: flags.MaxTokens = None, seed: flags.Seed = None,
-    device: flags.Device = None, save: flags.Save = None, overwrite: flags.Overwrite = False, dry_run: flags.DryRun = False,
+    device: flags.Device = None, memory: flags.Memory = None, activations: flags.Activations = None,
+    save: flags.Save = None, overwrite: flags.Overwrite = False, dry_run: flags.DryRun = False,
 ) -> None:  # fmt: skip
     """Prune or compress a model or both, tune it in packed form, measure it, and write a folder that servers load."""
     launch(recipe_of(model, quant, ctx.params), output, overwrite, dry_run)

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines import journal
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
 from compressor.pipelines.fisher import squared_gradients
 from compressor.pipelines.packers import PACKERS, needs
@@ -139,36 +141,51 @@ def compress(
     if start != "zero":
         shapes = {t.name: t.shape for t in todo.packed() if how.beside(t.name)}
         check(start, rank, needs(quant) if ids is not None else (), shapes)
-    blocks = model.get_submodule(todo.blocks_name)
+    blocks, visits = model.get_submodule(todo.blocks_name), Blocks.of(model)
     assert isinstance(blocks, nn.ModuleList)
     fisher = _fisher(model, todo, ids, work) if ids is not None else {}
-    calibration = Calibration(model, blocks, ids) if needs(quant) and ids is not None else None
+    calibration = None
+    if needs(quant) and ids is not None:
+        calibration = Calibration(model, blocks, ids) if visits is None else visits.calibration(ids)
+    if visits is not None and work is not None:
+        visits.packed = partial(_block_path, work)
     rows: list[dict[str, Any]] = []
     resumed = 0
     for index, block in enumerate(blocks):
-        targets = [t for t in todo.targets[index] if not t.reason]
-        prefix, paths = f"{todo.blocks_name}.{index}.", {}
-        stored = None if work is None else journal.kept(_block_path(work, index))
-        if stored is not None:
-            _apply_block(block, prefix, *stored)
-            block_rows, paths = stored[1], _paths_of(stored[0])
-            resumed += 1
-        else:
-            block_rows, paths = _pack_block(block, index, targets, how, calibration, prefix, fisher)
-            if work is not None:
-                named = {f"{leaf}.{key}": t for leaf, path in paths.items() for key, t in zip("ab", path, strict=True)}
-                journal.keep(_block_path(work, index), _packed_tensors(block) | named, block_rows)
+        targets, prefix = [t for t in todo.targets[index] if not t.reason], f"{todo.blocks_name}.{index}."
+        last = calibration is None or index + 1 == len(blocks)
+        block_rows, paths, taken = _block(block, index, targets, how, calibration, prefix, fisher, work, last)
+        resumed += taken
         if starts is not None:
             starts |= {prefix + leaf: path for leaf, path in paths.items()}
-        if calibration is not None and index + 1 < len(blocks):
-            with _beside(block, paths):
-                calibration.run(block, index, keep=True)
         for row in block_rows:
             rows.append(row)
             if on_layer is not None:
                 on_layer(row)
     unpacked = [{"name": t.name, "shape": list(t.shape), "reason": t.reason} for block in todo.targets for t in block if t.reason]
     return rows, unpacked + _outside_blocks(model, todo.blocks_name), resumed
+
+
+def _block(
+    block: nn.Module, index: int, targets: list[Target], how: How, calibration: Calibration | None, prefix: str, fisher: dict[str, Tensor],
+    work: Path | None, last: bool,
+) -> tuple[list[dict[str, Any]], dict[str, LowRank], bool]:  # fmt: skip
+    """Rows and paths of one block, packed now or, which is the third, taken from `work`; unless it is the last, calibration goes on behind it."""
+    stored = None if work is None else journal.kept(_block_path(work, index))
+    rows, paths = ([], {}) if stored is None else (stored[1], _paths_of(stored[0]))
+    if stored is not None:
+        _apply_block(block, prefix, *stored)
+    visits = Blocks.of(block)
+    with contextlib.nullcontext() if visits is None or (stored is not None and last) else visits.visit(index):
+        if stored is None:
+            rows, paths = _pack_block(block, index, targets, how, calibration, prefix, fisher)
+        if stored is None and work is not None:
+            named = {f"{leaf}.{key}": t for leaf, path in paths.items() for key, t in zip("ab", path, strict=True)}
+            journal.keep(_block_path(work, index), _packed_tensors(block) | named, rows)
+        if calibration is not None and not last:
+            with _beside(block, paths):
+                calibration.run(block, index, keep=True)
+    return rows, paths, stored is not None
 
 
 def _fisher(model: nn.Module, todo: Plan, ids: Tensor, work: Path | None) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from compressor import linear
 from compressor.errors import ModelError
+from compressor.export import shards
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
 from compressor.pipelines import checkpoint, compress, evaluate, load
@@ -51,6 +52,12 @@ class Counts:
     evaluation: int  # both texts, once
     pruning: int = 0  # tokens that heal, or give gradients, while pruning
     prune_steps: int = 0
+
+
+def whole_bytes(source: Path, device: torch.device) -> int:
+    """Bytes of a dense folder's model in one piece, once it is loaded."""
+    headers = shards.read_headers(source, checkpoint.weight_files(source)).values()
+    return BASE + sum(t.numel() * (4 if device.type == "cpu" and t.is_floating_point() else t.element_size()) for t in headers)
 
 
 def shell(folder: Path) -> nn.Module:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from compressor.errors import DataError, NumericError
 from compressor.kernels import cpu
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
 from compressor.pipelines.generate import generate
 
@@ -56,20 +57,18 @@ def perplexity(
     rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
     tokens = int((targets[:, 1:] != IGNORE).sum())
     device = next(model.parameters()).device if device is None else device
-    total, done, batch = 0.0, 0, 1
+    total = 0.0
     with evaluating(model):
-        _loss(_logits(model, rows[:1].to(device)), targets[:1].to(device))  # the warm-up; a GPU has done it when the loss is here
+        if Blocks.of(model) is None:
+            _loss(_logits(model, rows[:1].to(device)), targets[:1].to(device))  # the warm-up; a GPU has done it when the loss is here
         start = time.perf_counter()
-        while done < len(rows):
-            part = slice(done, done + batch)
-            logits = _logits(model, rows[part].to(device))  # [batch, window, vocab]
-            loss = _loss(logits, targets[part].to(device))
+        for part, logits in each_logits(model, rows, device):  # [batch, window, vocab]
+            loss, last = _loss(logits, targets[part].to(device)), min(part.stop, len(rows))
             if not math.isfinite(loss):
-                raise NumericError(f"the loss of windows {done} to {min(done + batch, len(rows)) - 1} is not finite: the model does not predict")
-            total, done = total + loss, min(done + batch, len(rows))
-            batch = batch_of(logits)
+                raise NumericError(f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict")
+            total += loss
             if progress:
-                progress(done, len(rows))
+                progress(last, len(rows))
     seconds, length = time.perf_counter() - start, rows.shape[1]
     result = {"perplexity": exp(total / tokens), "loss": total / tokens, "tokens": tokens, "window": length, "stride": min(stride or length, length)}
     return result | {"windows": len(rows), "tokens_per_second": tokens / seconds, "seconds": seconds}
@@ -196,6 +195,20 @@ def _windows(ids: Tensor, window: int, max_tokens: int, stride: int) -> Tensor:
         return ids[: max(1, max_tokens // window)] if max_tokens else ids
     ids = ids[:max_tokens] if max_tokens else ids
     return ids.unfold(0, window, stride) if len(ids) >= window else ids.reshape(1, -1)
+
+
+def each_logits(model: nn.Module, rows: Tensor, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
+    """(which windows, their logits [batch, window, vocab]) of rows int64 [count, window], as many at a time as `batch_of` says.
+
+    A model of which one block at a time is in memory is walked through once for all of them.
+    """
+    blocks, done, batch = Blocks.of(model), 0, 1
+    forward = (lambda part: _logits(model, rows[part].to(device))) if blocks is None else blocks.logits(rows)
+    while done < len(rows):
+        part = slice(done, done + batch)
+        logits = forward(part)
+        yield part, logits
+        done, batch = min(done + batch, len(rows)), batch_of(logits)
 
 
 def batch_of(logits: Tensor) -> int:

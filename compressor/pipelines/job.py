@@ -17,6 +17,8 @@ import yaml
 from compressor.errors import OutputError
 from compressor.integrations.peft import named
 from compressor.pipelines import card, card_serving, checkpoint, compress, load, render, write
+from compressor.pipelines.blockwise import writing
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.output import check_output, disk_full, finished
 from compressor.pipelines.packers import PACKERS
@@ -120,7 +122,9 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)
         with self.stage("export"):
             beside = write.write_adapter(loaded, folder, self.place.name)
-            self.report.export = write.write_folder(loaded, folder, self.sparse) | ({"adapter_bytes": beside} if beside else {})
+            blocks = Blocks.of(loaded.model)
+            facts = write.write_folder(loaded, folder, self.sparse) if blocks is None else writing.write_folder(loaded, blocks, folder)
+            self.report.export = facts | ({"adapter_bytes": beside} if beside else {})
         size, bits = checkpoint.model_bytes(folder), self.report.export["bits_per_weight"]
         for name in ("packed", "tuned") if self.packs else ("pruned", "tuned"):
             if getattr(self.report, name):

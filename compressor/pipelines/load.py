@@ -20,6 +20,7 @@ from compressor.packed import PackedWeight
 from compressor.pipelines import formats
 from compressor.pipelines.checkpoint import any_config, read_config, resolve, stored_dtype, weight_files
 from compressor.prune import slicing
+from compressor.stored import keep_stored, stored_names
 
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
 SHAPES = ("num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -113,11 +114,13 @@ def load(name: str, device: str = "auto") -> Loaded:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What the model stores in `dtype`, in place. What it computes for itself, such as rotary frequencies, stays exact, and so do packed values."""
+    """What the model stores in `dtype`, in place. What it computes for itself, such as rotary frequencies, stays exact; so do packed values, and
+    what stays in 16 bits on purpose (compressor/stored.py)."""
     stored = model.state_dict(keep_vars=True)
     packed = {f"{name}.{key}" for name, layer in linear.packed_linears(model).items() for key, _ in layer.named_buffers()}
+    kept = packed | stored_names(model)
     for name, tensor in stored.items():
-        if tensor.is_floating_point() and name not in packed:
+        if tensor.is_floating_point() and name not in kept:
             tensor.data = tensor.data.to(dtype)
     return model
 
@@ -128,6 +131,8 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     tensors, packed = read_packed(folder, config)
     model = empty_model(folder)
     tensors = belonging(model, tensors)
+    if device.type == "cpu":
+        keep_stored(model, {key: t.dtype for key, t in tensors.items()})
     for module_name, weight in packed.items():
         layer = _linear_at(model, module_name, folder)
         bias = tensors.pop(f"{module_name}.bias", None)

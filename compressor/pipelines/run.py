@@ -15,6 +15,8 @@ from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.pipelines import adapters, checkpoint, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
+from compressor.pipelines.blockwise import opening
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
@@ -104,6 +106,8 @@ class Run(Job):
                 self.pack(loaded, calibration, self.key_compress, journal)
                 self.measured("packed", self.key_packed, loaded, journal)
             if self.tunes and windows is not None:
+                if blocks := Blocks.of(loaded.model):
+                    blocks.settle()
                 self._tune(loaded, calibration, windows, journal)
             if self.recipe.save == "task":
                 self.report.notes.append("only the task file was kept; the sizes are those of the folder that it makes with its base")
@@ -117,8 +121,7 @@ class Run(Job):
     def read(self) -> load.Loaded:
         after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work
         with self.stage("load"):
-            loaded = load.load(self.recipe.model, self.recipe.device)
-        compress.check_finite(loaded.model)
+            loaded = self._open()
         found = self.targets(loaded.model if after is None else after)
         if self.recipe.choose.active and after is None:
             choosing.check_size(self.recipe, loaded.model, choosing.fixed_bytes(self.recipe, loaded, 1), loaded.dtype)
@@ -133,6 +136,18 @@ class Run(Job):
         for target in found:
             if target.note:
                 self.show.say(target.note)
+        return loaded
+
+    def _open(self) -> load.Loaded:
+        """The dense model, in one piece or block by block."""
+        whole = estimate.whole_bytes(self.source, self.device)
+        if not opening.wanted(self.recipe, self.config, whole, self.device):
+            loaded = load.load(self.recipe.model, self.recipe.device)
+            compress.check_finite(loaded.model)
+            return loaded
+        loaded, blocks = opening.load_blocks(self.recipe.model, self.recipe.device)
+        blocks.scratch, blocks.keeping = self.work / "activations", self.recipe.data.activations
+        self.show.say(f"one block at a time is in memory; in one piece the model takes {whole / 1e9:.1f} GB")
         return loaded
 
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
@@ -183,7 +198,8 @@ class Run(Job):
         self.report.protocol["domain"]["split"] = self.domain.rule
         ids, labels = evaluate.cut(*self._domain_text(loaded), self.window, self.recipe.eval.max_tokens)
         few = slice(max(1, COMPARED // self.window))
-        self.near = divergence.Sample(loaded.model, ids[few], labels[few])
+        most = divergence.SAMPLE_LOGITS if Blocks.of(loaded.model) is None else evaluate.LOGIT_BYTES // 4
+        self.near = divergence.Sample(loaded.model, ids[few], labels[few], most)
 
     def _prune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
         options, seed, objective = self.recipe.prune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
@@ -250,7 +266,8 @@ class Run(Job):
                 found["tasks"] = questions.measure(loaded, self.recipe.eval.tasks, self.recipe.eval.task_limit, seed=self.recipe.seed)
             if self.near is not None:
                 found["divergence"] = self.near.compare(loaded.model)
-            prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if self._samples() else []
+            pays = self._samples() and Blocks.of(loaded.model) is None
+            prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if pays else []
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
     def _samples(self) -> bool:

@@ -16,6 +16,7 @@ from compressor.export import sparse as sparse_format
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import formats
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.checkpoint import COMPANIONS, any_config, model_bytes, weight_files
 from compressor.pipelines.load import Loaded, read_packed
 
@@ -25,6 +26,9 @@ def round_to_folder(loaded: Loaded, packed: set[str]) -> None:
 
     `packed`: names of the linears that will be packed; their weights are packed from what the source holds, not from a rounded copy.
     """
+    if blocks := Blocks.of(loaded.model):
+        blocks.round(loaded.dtype, packed)
+        return
     with torch.no_grad():
         for name, parameter in loaded.model.named_parameters():
             if name.removesuffix(".weight") not in packed:
@@ -43,6 +47,12 @@ def dense_tensors(loaded: Loaded) -> dict[str, Tensor]:
         seen.add(tensor.data_ptr())
         out[name] = tensor
     return out
+
+
+def config_of(loaded: Loaded) -> dict[str, Any]:
+    """config.json of the folder, but for what its format adds."""
+    kept = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", *formats.KEYS)}
+    return kept | {"dtype": str(loaded.dtype).removeprefix("torch.")}
 
 
 def write_folder(loaded: Loaded, folder: Path, sparse: bool = False) -> dict[str, Any]:
@@ -67,14 +77,19 @@ def _write_base(loaded: Loaded, folder: Path, sparse: bool) -> dict[str, Any]:
         yield from ((name, t.to(loaded.dtype) if t.is_floating_point() else t) for name, t in dense.items())
         yield from packed.items()
 
-    config = {k: v for k, v in loaded.config.items() if k not in ("torch_dtype", *formats.KEYS)}
-    config["dtype"] = str(loaded.dtype).removeprefix("torch.")
-    native.write(folder, config, stream(), sorted(linear.linears(loaded.model)))
+    native.write(folder, config_of(loaded), stream(), sorted(linear.linears(loaded.model)))
     copy_companions(loaded.folder, folder)
     prove(folder, dense, packed)
     sparse = native is sparse_format
     counted = bits_per_weight(block_weights(loaded), sparse) if sparse else folder_bits(folder, packed)
     return {"format": native.NAME, "verified": True, "layers": len(packed), "bits_per_weight": counted}
+
+
+def alike(one: PackedWeight, other: PackedWeight) -> bool:
+    """Whether two packed weights are the same, number for number; the second in main memory."""
+    mine, back = one.tensors(), other.tensors()
+    same = mine.keys() == back.keys() and all(torch.equal(mine[k].cpu(), back[k]) and mine[k].dtype == back[k].dtype for k in mine)
+    return same and (one.bits, one.group) == (other.bits, other.group)
 
 
 def write_adapter(loaded: Loaded, folder: Path, base: str) -> int:
@@ -126,9 +141,7 @@ def prove(folder: Path, dense: dict[str, Tensor], packed: dict[str, PackedWeight
     if set(again) != set(packed) or set(again_dense) != set(dense):
         raise CompressorError(f"{folder} was written, but reading it back gives other tensor names")
     for name, weight in packed.items():
-        mine, back = weight.tensors(), again[name].tensors()
-        same = mine.keys() == back.keys() and all(torch.equal(mine[k].cpu(), back[k]) and mine[k].dtype == back[k].dtype for k in mine)
-        if not same or (weight.bits, weight.group) != (again[name].bits, again[name].group):
+        if not alike(weight, again[name]):
             raise CompressorError(f"{folder} was written, but {name} reads back with other weights")
     for name, tensor in dense.items():
         if not torch.equal(tensor.cpu(), again_dense[name].to(tensor.dtype)):

@@ -114,34 +114,29 @@ def compare(
 class Sample:
     """Logits of a model on a few windows, kept so that what becomes of the same model can be compared with what it was."""
 
-    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None, most: int = SAMPLE_LOGITS) -> None:
         """ids int64 [count, window], labels of the same shape, -100 where a token does not count.
 
-        Of the windows that predict something the first are taken whose logits together are at most SAMPLE_LOGITS, one at least; they lie in host
-        memory in the dtype that the model computes in. Raises DataError if nothing is predicted.
+        Of the windows that predict something the first are taken whose logits together are at most `most`, one at least; they lie in host memory in
+        the dtype that the model computes in. Raises DataError if nothing is predicted.
         """
         rows, targets = evaluate.cut(ids, labels, ids.shape[1])
         useful = (targets[:, 1:] != IGNORE).any(1)  # [count]
-        rows, targets = rows[useful], targets[useful]
-        device, forward, kept, batch = next(model.parameters()).device, forward_of(model), list[Tensor](), 1
+        config: Any = model.config
+        fit = max(1, most // (rows.shape[1] * config.vocab_size))
+        rows, targets, kept = rows[useful][:fit], targets[useful][:fit], list[Tensor]()
         with evaluate.evaluating(model):
-            while len(kept) < len(rows):
-                logits = forward(rows[len(kept) : len(kept) + batch].to(device))  # [batch, window, vocab]
-                most = max(1, SAMPLE_LOGITS // logits[0].numel())
-                rows, targets = rows[:most], targets[:most]
+            for _, logits in evaluate.each_logits(model, rows, next(model.parameters()).device):  # [batch, window, vocab]
                 kept += logits.cpu().unbind()
-                batch = min(evaluate.batch_of(logits), max(1, most - len(kept)))
         self.rows, self.targets, self.logits = rows, targets, kept  # [count, window] each, count of [window, vocab]
 
     def compare(self, model: nn.Module) -> dict[str, Any]:
         """Divergence of `model` from what the sample was made of: what `compare` returns for these windows, and raises."""
-        rest = iter(self.logits)
-
-        def reference(ids: Tensor) -> Tensor:
-            return torch.stack([next(rest) for _ in ids]).to(ids.device)  # [batch, window, vocab]
-
+        sums, device = Sums(), next(model.parameters()).device
         with evaluate.evaluating(model):
-            return compare(reference, forward_of(model), self.rows, self.targets, next(model.parameters()).device)
+            for part, logits in evaluate.each_logits(model, self.rows, device):  # [batch, window, vocab]
+                add(sums, torch.stack(self.logits[part]).to(device), logits, self.targets[part, 1:].to(device))
+        return sums.result()
 
 
 def add(sums: Sums, first: Tensor, second: Tensor, wanted: Tensor) -> None:

@@ -1,0 +1,164 @@
+"""A model of which one block at a time is in memory computes, packs and writes what the same model does in one piece."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compressor import linear, stored
+from compressor.errors import ModelError, RecipeError
+from compressor.pipelines import load
+from compressor.pipelines import run as pipeline
+from compressor.pipelines.blockwise import opening
+from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks
+from compressor.recipe import Recipe
+from tests.pipelines.conftest import make_tokenizer
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "head_dim": 8, "sliding_window": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return make(tmp_path / request.param, request.param)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return make(tmp_path / "llama", "llama")
+
+
+def make(folder: Path, family: str, **more: Any) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL | more)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def ids(count: int, window: int = 16) -> torch.Tensor:
+    return torch.randint(5, 320, (count, window), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_every_family_gives_the_logits_of_the_whole_model(folder: Path) -> None:
+    rows, whole = ids(5, 32), load.load(str(folder), "cpu").model
+    found, blocks = opening.load_blocks(str(folder), "cpu")
+    assert all(parameter.is_meta for parameter in blocks.list.parameters())
+    exact = whole(input_ids=rows, use_cache=False).logits
+    tail = blocks.logits(rows)
+    assert torch.equal(torch.cat([tail(slice(0, 2)), tail(slice(2, 9))]), exact)
+    assert torch.equal(found.model(input_ids=rows, use_cache=False).logits, exact)  # each block on demand
+    assert all(parameter.is_meta for parameter in blocks.list.parameters())
+
+
+@pytest.mark.parametrize("keeping", ["memory", "disk", "recompute"])
+@torch.no_grad()
+def test_hidden_states_may_wait_anywhere(llama: Path, tmp_path: Path, keeping: str) -> None:
+    _, blocks = opening.load_blocks(str(llama), "cpu")
+    blocks.scratch, blocks.keeping = tmp_path / "states", keeping
+    rows = ids(600)  # more than a batch
+    assert torch.equal(blocks.logits(rows)(slice(500, 600)), load.load(str(llama), "cpu").model(input_ids=rows[500:], use_cache=False).logits)
+    assert any((tmp_path / "states").glob("walk-1/*")) == (keeping == "disk")
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
+
+
+def recipe(model: Path, **changes: Any) -> Recipe:
+    text = Path(model).parent / "text.txt"
+    text.write_text("The ship left the harbour at dawn, and nobody saw it go. " * 400)
+    given = {"data__data": str(text), "data__outside": str(text), "data__nsamples": 6, "data__seqlen": 32, "eval__max_tokens": 512, "device": "cpu"}
+    return Recipe(model=str(model)).with_(**given | {"quant__packer": "gptq", "quant__group": 16} | changes)
+
+
+@pytest.mark.parametrize("packer", ["rtn", "gptq", "sketch"])
+def test_a_run_writes_the_same_bytes(llama: Path, tmp_path: Path, packer: str) -> None:
+    done = {}
+    for memory in ("whole", "blocks"):
+        changes: dict[str, Any] = {"quant__group": 128} if packer == "sketch" else {}
+        if memory == "blocks" and packer == "gptq":
+            changes = {"data__activations": "disk"}
+        done[memory] = pipeline.run(recipe(llama, memory=memory, quant__packer=packer, **changes), tmp_path / memory)
+    assert sums(tmp_path / "whole") == sums(tmp_path / "blocks") and not (tmp_path / "blocks.partial").exists()
+    for state in ("dense", "packed"):
+        one, other = (done[memory][state]["domain"]["perplexity"] for memory in ("whole", "blocks"))
+        assert one == pytest.approx(other, rel=1e-6)
+        assert done["whole"][state]["folder_bytes"] == done["blocks"][state]["folder_bytes"]
+
+
+def test_a_run_goes_on_behind_the_last_packed_block_and_may_then_tune(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(llama, memory="blocks", tune__method="peqa", tune__steps=2, tune__batch=2)
+    whole = pipeline.run(asked.with_(memory="whole"), tmp_path / "whole")
+    from compressor.pipelines import compress
+
+    real = compress._pack_block
+    monkeypatch.setattr(compress, "_pack_block", lambda block, index, *rest: real(block, index, *rest) if index < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(asked, tmp_path / "blocks")
+    monkeypatch.setattr(compress, "_pack_block", lambda block, index, *rest: real(block, index, *rest) if index == 2 else 1 / 0)
+    assert pipeline.run(asked, tmp_path / "blocks")["resumed"]
+    assert sums(tmp_path / "whole") == sums(tmp_path / "blocks") and whole["tuned"]
+
+
+def test_what_cannot_go_block_by_block_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="choice of widths measures the whole model"):
+        pipeline.run(recipe(llama, memory="blocks", choose__target_bits=3.0), tmp_path / "out")
+    config = json.loads((llama / "config.json").read_text())
+    assert not opening.wanted(recipe(llama), config, 1 << 20, torch.device("cpu"))
+    assert opening.wanted(recipe(llama), config, 1 << 60, torch.device("cpu"))
+    assert not opening.wanted(recipe(llama), config | {"model_type": "strange"}, 1 << 60, torch.device("cpu"))
+    assert not opening.wanted(recipe(llama, memory="whole"), config, 1 << 60, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("damage", ["nan", "absent"])
+def test_damaged_weights_are_named(llama: Path, damage: str) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = torch.nan
+    if damage == "absent":
+        del tensors[name]
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=name):
+        opening.load_blocks(str(llama), "cpu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_large_vocabularies_stay_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    folder = make(tmp_path / "llama", "llama", tie_word_embeddings=tied)
+    exact = load.load(str(folder), "cpu").model
+    monkeypatch.setattr(stored, "LARGE", 1000)
+    monkeypatch.setattr(stored, "SLICE", 96)
+    found, blocks = opening.load_blocks(str(folder), "cpu")
+    model: Any = found.model
+    assert model.lm_head.weight.dtype == torch.bfloat16 and (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    blocks.settle()
+    assert Blocks.of(model) is None and not any(parameter.is_meta for parameter in model.parameters())
+    rows = ids(2)
+    assert torch.allclose(model(input_ids=rows).logits, exact(input_ids=rows).logits, rtol=0, atol=1e-5)
+    x = torch.randn(3, 32, requires_grad=True)
+    (a,) = torch.autograd.grad(model.lm_head(x).square().sum(), x)
+    (b,) = torch.autograd.grad(exact.lm_head(x).square().sum(), x)
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_a_packed_folder_with_a_large_vocabulary_tunes_on_16_bit_embeddings(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.run(recipe(llama, quant__packer="rtn"), tmp_path / "packed")
+    before = load.load(str(tmp_path / "packed"), "cpu").model
+    monkeypatch.setattr(stored, "LARGE", 1000)
+    after: Any = load.load(str(tmp_path / "packed"), "cpu").model
+    assert after.lm_head.weight.dtype == torch.float16 and linear.packed_linears(after)
+    rows = ids(2)
+    assert torch.allclose(before(input_ids=rows).logits, after(input_ids=rows).logits, rtol=0, atol=1e-5)
