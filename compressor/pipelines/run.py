@@ -198,7 +198,7 @@ class Run(Job):
         self.report.protocol["domain"]["split"] = self.domain.rule
         ids, labels = evaluate.cut(*self._domain_text(loaded), self.window, self.recipe.eval.max_tokens)
         few = slice(max(1, COMPARED // self.window))
-        most = divergence.SAMPLE_LOGITS if Blocks.of(loaded.model) is None else evaluate.LOGIT_BYTES // 4
+        most = None if Blocks.of(loaded.model) is None else evaluate.LOGIT_BYTES // 4  # numbers
         self.near = divergence.Sample(loaded.model, ids[few], labels[few], most)
 
     def _prune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:

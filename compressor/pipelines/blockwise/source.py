@@ -35,16 +35,16 @@ class Source:
         return next((key for key in (name, short, name.replace("lm_head.", "embed_out.")) if key in self.where), None)  # the last is GPT-NeoX's
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) in the stored dtype, file by file. ModelError for one that is not there or not finite."""
+        """(name, tensor) in the stored dtype. ModelError for one that is not there or not finite."""
         keys = {name: self.key(name) for name in names}
         if lacking := sorted(name for name, key in keys.items() if key is None):
             raise ModelError(f"{self.folder} lacks weights, they would be random: {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}")
         places = {name: (self.where[key], key) for name, key in keys.items() if key is not None}
         try:
-            for path in dict.fromkeys(path for path, _ in places.values()):
-                with safe_open(path, "pt") as file:
-                    for name in [name for name, place in places.items() if place[0] == path]:
-                        yield name, file.get_tensor(places[name][1]).clone()
+            for name, (path, key) in places.items():
+                with safe_open(path, "pt") as file:  # anew: pages of a mapped file stay in memory as long as it is open
+                    tensor = file.get_tensor(key).clone()
+                yield name, tensor
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.folder} cannot be read: {error}") from None
 

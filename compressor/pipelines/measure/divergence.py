@@ -114,16 +114,16 @@ def compare(
 class Sample:
     """Logits of a model on a few windows, kept so that what becomes of the same model can be compared with what it was."""
 
-    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None, most: int = SAMPLE_LOGITS) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None, most: int | None = None) -> None:
         """ids int64 [count, window], labels of the same shape, -100 where a token does not count.
 
-        Of the windows that predict something the first are taken whose logits together are at most `most`, one at least; they lie in host memory in
-        the dtype that the model computes in. Raises DataError if nothing is predicted.
+        Of the windows that predict something the first are taken whose logits together are at most `most` (None: SAMPLE_LOGITS), one at least; they
+        lie in host memory in the dtype that the model computes in. Raises DataError if nothing is predicted.
         """
         rows, targets = evaluate.cut(ids, labels, ids.shape[1])
         useful = (targets[:, 1:] != IGNORE).any(1)  # [count]
         config: Any = model.config
-        fit = max(1, most // (rows.shape[1] * config.vocab_size))
+        fit = max(1, (SAMPLE_LOGITS if most is None else most) // (rows.shape[1] * config.vocab_size))
         rows, targets, kept = rows[useful][:fit], targets[useful][:fit], list[Tensor]()
         with evaluate.evaluating(model):
             for _, logits in evaluate.each_logits(model, rows, next(model.parameters()).device):  # [batch, window, vocab]
