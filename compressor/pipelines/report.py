@@ -55,6 +55,7 @@ class Report:
     training: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, Any] = field(default_factory=dict)
     peak_bytes: dict[str, Any] = field(default_factory=dict)
+    expected: dict[str, Any] = field(default_factory=dict)  # peak bytes by stage as they were stated before the work, of runs block by block
     samples: list[Any] = field(default_factory=list)
     export: dict[str, Any] = field(default_factory=dict)
     resumed: bool = False

@@ -14,8 +14,22 @@ import torch
 from compressor import __version__
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
-from compressor.pipelines import adapters, checkpoint, compress, data, encoder_load, encoder_run, estimate, evaluate, load, pruning, tasks, write
-from compressor.pipelines.blockwise import opening
+from compressor.pipelines import (
+    adapters,
+    checkpoint,
+    compress,
+    data,
+    encoder_load,
+    encoder_run,
+    estimate,
+    evaluate,
+    load,
+    pruning,
+    stages,
+    tasks,
+    write,
+)
+from compressor.pipelines.blockwise import opening, peaks
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
@@ -97,6 +111,7 @@ class Run(Job):
         with open_work(self.work) as journal, self.safe_report():
             loaded = self.read()
             calibration, windows = self.texts(loaded.tokenizer)
+            self.expect(loaded, calibration)
             self.dense(loaded, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
@@ -145,10 +160,25 @@ class Run(Job):
             loaded = load.load(self.recipe.model, self.recipe.device)
             compress.check_finite(loaded.model)
             return loaded
+        self.base = stages.resident_bytes()
         loaded, blocks = opening.load_blocks(self.recipe.model, self.recipe.device)
         blocks.scratch, blocks.keeping = self.work / "activations", self.recipe.data.activations
         self.show.say(f"one block at a time is in memory; in one piece the model takes {whole / 1e9:.1f} GB")
         return loaded
+
+    def expect(self, loaded: load.Loaded, calibration: torch.Tensor | None) -> None:
+        """Says, and reports, the peak memory of a run of which one block at a time is in memory."""
+        if Blocks.of(loaded.model) is None:
+            return
+        shape = (0, 0) if calibration is None else tuple(calibration.shape)
+        count = max(1, (self.recipe.eval.max_tokens or 1 << 20) // self.window)
+        found = peaks.peaks(
+            self.recipe, loaded.model, self.device, checkpoint.stored_dtype(self.source), loaded.dtype,
+            peaks.Tokens(shape[0], shape[1], count, self.window), self.base,
+        )  # fmt: skip
+        self.report.expected = found
+        stage, most = max(found.items(), key=lambda item: item[1])
+        self.show.say(f"peak memory will be about {most / 1e9:.1f} GB, in {stage}")
 
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
         """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""

@@ -6,6 +6,7 @@ mapped model files too, as far as they were touched. Stages may nest: time and m
 Limit: one stack of stages a process; threads that open stages at the same time would share it.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,14 @@ def peak_bytes(device: str = "cpu") -> dict[str, int]:
         torch.cuda.synchronize(device)  # so that seconds count the work, too
         out["_gpu"] = torch.cuda.max_memory_allocated(device)
     return out
+
+
+def resident_bytes() -> int:
+    """What the process holds in host memory now; 0 where it cannot be known."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _host_peak() -> int:

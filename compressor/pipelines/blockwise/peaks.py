@@ -1,0 +1,83 @@
+"""Peak memory of a run of which one block at a time is in memory, before it starts; docs/scale.md has what was measured beside it.
+
+Every stage holds `base`, what the process takes before the model is opened, and what lies outside the blocks. A visited block is in the dtype
+that the device computes in, beside the tensor that is being read, mapped and copied. Hidden states on disk count one batch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import linear
+from compressor.export import shards
+from compressor.kernels import cpu
+from compressor.pipelines import evaluate
+from compressor.pipelines.blockwise import blocks as walking
+from compressor.pipelines.calibrate import BATCH_TOKENS
+from compressor.pipelines.packers import PACKERS, needs
+from compressor.recipe import Recipe
+from compressor.sketch import learned
+from compressor.stored import LARGE
+
+PANELS = 160 << 20  # bytes of the panels of rows that packers work on
+SKETCHED = 60  # bytes a weight of a panel while it is sketched
+COMPILER = 200 << 20  # bytes of numba, LLVM and the kernels they make, on a CPU
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What runs through the blocks: windows and their length, of calibration (none where nothing is calibrated) and of one text of the evaluation."""
+
+    calibration: int
+    calibrated: int
+    windows: int
+    window: int
+
+
+def peaks(
+    recipe: Recipe, model: nn.Module, device: torch.device, stored: torch.dtype, folder: torch.dtype, tokens: Tokens, base: int
+) -> dict[str, int]:
+    """Bytes by stage, before tuning; model: with or without weights; stored: the dtype of its files, folder: that of what stays dense."""
+    prefix, list_ = linear.find_blocks(model)
+    size = 4 if device.type == "cpu" else folder.itemsize
+    block = max(sum(p.numel() for p in each.parameters()) for each in list_)
+    layers = [m for each in (list_[0], list_[-1]) for m in linear.linears(each).values()]
+    largest, widest = max(m.in_features * m.out_features for m in layers), max(m.in_features for m in layers)
+    beside = {id(p): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}.values()
+    narrow = stored.itemsize if device.type == "cpu" else size
+    outside = sum(count * (narrow if count >= LARGE else size) for count in beside)
+    reading = 2 * max(largest, *beside) * stored.itemsize
+    visit = block * size + 2 * largest * stored.itemsize
+    packer = [PACKERS[kind.packer] for kind in recipe.quant.kinds()]
+    packing = PANELS + 2 * largest
+    if needs(recipe.quant):
+        packing += 5 * 4 * widest * widest + 3 * 4 * largest
+    if any(each.table for each in packer):
+        packing += SKETCHED * min(learned.PANEL, largest)
+    config: Any = model.config
+    compress = visit + packing
+    if tokens.calibration:
+        forward, kept = _walk(config, tokens.calibration, tokens.calibrated, size, recipe.data.activations)
+        compress = block * size + kept + max(packing, forward)
+    forward, kept = _walk(config, tokens.windows, tokens.window, size, recipe.data.activations)
+    logits = min(evaluate.LOGIT_BYTES, tokens.windows * tokens.window * config.vocab_size * size)
+    tail = 2 * logits + 3 * evaluate.CHUNK_BYTES + min(evaluate.LOGIT_BYTES, logits * 2)
+    compiled = COMPILER if device.type == "cpu" and cpu.available() else 0
+    held = sum(count * folder.itemsize for count in beside)
+    out = {
+        "load": reading, "evaluate dense": kept + max(visit + forward, tail), "compress": compress,
+        "evaluate packed": compiled + kept + max(forward, tail), "export": 2 * held + shards.HELD + block // 2,
+    }  # fmt: skip
+    return {stage: base + outside + value for stage, value in out.items()}
+
+
+def _walk(config: Any, windows: int, window: int, size: int, keeping: str) -> tuple[int, int]:
+    """(bytes of one batch in a block, bytes of the hidden states that wait) of windows on their way through the blocks."""
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    batch = min(windows, max(1, BATCH_TOKENS // window)) * window
+    waiting = windows * window * hidden * size
+    on_disk = keeping in ("disk", "recompute") or (keeping == "auto" and waiting > walking.HELD)
+    return batch * (8 * hidden + 3 * inner) * size, 0 if on_disk else waiting
