@@ -120,8 +120,8 @@ def _indexed(index: Path) -> list[str]:
 
 def _check_whole(path: Path) -> None:
     try:
-        header, begin = _header(path)
-        end = max((v["data_offsets"][1] for v in header.values()), default=0)
+        entries, begin = header(path)
+        end = max((v["data_offsets"][1] for v in entries.values()), default=0)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing although the index names it") from None
     except IsADirectoryError:
@@ -133,24 +133,29 @@ def _check_whole(path: Path) -> None:
         raise ModelError(f"{path} is truncated or damaged: {size} bytes where its header promises {begin + end}")
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def header(path: Path) -> tuple[dict[str, Any], int]:
     """Tensor entries of a safetensors file, and where its data begins."""
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         if length > min(path.stat().st_size - 8, 100_000_000):
             raise ValueError(length)
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
 
 
 def fingerprint(folder: Path) -> str:
-    """Hex digest of every byte that decides what a model computes: config, weights, tokenizer (about a second a gigabyte)."""
-    digest = hashlib.sha256()
+    """The first 16 digits of `digest`, which tell models apart; against somebody who makes two that agree there it takes all 64."""
+    return digest(folder)[:16]
+
+
+def digest(folder: Path) -> str:
+    """sha256, in hex, of every byte that decides what a model computes: config, weights, tokenizer (about a second a gigabyte)."""
+    found = hashlib.sha256()
     for path in model_files(folder):
         with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()[:16]
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return found.hexdigest()
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -172,7 +177,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     counts = dict.fromkeys(names, 0)
     for path in weight_files(folder):
-        for value in _header(path)[0].values():
+        for value in header(path)[0].values():
             if value["dtype"] in counts:
                 counts[value["dtype"]] += value["data_offsets"][1] - value["data_offsets"][0]
     return names[max(counts, key=lambda name: counts[name])]
