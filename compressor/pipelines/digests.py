@@ -12,6 +12,7 @@ Limit: consistency and no authorship: whoever can write the folder can write its
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 
 from compressor import __version__
 from compressor.errors import ModelError
+from compressor.export.gguf_types import KINDS
 from compressor.integrations import peft
 from compressor.pipelines import checkpoint, folder_facts
 from compressor.pipelines.report import write_text
@@ -30,7 +32,7 @@ ABOUT = (CARD, *REPORTS, "report.html")  # they tell of the model, with times an
 PIECE, SHORT = 1 << 20, 8  # bytes; hex digits of a piece that are kept
 ALIGNED = 32  # bytes, of GGUF's tensors
 LONGEST = 1 << 28  # bytes of a digests.json
-SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # bytes; any other has 1
+SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 SECTION = """
 ## Digest
 
@@ -82,7 +84,17 @@ def _gguf(path: Path) -> list[Span]:
     _, tensors, end = folder_facts.gguf_header(path)
     start, tensors = -(-end // ALIGNED) * ALIGNED, sorted(tensors, key=lambda tensor: tensor.offset)
     ends = [*(start + tensor.offset for tensor in tensors[1:]), path.stat().st_size]  # padding behind a tensor counts with it
+    if tensors and start + tensors[-1].offset > ends[-1]:
+        raise ModelError(f"{path} is truncated: it ends before its last tensor begins")
     return [Span(t.name, t.type, t.dims[::-1], start + t.offset, stop) for t, stop in zip(tensors, ends, strict=True)]
+
+
+def needed(span: Span) -> int | None:
+    """Bytes that the numbers of a tensor take, by its shape and dtype; None for a dtype that is not known here."""
+    count, kind = math.prod(span.shape), KINDS.get(span.dtype.lower())
+    if kind is not None:
+        return count // kind.block * kind.size
+    return count * SIZES[span.dtype] if span.dtype in SIZES else None
 
 
 def pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
@@ -222,3 +234,10 @@ def recorded(folder: Path) -> dict[str, str] | None:
     except ModelError:
         return None
     return None if found is None else {key: found[key] for key in ("model", "root")}
+
+
+def mention(found: Mapping[str, str] | None) -> str:
+    """A line for people about what `recorded` found."""
+    return (
+        "no digests: nothing proves what the folder holds" if found is None else f"model digest {found['model'][:16]}…; `compressor verify` checks it"
+    )
