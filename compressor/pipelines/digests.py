@@ -238,6 +238,6 @@ def recorded(folder: Path) -> dict[str, str] | None:
 
 def mention(found: Mapping[str, str] | None) -> str:
     """A line for people about what `recorded` found."""
-    return (
-        "no digests: nothing proves what the folder holds" if found is None else f"model digest {found['model'][:16]}…; `compressor verify` checks it"
-    )
+    if found is None:
+        return "no digests: nothing proves what the folder holds"
+    return f"model digest {found['model'][:16]}…; `compressor verify` checks it"

@@ -89,7 +89,7 @@ def _bytes(folder: Path, names: list[str]) -> int:
 
 
 def _plain(fault: Fault) -> dict[str, Any]:
-    return {key: value for key, value in asdict(fault).items() if value not in ("", None)}
+    return {key: value for key, value in asdict(fault).items() if key == "file" or value not in ("", None)}
 
 
 def _notes(folder: Path, sealed: Mapping[str, Any] | None) -> list[str]:
@@ -221,19 +221,23 @@ def _extra(names: list[str], sealed: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _together(folder: Path, sealed: Mapping[str, Any]) -> Iterator[Fault]:
     """Cards, reports and recipes of other models, and those that were edited."""
-    kept = {name: folder / name for name in (digests.CARD, *digests.REPORTS, RECIPE) if name in sealed["files"] and (folder / name).is_file()}
-    for name, path in kept.items():
-        edited = _sha256(path) != sealed["files"][name]["sha256"]
-        told = sealed["model"] if name == RECIPE else _told(path)
+    kept = [name for name in (digests.CARD, *digests.REPORTS) if name in sealed["files"] and (folder / name).is_file()]
+    edited = {name: _sha256(folder / name) != sealed["files"][name]["sha256"] for name in kept}
+    for name in kept:
+        told = _told(folder / name)
         if told is None:
             yield Fault(name, "was edited: it names no digest of the model")
         elif told != sealed["model"]:
             yield Fault(name, f"is of another model, whose digest is {told}")
-        elif edited and name != RECIPE:
+        elif edited[name]:
             yield Fault(name, "was edited after it was written")
-        elif name == RECIPE and (edited or _differing(folder)):
-            keys = ", ".join(line(key) for key in _differing(folder)[:8])
-            yield Fault(name, ("was edited" if edited else "is not the recipe of report.json") + (f": {keys}" if keys else ""))
+    if RECIPE in sealed["files"] and (folder / RECIPE).is_file():
+        changed, keys = _sha256(folder / RECIPE) != sealed["files"][RECIPE]["sha256"], list[str]()
+        if not edited.get(digests.REPORTS[0], True):
+            keys = [line(key) for key in _differing(folder)]
+        if changed or keys:
+            what = "was edited" if changed else "is not the recipe of report.json"
+            yield Fault(RECIPE, what + (f": {', '.join(keys[:8])}" if keys else ""))
 
 
 def _told(path: Path) -> str | None:
