@@ -57,11 +57,13 @@ def resolve(name: str) -> Path:
     repo = ALIASES.get(name.lower(), name)
     if "/" not in repo:
         raise ModelError(f"unknown model {name!r}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except Exception as error:  # the hub client has a dozen error families; every one of them means the same to the user
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(f"{repo} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it; unset that") from None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(f"{repo} is no folder here and could not be fetched from the hub: {reason}") from None
 

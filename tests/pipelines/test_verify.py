@@ -354,7 +354,7 @@ def test_the_same_run_has_the_same_digests_but_for_its_times(runs: Path) -> None
 
 
 def test_a_run_that_is_found_finished_tells_its_root(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = pruned.whole(runs / "run", model=str(runs / "source"), quant__packer="rtn", quant__bits=4, quant__group=32)
+    found = pruned.whole(runs / "run", model=str(runs / "source"), quant__packer="rtn", quant__bits=4, quant__group=16)
     assert found["resumed"] and found["digest"] == digests.recorded(runs / "run")["root"]
     code, out, _ = call(monkeypatch, capsys, "verify", str(runs / "run"), "--digest", found["digest"])
     assert (code, json.loads(out)["verdict"]) == (0, WHOLE)
