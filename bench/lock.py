@@ -1,9 +1,9 @@
 """The lock of CI: the version of every package that the tests ran with, as `.ci/lock.txt`.
 
-It lists what `pip install '.[test]'` brought into the environment that runs this script: the requirements of pyproject.toml with the extra `test`,
-theirs, and so on. So the way to a new lock is an environment with the newest versions in which the tests pass. CI takes the lock as constraints,
-users get the ranges of pyproject.toml. Without hashes: a constraint cannot have them, and PyTorch's build for CPUs, of which the lock says the version
-alone, comes from whatever index a machine has.
+It lists what `pip install '.[test]'` brought into the environment that runs this script: the requirements of pyproject.toml with the extra
+`test`, theirs, and so on. So the way to a new lock is an environment with the newest versions in which the tests pass. CI takes the lock as
+constraints, users get the ranges of pyproject.toml. Without hashes: a constraint cannot have them, and PyTorch's build for CPUs, of which
+the lock says the version alone, comes from whatever index a machine has.
 
     python bench/lock.py           write .ci/lock.txt
     python bench/lock.py --check   say whether it covers pyproject.toml, each version within its range; exit code 1 if not
