@@ -8,11 +8,12 @@ from typing import Any
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import attach
 from compressor.linear import packed_linears
-from compressor.pipelines import bases, evaluate, export, methods, pruning, tasks, write
+from compressor.pipelines import bases, checkpoint, evaluate, export, methods, pruning, tasks, write
 from compressor.pipelines import compress as blocks
 from compressor.pipelines import data as texts
 from compressor.pipelines import load as loading
 from compressor.pipelines import run as job
+from compressor.pipelines.job import source_name
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.projection import Target
 from compressor.pipelines.tuners import Tuning, resolved
@@ -123,9 +124,16 @@ class Model:
         path = export.new_place(Path(folder))
         if not packed_linears(self.model):
             write.round_to_folder(self._loaded, set())
-        with export.published(path, 0) as place:
+        with export.published(path, 0, self._origin()) as place:
             beside = write.write_adapter(self._loaded, place, path.name)
             return write.write_folder(self._loaded, place, self._sparse) | ({"adapter_bytes": beside} if beside else {})
+
+    def _origin(self) -> dict[str, str] | None:
+        """Name and sha256 of the folder that it was loaded from; None if that is gone."""
+        try:
+            return {"name": source_name(self._loaded.name), "sha256": checkpoint.digest(self._loaded.folder)}
+        except (ModelError, OSError):
+            return None
 
     def export(self, folder: str | Path, to: str, **options: Any) -> dict[str, Any]:
         """Write the model in the format of a server (see `compressor export`), new or empty folder; returns what is lost by it, and the proof.

@@ -57,11 +57,13 @@ def resolve(name: str) -> Path:
     repo = ALIASES.get(name.lower(), name)
     if "/" not in repo:
         raise ModelError(f"unknown model {name!r}; give a folder, a hub id such as org/name, or one of: tiny, {', '.join(ALIASES)}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=FILES))
     except Exception as error:  # the hub client has a dozen error families; every one of them means the same to the user
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(f"{repo} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it; unset that") from None
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ModelError(f"{repo} is no folder here and could not be fetched from the hub: {reason}") from None
 
@@ -120,8 +122,8 @@ def _indexed(index: Path) -> list[str]:
 
 def _check_whole(path: Path) -> None:
     try:
-        header, begin = _header(path)
-        end = max((v["data_offsets"][1] for v in header.values()), default=0)
+        entries, begin = header(path)
+        end = max((v["data_offsets"][1] for v in entries.values()), default=0)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing although the index names it") from None
     except IsADirectoryError:
@@ -133,24 +135,29 @@ def _check_whole(path: Path) -> None:
         raise ModelError(f"{path} is truncated or damaged: {size} bytes where its header promises {begin + end}")
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
+def header(path: Path) -> tuple[dict[str, Any], int]:
     """Tensor entries of a safetensors file, and where its data begins."""
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         if length > min(path.stat().st_size - 8, 100_000_000):
             raise ValueError(length)
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
 
 
 def fingerprint(folder: Path) -> str:
-    """Hex digest of every byte that decides what a model computes: config, weights, tokenizer (about a second a gigabyte)."""
-    digest = hashlib.sha256()
+    """The first 16 digits of `digest`, which tell models apart; against somebody who makes two that agree there it takes all 64."""
+    return digest(folder)[:16]
+
+
+def digest(folder: Path) -> str:
+    """sha256, in hex, of every byte that decides what a model computes: config, weights, tokenizer (about a second a gigabyte)."""
+    found = hashlib.sha256()
     for path in model_files(folder):
         with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()[:16]
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    return found.hexdigest()
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -172,7 +179,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     counts = dict.fromkeys(names, 0)
     for path in weight_files(folder):
-        for value in _header(path)[0].values():
+        for value in header(path)[0].values():
             if value["dtype"] in counts:
                 counts[value["dtype"]] += value["data_offsets"][1] - value["data_offsets"][0]
     return names[max(counts, key=lambda name: counts[name])]

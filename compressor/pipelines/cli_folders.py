@@ -105,6 +105,26 @@ def export(
     emit(done[0] if len(done) == 1 else {"output": str(output), "exports": done})
 
 
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a model folder on this disk")],
+    source: Annotated[Text, typer.Option(help="the model that it should have been made from: folder, hub id or tiny")] = None,
+    digest: Annotated[Text, typer.Option(help="root, model or weights digest that it should have, as noted elsewhere")] = None,
+) -> None:
+    """Whether a folder is as it was written: weights, recipe, report and card by their digests; what changed is named, down to the tensor.
+
+    Exit code 0: it is; 1: something is missing, new or changed; 2: it has no digests, so nothing proves it, or the command is at fault.
+    """
+    from compressor.pipelines.cli import console, emit
+    from compressor.pipelines.show import RichShow
+    from compressor.pipelines.verify import CODES
+    from compressor.pipelines.verify import verify as check
+
+    document, table = check(folder, source, digest, RichShow(console))
+    console.print(table)
+    emit(document)
+    raise typer.Exit(CODES[document["verdict"]])
+
+
 def doctor(
     folder: Annotated[str | None, typer.Argument(help="a model folder or a .gguf file; without one: this machine")] = None,
     server: Annotated[Text, typer.Option(help="vllm, llama.cpp, transformers, sglang, gptqmodel, mlx …; default: all")] = None,

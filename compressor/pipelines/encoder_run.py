@@ -33,7 +33,7 @@ from compressor.pipelines import (
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods, check_zeros_stay
-from compressor.pipelines.output import check_output, check_room, contract, publish
+from compressor.pipelines.output import check_output, check_room, contract
 from compressor.pipelines.packers import needs
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
@@ -69,7 +69,8 @@ class EncoderRun(Job):
         if self.sparse and self.packs:
             compress.check_keep_zeros(recipe.quant)
             check_zeros_stay(recipe.tune.method)
-        self._keys(checkpoint.fingerprint(self.source))
+        self.origin = checkpoint.digest(self.source)
+        self._keys(self.origin[:16])
 
     def _keys(self, model: str) -> None:
         """One key a stage: the model, the examples, the recipe up to it, the kind of device and the version of this program."""
@@ -102,9 +103,9 @@ class EncoderRun(Job):
             if self.tunes:
                 self._tune(journal)
             self.write_out(self.encoder.loaded, self.key, journal)
-            publish(self.work / "folder", self.place, self.work)
+            root = self.publish()
         shutil.rmtree(self.work, ignore_errors=True)
-        return contract(self.report.to_dict(), self.output)
+        return contract(self.report.to_dict(), self.output) | {"digest": root}
 
     def _load(self) -> None:
         with self.stage("load"):

@@ -25,14 +25,15 @@ from compressor.errors import ModelError, OutputError
 from compressor.export import compressed_tensors, dense, merge, shards, table, task
 from compressor.integrations import attach, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import adapters, card_serving, checkpoint, data, formats, load, proof, tasks, write, writers
+from compressor.pipelines import adapters, card_serving, checkpoint, data, digests, formats, load, proof, tasks, write, writers
+from compressor.pipelines.digests import RECORD
 from compressor.pipelines.job import source_name
 from compressor.pipelines.journal import open_work
 from compressor.pipelines.output import check_output, check_room, disk_full, publish
 from compressor.pipelines.projection import Target, fitted, settled
 from compressor.pipelines.report import plain
 from compressor.pipelines.show import Show
-from compressor.pipelines.tasks import RECORD, load_source, outside
+from compressor.pipelines.tasks import load_source, outside
 
 TABLES = """
 The folder holds learned tables. transformers loads it, packed, once this line has run; without it the weights would be random:
@@ -62,6 +63,7 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     need = checkpoint.model_bytes(loaded.folder) + (sum(n * k * writers.DTYPES[target.to].itemsize for n, k in shapes) if writer is None else 0)
     check_room(place, need)  # before anything slow
     record, wrappers = opening(source, loaded, target.to), {}
+    origin = made_from(record)
     if writer is not None:
         record |= fitted(loaded, source, target, writer, show)
     elif loaded.adapter is not None:
@@ -71,7 +73,7 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     packed = load.packed_weights(loaded.model)
     if writer is not None:
         record = settled(loaded, target, writer, record, show)
-    with published(place, need) as folder:
+    with published(place, need, origin) as folder:
         if writer is not None:
             record |= write_as(writer, loaded, packed, folder, _biases(loaded) if "adapter" in record else None)
             types = {row["name"].removesuffix(".weight"): f"{row['type']} {row['note']}".strip() for row in record.get("types", [])}
@@ -83,7 +85,7 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
             write.copy_companions(loaded.folder, folder)
         record |= {"proof": proof.seen_by(writer.readers if writer else ("dense",), folder, loaded, show) if target.consumers else []}
         record = finish(record, loaded, folder, output)
-    return {k: v for k, v in record.items() if k not in ("layers", "others", "types")}, losses(record)
+    return {k: v for k, v in record.items() if k not in ("layers", "others", "types")} | sealed(place), losses(record)
 
 
 def stored_dense(loaded: load.Loaded) -> Iterable[tuple[str, Tensor]]:
@@ -220,8 +222,11 @@ def new_place(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def published(place: Path, need: int) -> Iterator[Path]:
-    """An empty folder that gets the name `place` when the block ends well, and disappears when it does not; `need` bytes must be free."""
+def published(place: Path, need: int, source: Mapping[str, str] | None) -> Iterator[Path]:
+    """An empty folder that gets digests and the name `place` when the block ends well, and disappears when it does not; `need` bytes must be free.
+
+    source: name and sha256 of the model that it is made from.
+    """
     check_room(place, need)
     work = place.with_name(place.name + ".exporting")
     with open_work(work):
@@ -229,7 +234,7 @@ def published(place: Path, need: int) -> Iterator[Path]:
             shutil.rmtree(work / "folder", ignore_errors=True)
             (work / "folder").mkdir()
             yield work / "folder"
-            publish(work / "folder", place, work)
+            publish(work / "folder", place, work, source)
         except (OSError, SafetensorError) as error:
             if disk_full(error):
                 raise OutputError(f"the disk is full: {place} could not be written; free some space or choose another folder with -o") from None
@@ -268,18 +273,28 @@ def apply(base: str, paths: Sequence[Path], output: Path, show: Show | None = No
     packed = load.packed_weights(loaded.model)
     told = [{"file": tasks.short(path)} | replace(each, config={}).header() for path, each in zip(paths, found, strict=True)]
     record = opening(base, loaded, "apply") | {"tasks": told, "layers": [_scheme(name, weight) for name, weight in packed.items()]}
-    with published(place, checkpoint.model_bytes(loaded.folder) + sum(path.stat().st_size for path in paths)) as folder:
+    with published(place, checkpoint.model_bytes(loaded.folder) + sum(path.stat().st_size for path in paths), made_from(record)) as folder:
         record |= write_packed(loaded, packed, folder)
         if beside:
             record["adapter_bytes"] = attach.write(folder / peft.FOLDER, found[0].config, found[0].values)
         write.copy_companions(loaded.folder, folder)
         record = finish(record, loaded, folder, output)
-    return record | {"layers": len(packed), "notes": notes}
+    return record | {"layers": len(packed), "notes": notes} | sealed(place)
 
 
 def opening(source: str, loaded: load.Loaded, to: str) -> dict[str, Any]:
     """The head of a record: what became what."""
-    return {"compressor": __version__, "source": source_name(source), "source_fingerprint": checkpoint.fingerprint(loaded.folder), "to": to}
+    return {"compressor": __version__, "source": source_name(source), "source_fingerprint": checkpoint.digest(loaded.folder), "to": to}
+
+
+def made_from(record: Mapping[str, Any]) -> dict[str, str]:
+    """Name and sha256 of the source of a record."""
+    return {"name": record["source"], "sha256": record["source_fingerprint"]}
+
+
+def sealed(place: Path) -> dict[str, str]:
+    """The root digest of a folder that was written, for the document."""
+    return {"digest": found["root"]} if (found := digests.recorded(place)) else {}
 
 
 def _scheme(name: str, weight: PackedWeight) -> dict[str, Any]:

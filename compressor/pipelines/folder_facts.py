@@ -258,6 +258,25 @@ KNOWN = (*READERS, "dense", "gguf")
 
 def gguf_facts(path: Path) -> Facts:
     """The architecture and the types of tensors of a GGUF file; ModelError if it is none, or damaged."""
+    architecture, tensors, _ = gguf_header(path)
+    types: dict[str, int] = defaultdict(int)
+    for tensor in tensors:
+        types[tensor.type] += 1
+    return Facts("gguf", architecture, types=tuple(sorted(types, key=lambda name: -types[name])))
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """dims: the innermost first, as the file has them; offset: from the end of the header, once that is aligned."""
+
+    name: str
+    dims: tuple[int, ...]
+    type: str
+    offset: int
+
+
+def gguf_header(path: Path) -> tuple[str, list[GgufTensor], int]:
+    """(architecture, tensors in the order of the list, bytes up to its end) of a GGUF file; ModelError if it is none, or damaged."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -266,17 +285,18 @@ def gguf_facts(path: Path) -> Facts:
             if max(tensors, pairs) > 1 << 20:
                 raise ValueError("too many entries")
             values = dict(_pair(file) for _ in range(pairs))
-            types: dict[str, int] = defaultdict(int)
+            found = []
             for _ in range(tensors):
-                _text(file)
+                name = _text(file)
                 (dims,) = struct.unpack("<I", file.read(4))
-                *_, kind, _ = struct.unpack(f"<{dims}QIQ", file.read(8 * dims + 12))
-                types[GGUF_TYPES.get(kind, f"type {kind}")] += 1
+                *shape, kind, offset = struct.unpack(f"<{dims}QIQ", file.read(8 * dims + 12))
+                found.append(GgufTensor(name, tuple(shape), GGUF_TYPES.get(kind, f"type {kind}"), offset))
+            end = file.tell()
     except (struct.error, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise ModelError(f"{path} is damaged or truncated: {error}") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    return Facts("gguf", str(values.get("general.architecture", "")), types=tuple(sorted(types, key=lambda name: -types[name])))
+    return str(values.get("general.architecture", "")), found, end
 
 
 def _text(file: BinaryIO) -> str:

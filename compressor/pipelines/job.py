@@ -20,7 +20,7 @@ from compressor.pipelines import card, card_serving, checkpoint, compress, load,
 from compressor.pipelines.blockwise import writing
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.journal import Journal
-from compressor.pipelines.output import check_output, disk_full, finished
+from compressor.pipelines.output import check_output, disk_full, finished, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
@@ -34,6 +34,7 @@ class Job:
 
     sparse = False
     packed_bits, zero_bits = 0.0, 0  # as packed, before tuning: of a weight, and of all zeros
+    origin = ""  # sha256 of the model that the run starts from
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         self.recipe, self.output, self.show = recipe, output, show
@@ -115,6 +116,10 @@ class Job:
         """What the packed weights depend on where paths start beside them; part of a key, empty for paths that start at zero."""
         tune = self.recipe.tune
         return () if tune.start == "zero" else (tune.start, tune.rank, tune.targets)
+
+    def publish(self) -> str:
+        """Gives the finished folder digests and its name; returns its root digest."""
+        return publish(self.work / "folder", self.place, self.work, {"name": source_name(self.recipe.model), "sha256": self.origin})
 
     def write_out(self, loaded: load.Loaded, key: str, journal: Journal) -> None:
         """The output folder, still in the work folder: weights, report, page, card and recipe."""

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from safetensors import SafetensorError
 from compressor.errors import ModelError, OutputError
 from compressor.export import task
 from compressor.integrations import peft
+from compressor.pipelines import digests
 from compressor.pipelines.checkpoint import COMPANIONS, INDEX, weight_files
 
 TASK_FILE = "task.safetensors"
-OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html", TASK_FILE)  # about the model, not of it: not counted in its size
+OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html", digests.NAME, TASK_FILE)  # about the model, not of it: not counted in its size
 WRITTEN = (*OWN_FILES, *COMPANIONS, INDEX, "config.json", "quantize_config.json", "model*.safetensors")
 
 
@@ -54,7 +56,7 @@ def finished(output: Path, key: str) -> dict[str, Any] | None:
             weight_files(output)
     except ModelError:
         return None
-    return contract(report, output) | {"resumed": True}
+    return contract(report, output) | {"resumed": True} | ({"digest": found["root"]} if (found := digests.recorded(output)) else {})
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -92,14 +94,19 @@ def check_room(output: Path, need: int) -> None:
         raise OutputError(f"the disk of {output} {room}; free some space or choose another folder with -o")
 
 
-def publish(folder: Path, output: Path, work: Path) -> None:
-    """Give the finished folder its name; what lay there (checked before) moves into the work folder, which goes away at the end."""
+def publish(folder: Path, output: Path, work: Path, source: Mapping[str, str] | None) -> str:
+    """Give the finished folder its digests and its name; what lay there (checked before) moves into the work folder, which goes away at the end.
+
+    source: name and sha256 of the model that it was made from. Returns the folder's root digest.
+    """
+    root: str = digests.seal(folder, source)["root"]
     if output.exists():
         check_output(output, overwrite=True)  # again: the first check may be hours old
         old = work / "old"
         shutil.rmtree(old, ignore_errors=True)
         os.rename(output, old)
     os.rename(folder, output)
+    return root
 
 
 def disk_full(error: BaseException) -> bool:

@@ -38,7 +38,7 @@ from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.measure import tasks as questions
 from compressor.pipelines.methods import check_methods, check_zeros_stay
-from compressor.pipelines.output import check_output, check_room, contract, publish
+from compressor.pipelines.output import check_output, check_room, contract
 from compressor.pipelines.packers import PACKERS, needs
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
@@ -75,7 +75,8 @@ class Run(Job):
         self.outside = data.load_text("python-source" if recipe.data.outside is None else recipe.data.outside)
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
-        self._fingerprints(checkpoint.fingerprint(self.source))
+        self.origin = checkpoint.digest(self.source)
+        self._fingerprints(self.origin[:16])
 
     def check_source(self) -> None:
         """ModelError for a model that this run cannot start from."""
@@ -129,9 +130,9 @@ class Run(Job):
             self.write_out(loaded, self.key_written, journal)
             if self.recipe.save == "task":
                 tasks.leave_only(loaded, self.work / "folder", __version__)
-            publish(self.work / "folder", self.place, self.work)
+            root = self.publish()
         shutil.rmtree(self.work, ignore_errors=True)
-        return contract(self.report.to_dict(), self.output)
+        return contract(self.report.to_dict(), self.output) | {"digest": root}
 
     def read(self) -> load.Loaded:
         after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work

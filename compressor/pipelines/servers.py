@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compressor.errors import RecipeError
-from compressor.pipelines import checkpoint, folder_facts
+from compressor.pipelines import checkpoint, digests, folder_facts
 from compressor.pipelines.card import RANKS
 from compressor.pipelines.folder_facts import Facts, Scheme
 
@@ -208,6 +208,8 @@ def advise(folder: Path | str, server: str | None = None) -> tuple[dict[str, Any
     found = folder_facts.facts(place)
     rows = [judge(name, found, place) for name in ([server] if server else SERVERS)]
     shown = Table("server", "loads", "why, and what it needs", "start it with", title=Text(f"{place}: {folder_facts.describe(found)}"))
+    kept = digests.recorded(place if place.is_dir() else place.parent)
+    shown.caption = digests.mention(kept)
     for row in rows:
         where = f"{row.versions}; {row.cards} ({'run' if row.seen == RAN else 'not run'} here)"
         needs = [*row.reasons, *([where] if row.cards else [])]
@@ -224,7 +226,8 @@ def advise(folder: Path | str, server: str | None = None) -> tuple[dict[str, Any
         }
         for r in rows
     ]
-    return {"folder": str(folder)} | folder_facts.document(found) | {"servers": servers, "loads": {r.server: r.verdict for r in rows}}, shown
+    document = {"folder": str(folder)} | folder_facts.document(found) | {"digests": kept}
+    return document | {"servers": servers, "loads": {r.server: r.verdict for r in rows}}, shown
 
 
 def judge(name: str, found: Facts, folder: Path) -> Advice:

@@ -27,6 +27,7 @@ from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight, zeros_as_floats
 from compressor.pipelines import bases, checkpoint, load
 from compressor.pipelines.bases import MOVED, base_digest, marks
+from compressor.pipelines.digests import RECORD
 from compressor.pipelines.job import source_name
 from compressor.pipelines.output import TASK_FILE, read_report
 from compressor.pipelines.pages.parts import clean
@@ -34,7 +35,6 @@ from compressor.pipelines.report import plain
 from compressor.recipe import Recipe
 
 TUNERS = ("peqa", "table", "qalora", *peft.KINDS)  # those that move what a task file holds
-RECORD = "export.json"  # in folders that `apply` and `export` write: what was done
 TOLD = """A task file: what a tuning moved of {model}, without the model. With compressor {version}:
 
     compressor apply BASE {file} -o FOLDER

@@ -13,7 +13,7 @@ from compressor.export import sparse
 from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.packed import Table as TableValues
-from compressor.pipelines import adapters, checkpoint, load, write
+from compressor.pipelines import adapters, checkpoint, digests, load, write
 from compressor.pipelines.generate import generate
 from compressor.pipelines.output import read_report
 from compressor.pipelines.report import environment, size
@@ -96,12 +96,14 @@ def inspect_folder(model: str) -> tuple[dict[str, Any], Table]:
         error = "" if row["error"] is None else f"{row['error']:.4f}"
         grid = "float zeros" if weight.float_zeros else {None: "table", True: "sym", False: "asym"}[row["symmetric"]]
         table.add_row(name, "×".join(map(str, weight.shape)), str(weight.bits), str(weight.group), grid, error, row["note"])
-    document = {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded)
+    document = {"model": model, "architecture": loaded.config["architectures"][0]} | sizes_of(loaded) | {"digests": digests.recorded(loaded.folder)}
+    captions = [digests.mention(document["digests"])]
     if loaded.adapter is not None:
         document["adapter"] = told = _adapter(loaded)
         rank = "" if told["rank"] is None else f" of rank {told['rank']}"
         numbers = f"{told['parameters']:,} numbers, {size(told['bytes'])}"
-        table.caption = f"adapter: {told['kind']}{rank} beside {told['linears']} of {len(packed)} linears, {numbers}"
+        captions.insert(0, f"adapter: {told['kind']}{rank} beside {told['linears']} of {len(packed)} linears, {numbers}")
+    table.caption = "\n".join(captions)
     return document | {"layers": rows}, table
 
 

@@ -370,7 +370,7 @@ def test_a_run_that_keeps_only_the_task(at: Path, monkeypatch: pytest.MonkeyPatc
 
     whole, only = run("--tune", tune, "-o", "whole"), run("--tune", tune, "--save", "task", "-o", "only")
     assert only["tuned"]["domain"]["perplexity"] == whole["tuned"]["domain"]["perplexity"]
-    assert {p.name for p in (at / "only").iterdir()} == {"README.md", "recipe.yaml", "report.json", "report.html", "task.safetensors"}
+    assert {p.name for p in (at / "only").iterdir()} == {"README.md", "recipe.yaml", "report.json", "report.html", "digests.json", "task.safetensors"}
     assert tasks.OTHERS["adapter" if tune == "lora" else "zero"] in (at / "only" / "README.md").read_text()
     tasks.extract("whole", at / "whole.safetensors")
     one, other = task.read_alone(at / "whole.safetensors"), task.read_alone(at / "only" / "task.safetensors")

@@ -237,7 +237,7 @@ def test_a_run_that_keeps_only_the_task(at: Path, monkeypatch: pytest.MonkeyPatc
     for key in ("domain", "outside"):
         assert only["tuned"][key]["perplexity"] == whole["tuned"][key]["perplexity"]
     assert only["tuned"]["folder_bytes"] == whole["tuned"]["folder_bytes"]
-    assert {p.name for p in (at / "only").iterdir()} == {"README.md", "recipe.yaml", "report.json", "report.html", "task.safetensors"}
+    assert {p.name for p in (at / "only").iterdir()} == {"README.md", "recipe.yaml", "report.json", "report.html", "digests.json", "task.safetensors"}
     assert not (at / "only.partial").exists()
     assert yaml.safe_load((at / "only" / "recipe.yaml").read_text())["save"] == "task"
     tasks.extract("whole", at / "whole.safetensors")
