@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.errors import ModelError
 from compressor.packed import PackedWeight
-from compressor.pipelines import journal
+from compressor.pipelines import journal, stages
 from compressor.pipelines.blockwise.hidden import Hidden, Recomputed, Spool
 from compressor.pipelines.blockwise.source import Source
 from compressor.pipelines.calibrate import BATCH_TOKENS, Calibration
@@ -68,6 +68,7 @@ class Blocks:
         finally:
             self._visited.discard(index)
             self._drop(block)
+            stages.trim()
 
     def settle(self) -> None:
         """All blocks with their weights for good: an ordinary model from now on."""
