@@ -83,8 +83,10 @@ def resident_bytes() -> int:
 
 
 def trim() -> None:
-    """Give memory that the process has freed back to the operating system, where the C library can: glibc keeps what lies between living blocks, which
-    grows to gigabytes where tensors of megabytes come and go."""
+    """Give memory that the process has freed back to the operating system, where the C library can.
+
+    glibc keeps what lies between living pieces, which grows to gigabytes where tensors of megabytes come and go.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
