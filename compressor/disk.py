@@ -3,11 +3,14 @@
 import contextlib
 import errno
 import os
+import re
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOTHING = 1 << 16  # bytes in which no run ends
 
 
 def sync(path: Path) -> None:
@@ -29,7 +32,16 @@ def sync_all(folder: Path) -> None:
 
 
 def full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full; safetensors wraps the number in its message."""
+    """Whether an error says that a disk or a quota is full; safetensors wraps the number in its message, and numpy leaves it out."""
     if isinstance(error, OSError):
-        return error.errno in FULL
+        return error.errno in FULL or (error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error)) is not None)
     return isinstance(error, SafetensorError) and any(f"os error {n}" in str(error) for n in FULL)
+
+
+def filled(place: Path, said: str) -> bool:
+    """Whether a process that failed did so for want of space: by what it said, or because nothing is free where it wrote."""
+    return (
+        re.match("the disk (is full|of .* has)", said) is not None
+        or any(os.strerror(n) in said for n in FULL)
+        or shutil.disk_usage(place).free < NOTHING
+    )

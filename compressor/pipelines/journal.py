@@ -119,12 +119,17 @@ def locked(path: Path, taken: str) -> Iterator[None]:
     except BlockingIOError:
         raise OutputError(taken) from None
     except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            where = f"{path.parent} lies on a file system without locks ({error.strerror}), where two runs could mix what they write"
-            raise OutputError(f"{where}; choose an output on a local disk with -o") from None
-        raise OutputError(f"cannot write {path.parent}: {error.strerror}; choose another output folder with -o") from None
+        raise unlockable(path.parent, error) from None
     with handle:
         yield
+
+
+def unlockable(folder: Path, error: OSError) -> OutputError:
+    """What to tell of a folder in which a lock cannot be made, or on whose file system there are none."""
+    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return OutputError(f"cannot write {folder}: {error.strerror}; choose another output folder with -o")
+    where = f"{folder} lies on a file system without locks ({error.strerror}), where two runs could mix what they write"
+    return OutputError(f"{where}; choose an output on a local disk with -o")
 
 
 def _lock(path: Path) -> IO[str]:

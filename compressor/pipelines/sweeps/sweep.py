@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compressor import disk
 from compressor.errors import CompressorError, OutputError, RecipeError
 from compressor.pipelines.cli import read_yaml
 from compressor.pipelines.job import source_name
@@ -136,6 +137,8 @@ def _one(experiment: Experiment, store: Store, options: Options, show: Show, run
             outcome = runner(experiment, folder, options.timeout)
             if outcome.error is None:
                 row = rows.gathered(experiment, folder.run(experiment.id), outcome.seconds, attempts)
+            elif disk.filled(folder.path, outcome.error):  # so will be the next ones
+                raise OutputError(f"the disk is full: {experiment.id} could not be written; free some space and run the same command again")
             else:
                 row = rows.failed(experiment, outcome.error, outcome.seconds, attempts)
         store.keep(experiment, row)
