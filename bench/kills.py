@@ -8,7 +8,8 @@ writes, too. After every kill the final name must be absent or whole, which is: 
 of the unkilled run, reports its numbers but for times, and nothing may lie beside them.
 
 Processes are forked from one that has imported everything, and so are the experiments of a sweep: a run takes a second, not ten. The model is a
-random LLaMA of two blocks, made here. One row a kill in results/kills.csv.
+random LLaMA of two blocks, made here, and pages are written without their figures, which take longer than all the rest. One row a kill in
+results/kills.csv.
 
     OMP_NUM_THREADS=1 python bench/kills.py --work /tmp/kills
 """
@@ -81,9 +82,20 @@ CASES = [
 
 
 def warm() -> None:
-    """Import what every command needs; nothing is computed here, for autograd does not survive a fork."""
+    """Import what every command needs, and load the kernels; no gradient is computed here, for autograd does not survive a fork."""
     for name in WARM:
         importlib.import_module(name)
+    import torch
+
+    from compressor.linear import PackedLinear
+    from compressor.pipelines.pages import figures
+    from compressor.quant import rtn
+    from compressor.recipe import Quant
+
+    figures.inline = lambda panel: ""
+    with torch.no_grad():
+        for bits in (3, 4):
+            PackedLinear(rtn.pack(torch.randn(64, 64), None, Quant(bits=bits), 32, torch.float16)[0], None)(torch.randn(2, 64))
 
 
 def fork(body: Callable[[], int | None], log: Path) -> int:
