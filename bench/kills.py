@@ -2,10 +2,11 @@
 
 Every case is a command that writes: run (RTN, GPTQ, sketches; scales, tables, LoRA), prune (LoRAPrune, oBERT), a chosen size, tune, export, task,
 merge, apply, sweep. Each is run once without a kill; then trials: the command is started, its process group gets SIGKILL, is started again, perhaps
-killed again, and at last may end. A kill comes at a time drawn evenly over the length of the unkilled run, or right before or after the Nth call that
-changes names on the disk (rename, replace, unlink, mkdir, rmdir, fsync), N drawn over the calls of the unkilled run, so that it comes inside of
-writes, too. After every kill the final name must be absent or whole, which is: equal to the unkilled result. At the end all files must have the bytes
-of the unkilled run, reports its numbers but for times, and nothing may lie beside them.
+killed again, and at last may end. A kill comes at a moment drawn evenly over the processor time of the unkilled run, or right before or after the
+Nth call that changes names on the disk (rename, replace, unlink, mkdir, rmdir, fsync), N drawn over the calls of the unkilled run, so that it comes
+inside of writes, too. In place of some kills there is SIGTERM, to the first process alone, which must end with 143 and leave no process; and once a
+case two processes do the same at once, of which one may be refused. After every kill the final name must be absent or whole, which is: equal to the
+unkilled result. At the end all files must have the bytes of the unkilled run, reports its numbers but for times, and nothing may lie beside them.
 
 Processes are forked from one that has imported everything, and so are the experiments of a sweep: a run takes a second, not ten. The model is a
 random LLaMA of two blocks, made here, and pages are written without their figures, which take longer than all the rest. One row a kill in
@@ -16,7 +17,6 @@ results/kills.csv.
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import random
@@ -25,17 +25,14 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from killing import command_line, count_calls, fork, left_alive, processor_seconds, warm
 from rows import write_rows
 
-FIELDS = ["case", "trial", "seed", "kill", "how", "at", "call", "final_name", "bytes", "report", "beside", "seconds", "error"]
-CALLS = ("replace", "rename", "unlink", "mkdir", "rmdir", "fsync")  # of os
-WARM = [f"compressor.pipelines.{name}" for name in ("api", "cli", "export", "merging", "pages.files", "retune", "show", "sweeps.sweep")]
-WARM += ["compressor.integrations.gguf", "peft", "transformers.models.llama.modeling_llama"]
+FIELDS = ["case", "trial", "seed", "kill", "how", "at", "call", "exit", "final_name", "bytes", "report", "beside", "seconds", "error"]
 TOLD = ("report.json", "report.html", "README.md", "export.json", "sweep.html", "sweep.csv", "rows.jsonl")  # of which times are a part
 TIMES = (
     "created", "seconds", "peak_bytes", "resumed", "tokens_per_second", "wall_seconds", "attempts", "finished", "environment", "command", "host",
@@ -81,117 +78,6 @@ CASES = [
 ]
 
 
-def warm() -> None:
-    """Import what every command needs, and load the kernels; no gradient is computed here, for autograd does not survive a fork."""
-    for name in WARM:
-        importlib.import_module(name)
-    import torch
-
-    from compressor.linear import PackedLinear
-    from compressor.pipelines.pages import figures
-    from compressor.quant import rtn
-    from compressor.recipe import Quant
-
-    figures.inline = lambda panel: ""
-    with torch.no_grad():
-        for bits in (3, 4):
-            PackedLinear(rtn.pack(torch.randn(64, 64), None, Quant(bits=bits), 32, torch.float16)[0], None)(torch.randn(2, 64))
-
-
-def fork(body: Callable[[], int | None], log: Path) -> int:
-    """A process in a group of its own that runs `body` and says everything into `log`; its id."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        code = body() or 0
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-class Forked:
-    """What `subprocess.Popen` is to a sweep, for a command of this package: forked from the process that is warm already."""
-
-    def __init__(self, command: list[str], stdin: Any, stdout: Any, stderr: Any, pass_fds: tuple[int, ...]):
-        self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.dup2(stdout.fileno(), 1)
-            os.dup2(stdout.fileno(), 2)
-            os._exit(command_line(command[3:]))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if done else None
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        while self.poll() is None:
-            time.sleep(0.01)
-        return self.returncode
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-
-def command_line(args: list[str]) -> int:
-    """The command line in this process; its exit code."""
-    import subprocess
-
-    from rich.console import Console
-
-    from compressor.pipelines import cli
-    from compressor.pipelines.sweeps import child
-
-    child.subprocess = type("Forks", (), {"Popen": Forked, "DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired})
-    sys.argv, sys.stdout, sys.stderr, code = ["compressor", *args], os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False), 0
-    cli.console = Console(file=sys.stderr)
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    sys.stdout.flush()
-    return code
-
-
-def count_calls(at: int | None, after: bool, tell: Path) -> None:
-    """Count calls of CALLS in this process and those that it forks; at the one of number `at` kill the group, before or after it is done."""
-
-    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            with tell.open("ab") as file:
-                file.write(b".")
-                now = file.tell()
-            if at == now and not after:
-                die(f"before {name}")
-            result = real(*args, **more)
-            if at == now:
-                die(f"after {name}")
-            return result
-
-        return call
-
-    def die(where: str) -> None:
-        tell.with_suffix(".call").write_text(where)
-        os.killpg(0, signal.SIGKILL)
-
-    tell.write_bytes(b"")
-    for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
-
-
 class Place:
     """The folder of one trial, in which a command is run."""
 
@@ -215,20 +101,26 @@ class Place:
         return fork(body, self.folder.parent / "log.txt")
 
     def finish(self) -> tuple[int, float]:
-        """Exit code and seconds of a run that nobody kills."""
-        began, child = time.monotonic(), self.start()
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - began
+        """Exit code and processor seconds of a run that nobody kills."""
+        _, status, used = os.wait4(self.start(), 0)
+        return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
-    def killed_at(self, seconds: float, alone: bool) -> bool:
-        """Whether a run was killed after so many seconds: its whole group, or the first process of it alone."""
-        child, end = self.start(), time.monotonic() + seconds
-        while time.monotonic() < end:
+    def ended_at(self, seconds: float, kind: signal.Signals, alone: bool) -> int | None:
+        """How a run ended that got the signal, with its whole group or alone, after so much processor time; None if it was done sooner."""
+        child, sweeps = self.start(), self.case.name == "sweep"
+        while processor_seconds(child, sweeps) < seconds:
             if os.waitpid(child, os.WNOHANG)[0]:
-                return False
-            time.sleep(0.002)
-        (os.kill if alone else os.killpg)(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return True
+                return None
+            time.sleep(0.01)
+        (os.kill if alone else os.killpg)(child, kind)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert kind == signal.SIGKILL or not left_alive(child), f"{self.case.name}: a process outlived the one that was asked to end"
+        return code
+
+    def twice(self) -> list[int]:
+        """Exit codes of two runs that begin at once."""
+        children = [self.start(), self.start()]
+        return sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
 
     def killed_in(self, at: int, after: bool) -> bool:
         """Whether a run was killed at its call of this number."""
@@ -266,48 +158,75 @@ def timeless(value: Any) -> Any:
 
 def trial(work: Path, case: Case, number: int, seed: int, whole: Any, length: float, calls: int) -> list[dict[str, Any]]:
     """One to three kills, then the same command until it ends; a row a kill."""
-    draw, place, rows = random.Random(seed), Place(work, "trial", case), []
+    draw, place, rows = random.Random(seed), Place(work, f"trial-{case.name}", case), []
     before = contents(place.output)
     for kill in range(1, draw.choice((1, 1, 2, 3)) + 1):
         row: dict[str, Any] = {"case": case.name, "trial": number, "seed": seed, "kill": kill}
-        if draw.random() < 0.5:
-            at, alone = draw.uniform(0, length), case.name == "sweep" and draw.random() < 0.3
-            hit = place.killed_at(at, alone)
-            row |= {"how": "time, parent alone" if alone else "time", "at": round(at, 3)}
+        how, moment, at, after = (
+            draw.choice(("time", "time", "call", "call", "SIGTERM")),
+            draw.uniform(0, length),
+            draw.randint(1, calls),
+            draw.random(),
+        )
+        if how == "call":
+            hit = place.killed_in(at, after < 0.5)
+            row |= {"how": how, "at": at, "call": place.tell.with_suffix(".call").read_text() if hit else "", "exit": -9}
         else:
-            at = draw.randint(1, calls)
-            hit = place.killed_in(at, draw.random() < 0.5)
-            row |= {"how": "call", "at": at, "call": place.tell.with_suffix(".call").read_text() if hit else ""}
+            alone = how == "SIGTERM" or (case.name == "sweep" and after < 0.3)
+            code = place.ended_at(moment, signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL, alone)
+            hit = code is not None and code != 0
+            row |= {"how": f"{how}, parent alone" if alone and how == "time" else how, "at": round(moment, 3), "exit": code}
         if not hit:
             break  # it was done sooner than drawn
-        now = contents(place.output)
-        good = place.case.name in ("sweep", "report") or now in (before, whole)
-        name = "absent" if not place.output.exists() else "old" if case.before and now == before else "whole" if now == whole else "in progress"
-        rows.append(row | {"final_name": name if good else "HALF WRITTEN"})
+        rows.append(row | {"final_name": standing(place, before, whole)})
     again = case.output.endswith(".safetensors") or case.name.startswith(("export", "apply"))
-    if again and place.output.exists():  # these refuse what is there already
-        code, seconds = 0, 0.0
-    else:
-        code, seconds = place.finish()
-    hashes, reports = contents(place.output)
-    verdict = {"bytes": "equal" if hashes == whole[0] else "DIFFERENT", "report": "equal" if reports == whole[1] else "DIFFERENT"}
-    verdict |= {"beside": place.beside(), "seconds": round(seconds, 2), "error": code or ""}
+    code, seconds = (0, 0.0) if again and place.output.exists() else place.finish()  # these refuse what is there already
     if rows:
-        rows[-1] |= verdict
+        rows[-1] |= verdict(place, whole) | {"seconds": round(seconds, 2), "error": code or ""}
     return rows
 
 
+def standing(place: Place, before: Any, whole: Any) -> str:
+    """What lies under the final name."""
+    now = contents(place.output)
+    if not place.output.exists():
+        return "absent"
+    if now in (before, whole):
+        return "whole" if now == whole else "old"
+    return "in progress" if place.case.name in ("sweep", "report") else "HALF WRITTEN"  # whose files are each for itself
+
+
+def verdict(place: Place, whole: Any) -> dict[str, Any]:
+    hashes, reports = contents(place.output)
+    same = {"bytes": "equal" if hashes == whole[0] else "DIFFERENT", "report": "equal" if reports == whole[1] else "DIFFERENT"}
+    return same | {"beside": place.beside()}
+
+
+def wrong(row: dict[str, Any]) -> bool:
+    """Whether a row tells of a promise that was broken."""
+    exits = {"SIGTERM": ("143",), "twice": ("0 2", "0 0")}.get(row["how"], ("-9",))
+    return (
+        "DIFFERENT" in row.values()
+        or row["final_name"] == "HALF WRITTEN"
+        or bool(row.get("error") or row.get("beside"))
+        or str(row["exit"]) not in exits
+    )
+
+
 def campaign(work: Path, case: Case, trials: int, seed: int) -> list[dict[str, Any]]:
-    """The unkilled run, twice as a control, then trials."""
-    place = Place(work, "whole", case)
+    """The unkilled run, trials, and two at once."""
+    place = Place(work, f"whole-{case.name}", case)
     code, length = place.finish()
     assert code == 0, f"{case.name}: the unkilled run ended with {code}, see {work / 'log.txt'}"
     whole, calls = contents(place.output), place.tell.stat().st_size
     rows = []
     for number in range(1, trials + 1):
         rows += trial(work, case, number, seed * 1000 + number, whole, length, calls)
-    bad = [row for row in rows if "DIFFERENT" in str(row.values()) or "HALF" in row["final_name"] or row.get("error") or row.get("beside")]
-    print(f"{case.name}: {length:.1f} s and {calls} calls unkilled; {len(rows)} kills, {len(bad)} bad {bad or ''}", flush=True)
+    place = Place(work, f"twice-{case.name}", case)
+    codes = " ".join(map(str, place.twice()))
+    rows.append({"case": case.name, "how": "twice", "exit": codes, "final_name": standing(place, whole, whole)} | verdict(place, whole))
+    bad = [row for row in rows if wrong(row)]
+    print(f"{case.name}: {length:.1f} s and {calls} calls unkilled; {len(rows) - 1} kills, {len(bad)} bad {bad or ''}", flush=True)
     return rows
 
 
@@ -359,7 +278,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a new folder")
     parser.add_argument("--trials", type=int, default=4, help="of each case")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", help="cases whose names hold this")
+    parser.add_argument("--only", default="", help="cases whose names hold this, or one of these, by semicolon")
     parser.add_argument("--out", default="kills.csv")
     a = parser.parse_args()
     a.work = a.work.resolve()
@@ -369,10 +288,12 @@ def main() -> None:
         make(a.work)
     rows: list[dict[str, Any]] = []
     for i, case in enumerate(CASES):
-        if a.only is None or a.only in case.name:
+        if any(part in case.name for part in a.only.split(";")):
             rows += campaign(a.work, case, a.trials, a.seed * 100 + i)
             write_rows(Path(__file__).parent / "results" / a.out, FIELDS, rows)
-    print(len(rows), "kills;", dict(Counter(row["final_name"] for row in rows)), dict(Counter(row["bytes"] for row in rows if "bytes" in row)))
+    kills = [row for row in rows if row["how"] != "twice"]
+    print(len(kills), "kills;", dict(Counter(row["final_name"] for row in kills)), dict(Counter(row["bytes"] for row in rows if "bytes" in row)))
+    sys.exit(any(wrong(row) for row in rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor import disk
 from compressor.errors import OutputError
 
-LOCK = "lock"  # of a work folder
+LOCK, JOURNAL = "lock", "journal.json"  # of a work folder
 WRITTEN = "written"  # the stage of a run whose result has its name, or is about to
 
 
@@ -33,7 +33,7 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._path = folder / "journal.json"
+        self._path = folder / JOURNAL
         self._entries: dict[str, dict[str, Any]] = {}
         self.resumed = False
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -162,20 +162,19 @@ def claimed(path: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Take away a work folder that this process holds: its lock last, so that what a kill leaves of it is still known for a work folder."""
+    """Take away a work folder that this process holds: journal and lock last, so that what a kill leaves of it is still known for a work folder."""
     with contextlib.suppress(OSError):
-        for path in folder.iterdir():
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == JOURNAL)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            else:
                 path.unlink()
-        (folder / LOCK).unlink()
         folder.rmdir()
 
 
 def clear(folder: Path, key: str) -> None:
     """Take away the work folder of a run that was ended when its result, known by `key`, had its name; any other stays as it is."""
-    if (folder / LOCK).exists():
+    if folder.is_dir():
         with contextlib.suppress(OutputError), open_work(folder) as journal:
-            if journal.get(WRITTEN, key):
+            if journal.get(WRITTEN, key) or {path.name for path in folder.iterdir()} == {LOCK}:
                 remove(folder)
