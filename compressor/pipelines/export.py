@@ -28,7 +28,7 @@ from compressor.packed import PackedWeight
 from compressor.pipelines import adapters, card_serving, checkpoint, data, digests, formats, load, proof, tasks, write, writers
 from compressor.pipelines.digests import RECORD
 from compressor.pipelines.job import source_name
-from compressor.pipelines.journal import open_work, remove
+from compressor.pipelines.journal import WRITTEN, clear, open_work, remove
 from compressor.pipelines.output import check_output, check_room, place_of, publish
 from compressor.pipelines.projection import Target, fitted, settled
 from compressor.pipelines.report import plain
@@ -45,6 +45,7 @@ import compressor
 """
 LICENSE = "\nThe license and the terms of use of the base model apply.\n"
 PARTS = (*compressed_tensors.PARTS, *table.PARTS)
+EXPORTED = "exported"  # stands for the key of a run
 STREAMED = ("compressed-tensors", table.METHOD)
 
 
@@ -215,10 +216,15 @@ def losses(record: dict[str, Any]) -> Table:
 def new_place(output: Path) -> Path:
     """Where a new folder really goes, whatever links lead there; OutputError unless nothing stands there, or an empty folder."""
     place = place_of(output)
+    clear(_work(place), EXPORTED)
     if place != Path.cwd() and not place.is_mount() and place.is_dir() and any(place.iterdir()):
         raise OutputError(f"{output} already holds files; choose another folder with -o")
     check_output(place, overwrite=False)
     return place
+
+
+def _work(place: Path) -> Path:
+    return place.with_name(place.name + ".exporting")
 
 
 @contextlib.contextmanager
@@ -228,12 +234,13 @@ def published(place: Path, need: int, source: Mapping[str, str] | None) -> Itera
     source: name and sha256 of the model that it is made from.
     """
     check_room(place, need)
-    work = place.with_name(place.name + ".exporting")
-    with open_work(work):
+    work = _work(place)
+    with open_work(work) as journal:
         try:
             shutil.rmtree(work / "folder", ignore_errors=True)
             (work / "folder").mkdir()
             yield work / "folder"
+            journal.put(WRITTEN, EXPORTED, True)
             publish(work / "folder", place, work, source, overwrite=False)
         except (OSError, SafetensorError) as error:
             if disk.full(error):
