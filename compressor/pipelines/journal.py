@@ -153,12 +153,23 @@ def _lock(path: Path) -> IO[str]:
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """While a file or files at `path` are written that no work folder is kept for: OutputError if another process is at it."""
-    lock = path.with_name(f".{path.name}.{LOCK}")
+    lock = _lock_of(path)
     with locked(lock, f"another process is writing {path}; wait for it or choose another output with -o"):
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{LOCK}")
+
+
+def unclaim(path: Path) -> None:
+    """Take away the lock that a killed process left beside a file that it had written."""
+    if path.name and _lock_of(path).exists():
+        with contextlib.suppress(OutputError), claimed(path):
+            pass
 
 
 def remove(folder: Path) -> None:

@@ -29,7 +29,7 @@ from compressor.pipelines import bases, checkpoint, load
 from compressor.pipelines.bases import MOVED, base_digest, marks
 from compressor.pipelines.digests import RECORD
 from compressor.pipelines.job import source_name
-from compressor.pipelines.journal import claimed
+from compressor.pipelines.journal import claimed, unclaim
 from compressor.pipelines.output import TASK_FILE, check_writable, read_report
 from compressor.pipelines.pages.parts import clean
 from compressor.pipelines.report import plain
@@ -130,6 +130,7 @@ def notes(loaded: load.Loaded) -> list[str]:
 def new_file(path: Path, loaded: load.Loaded | None = None) -> None:
     """OutputError unless a file may be written there: nothing stands there, and it is outside the folder of the model."""
     if os.path.lexists(path) or not path.name:
+        unclaim(path)
         raise OutputError(f"{path} already exists; choose another file with -o")
     check_writable(path)
     if loaded is not None:

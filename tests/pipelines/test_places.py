@@ -164,7 +164,11 @@ def test_who_comes_second_is_refused_and_who_finishes_second_replaces_nothing(pa
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (place / "first").exists()
     with claimed(tmp_path / "x.safetensors"), pytest.raises(OutputError, match="another process is writing"):
         tasks.extract(str(packed), tmp_path / "x.safetensors")
-    assert not (tmp_path / "x.safetensors").exists()
+    (tmp_path / "y.safetensors").write_text("")
+    (tmp_path / ".y.safetensors.lock").write_text("")  # its writer was killed right after it had its name
+    with pytest.raises(OutputError, match="already exists"):
+        tasks.new_file(tmp_path / "y.safetensors")
+    (tmp_path / "y.safetensors").unlink()
     other = tmp_path / "late"
     with pytest.raises(OutputError, match="already holds"), export.published(other, 0) as folder:
         (folder / "second").write_text("2")
