@@ -33,10 +33,19 @@ from killing import command_line, count_calls, fork, left_alive, processor_secon
 from rows import write_rows
 
 FIELDS = ["case", "trial", "seed", "kill", "how", "at", "call", "exit", "final_name", "bytes", "report", "beside", "seconds", "error"]
-TOLD = ("report.json", "report.html", "README.md", "export.json", "sweep.html", "sweep.csv", "rows.jsonl")  # of which times are a part
+TOLD = (
+    "digests.json",
+    "report.json",
+    "report.html",
+    "README.md",
+    "export.json",
+    "sweep.html",
+    "sweep.csv",
+    "rows.jsonl",
+)  # of which times are a part
 TIMES = (
     "created", "seconds", "peak_bytes", "resumed", "tokens_per_second", "wall_seconds", "attempts", "finished", "environment", "command", "host",
-    "source", "source_fingerprint", "measured", "peak_bytes_gpu",
+    "source", "source_fingerprint", "measured", "root", "files", "digest", "peak_bytes_gpu",
 )  # fmt: skip
 QUICK = ["--data", "../text.txt", "--outside", "../other.txt", "--max-tokens", "512", "--window", "64", "--device", "cpu"]
 WORDS = ["the", "ship", "left", "harbour", "at", "dawn", "and", "night", "star", "map", "rope", "tide", "crew", "sail", "wind", "sea"]

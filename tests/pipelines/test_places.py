@@ -157,7 +157,7 @@ def test_strange_names_hold_whole_folders(packed: Path, tmp_path: Path, name: st
 
 def test_who_comes_second_is_refused_and_who_finishes_second_replaces_nothing(packed: Path, tmp_path: Path) -> None:
     place = tmp_path / "out"
-    with export.published(place, 0) as folder:
+    with export.published(place, 0, None) as folder:
         (folder / "first").write_text("1")
         with pytest.raises(OutputError, match="another run is writing"):
             export.export(str(packed), place, Target("gptq", consumers=False))
@@ -170,7 +170,7 @@ def test_who_comes_second_is_refused_and_who_finishes_second_replaces_nothing(pa
         tasks.new_file(tmp_path / "y.safetensors")
     (tmp_path / "y.safetensors").unlink()
     other = tmp_path / "late"
-    with pytest.raises(OutputError, match="already holds"), export.published(other, 0) as folder:
+    with pytest.raises(OutputError, match="already holds"), export.published(other, 0, None) as folder:
         (folder / "second").write_text("2")
         other.mkdir()  # a run ends there meanwhile
         (other / "report.json").write_text(json.dumps({"compressor": "0", "keys": "k"}))
