@@ -24,6 +24,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compressor import disk
 from compressor.errors import CompressorError, ModelError
 from compressor.packed import Affine, PackedWeight, zeros_as_floats
 
@@ -128,13 +129,14 @@ def raw(tensor: Tensor) -> memoryview:
 def write(path: Path, task: Task, packed: Mapping[str, PackedWeight]) -> None:
     """One file, proven by reading it back for the model `packed` before it gets its name. ModelError for values that are not finite."""
     tensors = {name + _ending(task.kind): value.detach().cpu().contiguous() for name, value in task.values.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(tensors, temporary, metadata={ENTRY: json.dumps(task.header(), sort_keys=True, allow_nan=False)})
         temporary.chmod(0o644)  # safetensors writes for the owner alone; servers run as somebody else
         again = read(temporary, packed, task.base, path.name)
         if again.header() != task.header() or any(not torch.equal(again.values[name], tensors[name + _ending(task.kind)]) for name in task.values):
             raise CompressorError(f"{path} was written, but reads back with other values")
+        disk.sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The command line: flags become a Recipe, results become one JSON document as the last line of stdout; people are served on stderr.
 
-Exit codes: 0 done, 1 failed, 2 the command or its input is at fault (one sentence), 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 the command or its input is at fault (one sentence), 130 interrupted, 143 ended by SIGTERM.
 """
 
 import json
@@ -8,12 +8,14 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
 from rich.console import Console
+from safetensors import SafetensorError
 
+from compressor import disk, stopping
 from compressor.errors import CompressorError, RecipeError, UserError
 from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks
 from compressor.pipelines import cli_flags as flags
@@ -29,23 +31,38 @@ Number = float | None
 
 
 def main() -> None:
-    """Entry point: one sentence for errors, never a traceback for a user's mistake."""
+    """Entry point: one sentence for errors, never a traceback for a user's mistake; SIGTERM is heard as in `stopping`."""
+    with stopping.listening():
+        try:
+            _serve()
+        except (KeyboardInterrupt, SystemExit):  # typer makes the first the second
+            if stopping.asked():
+                sys.exit(stopping.CODE)
+            raise
+
+
+def _serve() -> None:
     try:
         app()
     except UserError as error:
-        console.print(f"error: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+        _give_up(f"error: {one_line(error)}", 2)
     except CompressorError as error:
-        console.print(f"failed: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
-    except OSError as error:  # a folder without rights, a disk that failed: nothing that the code could know
-        console.print(f"failed: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
+        _give_up(f"failed: {one_line(error)}", 1)
+    except (OSError, SafetensorError) as error:
+        if disk.full(error):
+            _give_up(f"error: the disk is full: {one_line(error)}; free some space and give the command again", 2)
+        if isinstance(error, SafetensorError):
+            raise
+        _give_up(f"failed: {one_line(error)}", 1)  # a folder without rights, a disk that failed: nothing that the code could know
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        console.print("failed: out of memory; try a smaller --batch or --seqlen, or --gradient-checkpointing", style="red", highlight=False)
-        sys.exit(1)
+        _give_up("failed: out of memory; try a smaller --batch or --seqlen, or --gradient-checkpointing", 1)
+
+
+def _give_up(sentence: str, code: int) -> NoReturn:
+    console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(code)
 
 
 def one_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ Packed on top of pruned, and tuned with the same teacher, is the compound compre
 every stage has a key made of the model, the data and the recipe up to it; training goes on from its checkpoints.
 """
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,7 @@ class EncoderRun(Job):
             if self.tunes:
                 self._tune(journal)
             self.write_out(self.encoder.loaded, self.key, journal)
-            root = self.publish()
-        shutil.rmtree(self.work, ignore_errors=True)
+            root = self.publish(self.key, journal)
         return contract(self.report.to_dict(), self.output) | {"digest": root}
 
     def _load(self) -> None:

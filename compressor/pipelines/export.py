@@ -20,7 +20,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compressor import __version__, linear
+from compressor import __version__, disk, linear
 from compressor.errors import ModelError, OutputError
 from compressor.export import compressed_tensors, dense, merge, shards, table, task
 from compressor.integrations import attach, peft
@@ -28,12 +28,13 @@ from compressor.packed import PackedWeight
 from compressor.pipelines import adapters, card_serving, checkpoint, data, digests, formats, load, proof, tasks, write, writers
 from compressor.pipelines.digests import RECORD
 from compressor.pipelines.job import source_name
-from compressor.pipelines.journal import open_work
-from compressor.pipelines.output import check_output, check_room, disk_full, publish
+from compressor.pipelines.journal import WRITTEN, clear, open_work, remove
+from compressor.pipelines.output import check_output, check_room, place_of, publish
 from compressor.pipelines.projection import Target, fitted, settled
 from compressor.pipelines.report import plain
 from compressor.pipelines.show import Show
 from compressor.pipelines.tasks import load_source, outside
+from compressor.stopping import held
 
 TABLES = """
 The folder holds learned tables. transformers loads it, packed, once this line has run; without it the weights would be random:
@@ -44,6 +45,7 @@ import compressor
 """
 LICENSE = "\nThe license and the terms of use of the base model apply.\n"
 PARTS = (*compressed_tensors.PARTS, *table.PARTS)
+EXPORTED = "exported"  # stands for the key of a run
 STREAMED = ("compressed-tensors", table.METHOD)
 
 
@@ -61,19 +63,18 @@ def export(source: str, output: Path, target: Target, show: Show | None = None) 
     outside(place, loaded)
     shapes = [weight.shape for weight in load.packed_weights(loaded.model).values()]
     need = checkpoint.model_bytes(loaded.folder) + (sum(n * k * writers.DTYPES[target.to].itemsize for n, k in shapes) if writer is None else 0)
-    check_room(place, need)  # before anything slow
     record, wrappers = opening(source, loaded, target.to), {}
     origin = made_from(record)
-    if writer is not None:
-        record |= fitted(loaded, source, target, writer, show)
-    elif loaded.adapter is not None:
-        kind = adapters.kind(loaded)
-        record |= {"adapter": {"kind": kind, "note": f"the adapter ({kind}) is folded into the weights beside which it was trained"}}
-        wrappers = adapters.take_off(loaded)
-    packed = load.packed_weights(loaded.model)
-    if writer is not None:
-        record = settled(loaded, target, writer, record, show)
-    with published(place, need, origin) as folder:
+    with published(place, need, origin) as folder:  # before anything slow, so that nobody else is at it, and there is room
+        if writer is not None:
+            record |= fitted(loaded, source, target, writer, show)
+        elif loaded.adapter is not None:
+            kind = adapters.kind(loaded)
+            record |= {"adapter": {"kind": kind, "note": f"the adapter ({kind}) is folded into the weights beside which it was trained"}}
+            wrappers = adapters.take_off(loaded)
+        packed = load.packed_weights(loaded.model)
+        if writer is not None:
+            record = settled(loaded, target, writer, record, show)
         if writer is not None:
             record |= write_as(writer, loaded, packed, folder, _biases(loaded) if "adapter" in record else None)
             types = {row["name"].removesuffix(".weight"): f"{row['type']} {row['note']}".strip() for row in record.get("types", [])}
@@ -214,11 +215,16 @@ def losses(record: dict[str, Any]) -> Table:
 
 def new_place(output: Path) -> Path:
     """Where a new folder really goes, whatever links lead there; OutputError unless nothing stands there, or an empty folder."""
-    place = output.resolve()
-    if place.name and place != Path.cwd() and not place.is_mount() and place.is_dir() and any(place.iterdir()):
+    place = place_of(output)
+    clear(_work(place), EXPORTED)
+    if place != Path.cwd() and not place.is_mount() and place.is_dir() and any(place.iterdir()):
         raise OutputError(f"{output} already holds files; choose another folder with -o")
     check_output(place, overwrite=False)
     return place
+
+
+def _work(place: Path) -> Path:
+    return place.with_name(place.name + ".exporting")
 
 
 @contextlib.contextmanager
@@ -228,19 +234,21 @@ def published(place: Path, need: int, source: Mapping[str, str] | None) -> Itera
     source: name and sha256 of the model that it is made from.
     """
     check_room(place, need)
-    work = place.with_name(place.name + ".exporting")
-    with open_work(work):
+    work = _work(place)
+    with open_work(work) as journal:
         try:
             shutil.rmtree(work / "folder", ignore_errors=True)
             (work / "folder").mkdir()
             yield work / "folder"
-            publish(work / "folder", place, work, source)
+            journal.put(WRITTEN, EXPORTED, True)
+            publish(work / "folder", place, work, source, overwrite=False)
         except (OSError, SafetensorError) as error:
-            if disk_full(error):
+            if disk.full(error):
                 raise OutputError(f"the disk is full: {place} could not be written; free some space or choose another folder with -o") from None
             raise
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            with held():
+                remove(work)
 
 
 def apply(base: str, paths: Sequence[Path], output: Path, show: Show | None = None) -> dict[str, Any]:

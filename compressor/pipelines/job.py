@@ -14,18 +14,20 @@ from typing import Any
 import torch
 import yaml
 
+from compressor import disk
 from compressor.errors import OutputError
 from compressor.integrations.peft import named
 from compressor.pipelines import card, card_serving, checkpoint, compress, load, render, write
 from compressor.pipelines.blockwise import writing
 from compressor.pipelines.blockwise.blocks import Blocks
-from compressor.pipelines.journal import Journal
-from compressor.pipelines.output import check_output, disk_full, finished, publish
+from compressor.pipelines.journal import WRITTEN, Journal, clear, remove
+from compressor.pipelines.output import check_output, finished, place_of, publish
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
 from compressor.recipe import KEPT, Quant, Recipe
+from compressor.stopping import held
 from compressor.tune.loop import OnStep
 
 
@@ -38,9 +40,7 @@ class Job:
 
     def __init__(self, recipe: Recipe, output: Path, show: Show, command: str | None = None):
         self.recipe, self.output, self.show = recipe, output, show
-        self.place = output.resolve()  # where the folder really is, whatever links lead there
-        if not self.place.name:
-            raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
+        self.place, self.overwrite = place_of(output), False
         self.work = self.place.with_name(self.place.name + ".partial")
         self.device = load.pick_device(recipe.device)
         self.starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of adapters, found while packing
@@ -50,7 +50,9 @@ class Job:
     def done(self, key: str, overwrite: bool) -> dict[str, Any] | None:
         """The contract document of an output folder that this very recipe has written, or None: it is to be written. OutputError if it cannot be."""
         found = None if overwrite else finished(self.place, key)
+        self.overwrite = overwrite
         if found is not None:
+            clear(self.work, key)
             self.show.say(f"{self.output} already holds the result of this recipe; nothing to do (--overwrite runs it again)")
             return found | {"output": str(self.output)}
         check_output(self.place, overwrite)
@@ -62,8 +64,9 @@ class Job:
         try:
             yield
         except BaseException as error:
-            self._leave()
-            if disk_full(error):
+            with held():
+                self._leave()
+            if disk.full(error):
                 what = f"the disk is full: {self.work} could not be written"
                 raise OutputError(f"{what}; free some space and run the same command again, finished work is kept") from None
             raise
@@ -74,7 +77,7 @@ class Job:
             if (self.work / "journal.json").exists() or any(self.work.glob("*/*.safetensors")):
                 self.report.save(self.work / "report.json")
             else:
-                shutil.rmtree(self.work)
+                remove(self.work)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -117,10 +120,6 @@ class Job:
         tune = self.recipe.tune
         return () if tune.start == "zero" else (tune.start, tune.rank, tune.targets)
 
-    def publish(self) -> str:
-        """Gives the finished folder digests and its name; returns its root digest."""
-        return publish(self.work / "folder", self.place, self.work, {"name": source_name(self.recipe.model), "sha256": self.origin})
-
     def write_out(self, loaded: load.Loaded, key: str, journal: Journal) -> None:
         """The output folder, still in the work folder: weights, report, page, card and recipe."""
         folder = self.work / "folder"
@@ -145,6 +144,15 @@ class Job:
         render.write_html(self.report, folder / "report.html")
         card.write_card(self.report, folder / "README.md", card_serving.section(folder))
         (folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), "utf-8")
+
+    def publish(self, key: str, journal: Journal) -> str:
+        """Give the written folder digests and its name, and take the work folder away; returns the root digest."""
+        journal.put(WRITTEN, key, True)
+        source = {"name": source_name(self.recipe.model), "sha256": self.origin}
+        with held():
+            root = publish(self.work / "folder", self.place, self.work, source, self.overwrite)
+            remove(self.work)
+        return root
 
     def _compare_with_target(self, bits: float, size: int) -> None:
         """A note where the folder is larger than was asked for, which tuned zeros can make it."""

@@ -2,23 +2,30 @@
 
 A stage is known by a fingerprint of everything that decides its result (model, data, recipe up to there). Entries with another fingerprint
 count as absent, and the files they promised are removed before the stage starts again. The folder is locked while a run uses it; it
-disappears when the finished output folder takes its name.
+disappears when the finished output folder takes its name. The kernel lets go of a lock when its process ends, however it ends, so that no lock is
+ever stale. Limits: two runs on one folder from two machines are told apart only where the file system passes locks on (NFS 4 does); where it has
+none at all that is said.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor import disk
 from compressor.errors import OutputError
+
+LOCK, JOURNAL = "lock", "journal.json"  # of a work folder
+WRITTEN = "written"  # the stage of a run whose result has its name, or is about to
 
 
 class Journal:
@@ -26,7 +33,7 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._path = folder / "journal.json"
+        self._path = folder / JOURNAL
         self._entries: dict[str, dict[str, Any]] = {}
         self.resumed = False
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -46,6 +53,7 @@ class Journal:
         self._entries[stage] = {"fingerprint": fingerprint, "value": value}
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._entries, indent=1) + "\n", "utf-8")
+        disk.sync(temporary)
         os.replace(temporary, self._path)
 
     def subfolder(self, stage: str, fingerprint: str) -> Path:
@@ -63,8 +71,7 @@ def keep(path: Path, tensors: dict[str, Tensor], facts: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
+    disk.sync(temporary)
     os.replace(temporary, path)
 
 
@@ -87,17 +94,98 @@ def kept(path: Path) -> tuple[dict[str, Tensor], Any] | None:
 
 @contextlib.contextmanager
 def open_work(folder: Path) -> Iterator[Journal]:
-    """The journal of a work folder, made if needed, locked against a second run."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "lock").exists():
+    """The journal of a work folder, made if needed, locked against a second run. OutputError if it cannot be, or holds what is not of a run."""
+    if _strange(folder):
         raise OutputError(f"{folder}, where this run would keep its work, holds files that are not of a run; choose another output folder with -o")
+    with locked(folder / LOCK, f"another run is writing {folder}; wait for it or choose another output folder with -o"):
+        yield Journal(folder)
+
+
+def _strange(folder: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("w")
+        return any(folder.iterdir()) and not (folder / LOCK).exists() and any(folder.iterdir())  # again: another run may just have taken it away
+    except OSError:  # not there, or it will be said when it is written
+        return False
+
+
+@contextlib.contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Hold the lock on a file, which is made with its folder. OutputError: `taken` if another process holds it, or that it cannot be made.
+
+    Who holds it may take the file away before the end: a process that had opened it then finds that it holds no file's lock, and tries again.
+    """
+    try:
+        handle = _lock(path)
+    except BlockingIOError:
+        raise OutputError(taken) from None
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another output folder with -o") from None
+        raise unlockable(path.parent, error) from None
     with handle:
+        yield
+
+
+def unlockable(folder: Path, error: OSError) -> OutputError:
+    """What to tell of a folder in which a lock cannot be made, or on whose file system there are none."""
+    if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return OutputError(f"cannot write {folder}: {error.strerror}; choose another output folder with -o")
+    where = f"{folder} lies on a file system without locks ({error.strerror}), where two runs could mix what they write"
+    return OutputError(f"{where}; choose an output on a local disk with -o")
+
+
+def _lock(path: Path) -> IO[str]:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("w")
+        except FileNotFoundError:  # its holder has just taken the folder away
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another run is writing {folder}; wait for it or choose another output folder with -o") from None
-        yield Journal(folder)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                    return handle
+        except BaseException:
+            handle.close()
+            raise
+        handle.close()
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """While a file or files at `path` are written that no work folder is kept for: OutputError if another process is at it."""
+    lock = _lock_of(path)
+    with locked(lock, f"another process is writing {path}; wait for it or choose another output with -o"):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{LOCK}")
+
+
+def unclaim(path: Path) -> None:
+    """Take away the lock that a killed process left beside a file that it had written."""
+    if path.name and _lock_of(path).exists():
+        with contextlib.suppress(OutputError), claimed(path):
+            pass
+
+
+def remove(folder: Path) -> None:
+    """Take away a work folder that this process holds: journal and lock last, so that what a kill leaves of it is still known for a work folder."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == LOCK, path.name == JOURNAL)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        folder.rmdir()
+
+
+def clear(folder: Path, key: str) -> None:
+    """Take away the work folder of a run that was ended when its result, known by `key`, had its name; any other stays as it is."""
+    if folder.is_dir():
+        with contextlib.suppress(OutputError), open_work(folder) as journal:
+            if journal.get(WRITTEN, key) or {path.name for path in folder.iterdir()} == {LOCK}:
+                remove(folder)

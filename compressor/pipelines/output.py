@@ -1,6 +1,5 @@
 """The output folder as a place: whether it is ours, whether it is finished, whether the disk will hold it, and how it gets its name."""
 
-import errno
 import json
 import os
 import shutil
@@ -9,13 +8,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
+from compressor import disk
 from compressor.errors import ModelError, OutputError
 from compressor.export import task
 from compressor.integrations import peft
 from compressor.pipelines import digests
 from compressor.pipelines.checkpoint import COMPANIONS, INDEX, weight_files
+from compressor.stopping import held
 
 TASK_FILE = "task.safetensors"
 OWN_FILES = ("README.md", "recipe.yaml", "report.json", "report.html", digests.NAME, TASK_FILE)  # about the model, not of it: not counted in its size
@@ -59,10 +58,34 @@ def finished(output: Path, key: str) -> dict[str, Any] | None:
     return contract(report, output) | {"resumed": True} | ({"digest": found["root"]} if (found := digests.recorded(output)) else {})
 
 
+def place_of(output: Path) -> Path:
+    """Where an output really lies, whatever links lead there. OutputError for a name that can be none."""
+    try:
+        place = output.resolve()
+        os.path.lexists(place) or place.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError
+        raise OutputError(f"{output} cannot be an output: {getattr(error, 'strerror', None) or error}; choose another one with -o") from None
+    if not place.name:
+        raise OutputError(f"{output} cannot be an output folder; choose another one with -o")
+    return place
+
+
+def check_writable(place: Path) -> None:
+    """Refuse before any work where nothing can be written: below a file, in a folder without rights, on a disk that is read-only."""
+    above = place.parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise OutputError(f"{place} cannot be written: {above} is no folder; choose another output with -o")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{place} cannot be written: {above} is read-only, or belongs to somebody else; choose another output with -o")
+
+
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to touch what is there, unless it is a run's own folder, holds nothing else, and may be overwritten."""
+    """Refuse to touch what is there, unless it is a run's own folder, holds nothing else, and may be overwritten; and what cannot be written."""
     if output == Path.cwd() or output.is_mount():
         raise OutputError(f"{output} is the current folder or a mount point and cannot be replaced; name a folder inside it with -o")
+    check_writable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():
@@ -94,23 +117,20 @@ def check_room(output: Path, need: int) -> None:
         raise OutputError(f"the disk of {output} {room}; free some space or choose another folder with -o")
 
 
-def publish(folder: Path, output: Path, work: Path, source: Mapping[str, str] | None) -> str:
-    """Give the finished folder its digests and its name; what lay there (checked before) moves into the work folder, which goes away at the end.
+def publish(folder: Path, output: Path, work: Path, source: Mapping[str, str] | None, overwrite: bool) -> str:
+    """Give the finished folder its digests and, once all of it is on the disk, its name; what lay there moves into the work folder, which goes away.
 
-    source: name and sha256 of the model that it was made from. Returns the folder's root digest.
+    source: name and sha256 of the model that it was made from. Returns the folder's root digest. A kill leaves the old folder there, or none, or the
+    new one. OutputError where meanwhile something has come that may not be replaced.
     """
     root: str = digests.seal(folder, source)["root"]
-    if output.exists():
-        check_output(output, overwrite=True)  # again: the first check may be hours old
-        old = work / "old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    os.rename(folder, output)
+    disk.sync_all(folder)
+    with held():
+        if output.exists():
+            check_output(output, overwrite)  # again: the first check may be hours old
+            old = work / "old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(output, old)
+        os.rename(folder, output)
+        disk.sync(output.parent)
     return root
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk or a quota is full; safetensors wraps the number in its message."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, SafetensorError) and any(f"os error {n}" in str(error) for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compressor import __version__
+from compressor import __version__, disk
 from compressor.errors import ModelError, OutputError
 
 STATES = ("dense", "pruned", "packed", "tuned")  # the models a run measures, in this order
@@ -122,11 +122,17 @@ def plain(value: Any, where: str, lost: list[str]) -> Any:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write beside `path` under a temporary name, then rename; what is not Unicode text is written as \\udcXX."""
+    """As `write_bytes`; what is not Unicode text is written as \\udcXX."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write beside `path` under a temporary name, to the disk, then rename. OutputError if that cannot be."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        temporary.write_bytes(data)
+        disk.sync(temporary)
         os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{target} cannot be written ({error.strerror}); check the folder and the free space on its disk") from None

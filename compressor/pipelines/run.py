@@ -3,7 +3,6 @@
 The work happens in `OUT.partial`; the finished folder is renamed to OUT at the very end, so that OUT either does not exist or is whole.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -130,8 +129,7 @@ class Run(Job):
             self.write_out(loaded, self.key_written, journal)
             if self.recipe.save == "task":
                 tasks.leave_only(loaded, self.work / "folder", __version__)
-            root = self.publish()
-        shutil.rmtree(self.work, ignore_errors=True)
+            root = self.publish(self.key_written, journal)
         return contract(self.report.to_dict(), self.output) | {"digest": root}
 
     def read(self) -> load.Loaded:

@@ -29,7 +29,8 @@ from compressor.pipelines import bases, checkpoint, load
 from compressor.pipelines.bases import MOVED, base_digest, marks
 from compressor.pipelines.digests import RECORD
 from compressor.pipelines.job import source_name
-from compressor.pipelines.output import TASK_FILE, read_report
+from compressor.pipelines.journal import claimed, unclaim
+from compressor.pipelines.output import TASK_FILE, check_writable, read_report
 from compressor.pipelines.pages.parts import clean
 from compressor.pipelines.report import plain
 from compressor.recipe import Recipe
@@ -129,7 +130,9 @@ def notes(loaded: load.Loaded) -> list[str]:
 def new_file(path: Path, loaded: load.Loaded | None = None) -> None:
     """OutputError unless a file may be written there: nothing stands there, and it is outside the folder of the model."""
     if os.path.lexists(path) or not path.name:
+        unclaim(path)
         raise OutputError(f"{path} already exists; choose another file with -o")
+    check_writable(path)
     if loaded is not None:
         outside(path, loaded)
 
@@ -157,8 +160,9 @@ def save(
     if kind == task.ADAPTER:
         attach.check(found.config, found.values, loaded.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        task.write(path, found, packed)
+        with claimed(path):
+            new_file(path)  # again: another process may have written it meanwhile
+            task.write(path, found, packed)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written: {load.first_line(error)}") from None
     return {"output": str(path)} | found.header() | {"layers": len(packed), "bytes": path.stat().st_size}

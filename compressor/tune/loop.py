@@ -9,7 +9,7 @@ parameters that they were computed from; that state, parameters and Adam moments
 its own loss, computed once more. A step that fails is dropped, the good state comes back (so an update that broke the model is undone), the
 learning rate is halved for the rest of the run, and the layer is named in the log; so it is with the step before an evaluation that is not
 finite. The third failure in a row raises. A checkpoint is the good state written down: that of step c is written in the course of step
-c + 1, once it is proven.
+c + 1, once it is proven; so is one when the process is asked to end (stopping.py), at the next step or in the evaluation that is under way.
 
 The backward pass starts at the summed loss of a micro-batch, whose gradients are of the order of 1 a token; the float32 gradients of the
 parameters are divided by the tokens of the step at the end. Gradients of the mean would vanish in float16 inside the model.
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from compressor.errors import NumericError, RecipeError
 from compressor.prune import Pruner
 from compressor.recipe import Tune
+from compressor.stopping import Stopped, asked, held, let_through
 from compressor.tune.batches import Batches, Objective, rate
 from compressor.tune.state import CHECKPOINT, State, TrainLog, resume, save
 
@@ -41,6 +42,7 @@ OnStep = Callable[[dict[str, Any]], None]  # gets the record of a step
 STRIKES = 3  # non-finite steps, or evaluations, in a row that end the run
 
 
+@held()
 def train(
     model: nn.Module,
     parameters: dict[str, nn.Parameter],
@@ -68,6 +70,7 @@ def train(
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
         log = resume(path, fingerprint, state, log)
+    put_down = partial(_put_down, path, fingerprint, state, log)
     with _training(model, options, state.device):
         loss = objective.loss(model)
         for step in range(log.resumed_from, batches.steps):
@@ -78,8 +81,11 @@ def train(
             record: dict[str, Any] = {}
             if fault is None:
                 state.keep()
-                if path is not None and step > log.resumed_from and step % options.checkpoint_every == 0:
-                    save(path, fingerprint, state, log, step)
+                stop = asked()
+                if stop or step % options.checkpoint_every == 0:
+                    put_down(step)
+                if stop:
+                    raise Stopped
                 state.pruner.observe(step)
                 lr = peak * rate(step, batches.steps, options, state.pruner.restarts) * state.multiplier
                 norm = state.update(lr, options.clip)
@@ -88,7 +94,7 @@ def train(
             if fault is not None:
                 record = _strike(state, log, step + 1, "steps", fault)
             if evaluate is not None and (last or _due(step + 1, options.eval_every)):
-                record = _evaluated(model, evaluate, state, log, step + 1, last) or record
+                record = _evaluated(model, evaluate, state, log, step + 1, last, partial(put_down, step) if fault is None else None) or record
             if record["loss"] is not None:
                 log.curve.append(record)
             if on_step is not None:
@@ -97,6 +103,12 @@ def train(
         state.keep()
         save(path, fingerprint, state, log, batches.steps)
     return log
+
+
+def _put_down(path: Path | None, fingerprint: str, state: State, log: TrainLog, step: int) -> None:
+    """The good state, of after `step` steps, as the checkpoint, unless it is the one that the run began from."""
+    if path is not None and step > log.resumed_from:
+        save(path, fingerprint, state, log, step)
 
 
 def _peak(options: Tune) -> float:
@@ -187,10 +199,15 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _evaluated(model: nn.Module, evaluate: Callable[[], float], state: State, log: TrainLog, step: int, owed: bool) -> dict[str, Any] | None:
-    """Evaluate; the record of the strike if that failed. An evaluation that is `owed` is repeated on the good state until it is there."""
+def _evaluated(
+    model: nn.Module, evaluate: Callable[[], float], state: State, log: TrainLog, step: int, owed: bool, put_down: Callable[[], None] | None
+) -> dict[str, Any] | None:
+    """Evaluate; the record of the strike if that failed. An evaluation that is `owed` is repeated on the good state until it is there.
+
+    put_down: what to call where the process is asked to end meanwhile; not after a strike, which the state before the step knows nothing of.
+    """
     record = None
-    while (fault := _evaluate(model, evaluate, state, log, step)) is not None:
+    while (fault := _evaluate(model, evaluate, state, log, step, put_down)) is not None:
         record = _strike(state, log, step, "evaluations", fault)
         if not owed:
             break
@@ -198,11 +215,18 @@ def _evaluated(model: nn.Module, evaluate: Callable[[], float], state: State, lo
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, evaluate: Callable[[], float], state: State, log: TrainLog, step: int) -> str | None:
+def _evaluate(
+    model: nn.Module, evaluate: Callable[[], float], state: State, log: TrainLog, step: int, put_down: Callable[[], None] | None
+) -> str | None:
     """Evaluate and log the value; if it is not finite, only a sentence about it."""
     model.eval()
     try:
-        value = float(evaluate())
+        with let_through():
+            value = float(evaluate())
+    except Stopped:
+        if put_down is not None and not state.strikes["evaluations"]:
+            put_down()
+        raise
     except NumericError as error:
         return f"the evaluation failed ({error})"
     finally:

@@ -15,9 +15,10 @@ from typing import Any
 
 from compressor.errors import ModelError, OutputError
 from compressor.pipelines import card, render
+from compressor.pipelines.journal import claimed
 from compressor.pipelines.pages import figures
 from compressor.pipelines.pages.figures import Panel
-from compressor.pipelines.report import STATES, Report, dicts, number, short_names, write_text
+from compressor.pipelines.report import STATES, Report, dicts, number, short_names, write_bytes, write_text
 from compressor.pipelines.show import Show
 from compressor.pipelines.sweeps import page as sweep_page
 
@@ -48,14 +49,15 @@ def write(source: str | os.PathLike[str], output: Path | None, kinds: Sequence[s
         texts["results.md"] = found.markdown
     drawings = [kind for kind in ("svg", "png") if kind in kinds]
     _make(folder / "plots" if drawings and found.figures else folder)
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    with show.task("figures", len(found.figures) * len(drawings)) as advance:
-        for panel in found.figures if drawings else ():
-            for kind in drawings:
-                path = folder / "plots" / f"{panel.name}.{kind}"
-                write_text(path, figures.svg(panel)) if kind == "svg" else write_bytes(path, figures.png(panel))
-                advance(1, path.name)
+    with claimed(folder / "report"):
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        with show.task("figures", len(found.figures) * len(drawings)) as advance:
+            for panel in found.figures if drawings else ():
+                for kind in drawings:
+                    path = folder / "plots" / f"{panel.name}.{kind}"
+                    write_text(path, figures.svg(panel)) if kind == "svg" else write_bytes(path, figures.png(panel))
+                    advance(1, path.name)
     names = [*texts, *(f"plots/{panel.name}.{kind}" for panel in found.figures for kind in drawings)]
     return {"output": str(folder), "files": names}
 
@@ -141,15 +143,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be a folder ({error.strerror}); choose another one with -o") from None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); check the folder and the free space on its disk") from None
-    finally:
-        temporary.unlink(missing_ok=True)

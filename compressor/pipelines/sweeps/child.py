@@ -20,8 +20,9 @@ from compressor.errors import RecipeError
 from compressor.pipelines.report import write_text
 from compressor.pipelines.sweeps.grid import Experiment
 from compressor.pipelines.sweeps.store import Folder
+from compressor.stopping import held, let_through
 
-GRACE = 30  # seconds that an interrupted child has to leave its report
+GRACE = 30  # seconds that a child that is asked to end has to leave its checkpoint and its report
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -34,16 +35,17 @@ class Outcome:
 
 
 def run(experiment: Experiment, folder: Folder, timeout: float | None = None) -> Outcome:
-    """Run an experiment that this process holds; timeout in seconds. KeyboardInterrupt reaches the child, too, and is passed on."""
+    """Run an experiment that this process holds; timeout in seconds. A request to end reaches the child, too, and is passed on."""
     assert experiment.recipe is not None
     recipe, log = folder.path / "recipes" / f"{experiment.id}.yaml", folder.path / "logs" / f"{experiment.id}.log"
     write_text(recipe, yaml.safe_dump(experiment.recipe.to_dict(), sort_keys=False))
     command = [sys.executable, "-m", "compressor", "run", str(recipe), "-o", str(folder.run(experiment.id))]
     began, late = time.monotonic(), False
-    with log.open("wb") as file:
+    with log.open("wb") as file, held():
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=(folder.lock_of(experiment.id),))
         try:
-            process.wait(timeout)
+            with let_through():
+                process.wait(timeout)
         except subprocess.TimeoutExpired:
             late = True
         finally:
@@ -55,9 +57,9 @@ def run(experiment: Experiment, folder: Folder, timeout: float | None = None) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Make sure that a child is gone; it may leave its report."""
+    """Make sure that a child is gone; it may leave its checkpoint and its report."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
     if process.poll() is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from compressor.errors import OutputError
+from compressor.pipelines.journal import unlockable
 from compressor.pipelines.report import write_text
 from compressor.pipelines.sweeps import rows
 from compressor.pipelines.sweeps.grid import Experiment
@@ -94,7 +95,10 @@ class Folder:
     def locked(self) -> Iterator[None]:
         """While files that all write are read and written."""
         with (self.path / "lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                raise unlockable(self.path, error) from None
             yield
 
     def claim(self, name: str) -> bool:

@@ -5,15 +5,13 @@ A run whose folder stands before it starts (its parent was ended, not it) is rea
 asked for. Time left is the mean time of the rows that are done, times those that are not, by the processes at work.
 """
 
-import contextlib
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compressor import disk
 from compressor.errors import CompressorError, OutputError, RecipeError
 from compressor.pipelines.cli import read_yaml
 from compressor.pipelines.job import source_name
@@ -24,6 +22,7 @@ from compressor.pipelines.sweeps.child import Outcome
 from compressor.pipelines.sweeps.grid import Experiment, Grid, Keys
 from compressor.pipelines.sweeps.rows import Row
 from compressor.pipelines.sweeps.store import Folder, Local, Store, pause
+from compressor.stopping import held, listening
 
 POLL = 1.0  # seconds between looks at what others do
 Runner = Callable[[Experiment, Folder, float | None], Outcome]
@@ -79,7 +78,7 @@ def sweep(
     for experiment in experiments:
         if experiment.recipe is None:
             show.say(f"{experiment.label} is skipped: {experiment.reason}")
-    with _stoppable():
+    with listening():
         _work(store, options, show, runner)
     found = gather(store, options.keep)
     draw(path)
@@ -138,12 +137,15 @@ def _one(experiment: Experiment, store: Store, options: Options, show: Show, run
             outcome = runner(experiment, folder, options.timeout)
             if outcome.error is None:
                 row = rows.gathered(experiment, folder.run(experiment.id), outcome.seconds, attempts)
+            elif disk.filled(folder.path, outcome.error):  # so will be the next ones
+                raise OutputError(f"the disk is full: {experiment.id} could not be written; free some space and run the same command again")
             else:
                 row = rows.failed(experiment, outcome.error, outcome.seconds, attempts)
         store.keep(experiment, row)
         done = True
     finally:
-        store.release(experiment, done)
+        with held():
+            store.release(experiment, done)
     return row
 
 
@@ -174,23 +176,6 @@ def document(path: Path, found: list[Row]) -> dict[str, Any]:
     counts = Counter(row["status"] for row in found)
     front.sort(key=lambda point: point["folder_bytes"])
     return {"output": str(path), "rows": dict(sorted(counts.items())), "front": front, "csv": str(path / "sweep.csv")}
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """A polite request to end (SIGTERM) is an interruption, so that the child is ended, too."""
-
-    def stop(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def dry_run(model: str, grid: Path, output: Path | None, options: Options, show: Show) -> tuple[dict[str, Any], Any]:

@@ -21,6 +21,7 @@ from compressor.pipelines.report import Report
 from compressor.pipelines.sweeps import child, rows, sweep
 from compressor.pipelines.sweeps.grid import Experiment, Grid
 from compressor.pipelines.sweeps.store import Folder, Local
+from compressor.stopping import Stopped
 from tests.pipelines.commands import call
 from tests.pipelines.sweeps.fakes import GRID, Runner, table, write_grid, write_run
 
@@ -182,7 +183,7 @@ def test_an_interrupted_experiment_is_open_again(tmp_path: Path) -> None:
         time.sleep(5)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         work(grid, folder, interrupted)
     assert signal.getsignal(signal.SIGTERM) is before
     assert work(grid, folder, Runner())["rows"] == {"ok": 12}
