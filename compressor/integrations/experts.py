@@ -1,15 +1,14 @@
-"""The experts of a mixture: transformers' fused three-dimensional parameters as one nn.Linear per expert and projection, and back to no dense copy.
+"""The experts of a mixture: transformers' fused parameters of three dimensions as one nn.Linear per expert and projection.
 
-Since version 5 transformers loads the experts of Mixtral, Qwen-MoE, OLMoE, DeepSeek and sixty other families as two parameters a block, [experts, n, k],
-which no packer of linears can take. All these classes share one description (transformers.integrations.moe.use_experts_implementation): attributes
-say whether there is a gate, a bias, whether gate and up lie one behind the other or take turns, whether matrices are transposed. `unfuse` reads that
-and turns each such module, in place, into an `Experts` of the same kind, whose linears are views of the parameters: no memory, no copy.
+Since version 5 transformers loads the experts of Mixtral, Qwen-MoE, OLMoE, DeepSeek and sixty other families as two parameters a block,
+[experts, n, k], which no packer of linears can take. All these classes share one description (use_experts_implementation in
+transformers.integrations.moe): attributes say whether there is a gate, a bias, whether gate and up lie one behind the other or take turns, whether
+matrices are transposed. `unfuse` reads it and turns each such module, in place, into an `Experts`; its linears are views of the parameters.
 
-Names are those of checkpoints, which servers know too: what transformers would write for a fused parameter is asked of its own conversion with numbers
-that say where each part went (`_checkpoint_names`). So Mixtral's are block_sparse_moe.experts.0.w1, Qwen's mlp.experts.0.gate_proj; families whose checkpoints
-are fused themselves get gate_proj, up_proj, down_proj, as llm-compressor calls them. Where a checkpoint calls the module around the experts otherwise
-than transformers does, that module gets the checkpoint's name, and its block still finds it by the other. From here on a module's name is its
-name on disk.
+Names are those of checkpoints, which servers know too: transformers' own conversion is asked how it would write a fused parameter, with numbers in
+it that say where each part went (`_checkpoint_names`). So Mixtral's are block_sparse_moe.experts.0.w1, Qwen's mlp.experts.0.gate_proj; families
+whose checkpoints are fused themselves get gate_proj, up_proj, down_proj, as llm-compressor calls them. Where a checkpoint has another name for the
+module around the experts than transformers, that module gets it, and its block still finds it by the old one: a module's name is its name on disk.
 
 A token runs through the linears of its experts only, an expert without tokens is skipped. Limits: classes outside that description stay fused, and
 `reason` says why; so do those whose linears do not give what the class itself does (`_proven`, on eight random tokens, where weights are at hand).
@@ -28,7 +27,7 @@ LEAVES = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("gate_up_proj", "up_proj", "down_proj")  # parameters of transformers' experts; biases end in _bias
 TOKENS = 8  # that prove a class
 TOLERANCE = 1e-3  # of the largest output, float32 and wider; narrower dtypes round by their own width
-ROUTERS = re.compile(r"(^|_)(gate|router)$")
+ROUTER = re.compile(r"(^|_)(gate|router)$")
 
 
 class Experts(nn.Module):
@@ -95,8 +94,12 @@ class Place:
 
 
 def reason(module: nn.Module) -> str:
-    """Why a module with fused experts cannot be taken apart; empty if it can."""
+    """Why a module with parameters of three dimensions stays as it is; empty if `unfuse` takes it apart."""
     this: Any = module
+    if isinstance(module, nn.Conv1d):
+        return "a convolution is no linear"
+    if getattr(this, "unproven", False):
+        return f"the linears of {type(module).__name__}'s experts, by its own description, do not give what it gives"
     if not all(hasattr(this, key) for key in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")):
         return f"{type(module).__name__} holds fused experts without a description of their layout, which only its own code knows"
     first, down = this._parameters.get("gate_up_proj" if this.has_gate else "up_proj"), this._parameters.get("down_proj")
@@ -132,6 +135,7 @@ def unfuse(model: nn.Module, stored: Collection[str] = ()) -> nn.Module:
             leaves = ("", *leaves[1:])
         parts = _linears(this, leaves)
         if not _proven(module, parts, leaves):
+            this.unproven = True
             continue
         _become(module, path, parts, leaves)
         if parent != path.rpartition(".")[0]:
@@ -163,12 +167,17 @@ def sources(model: nn.Module, module: str) -> dict[str, Place]:
     return found
 
 
+def routes(name: str) -> bool:
+    """Whether a module of a block with experts, by its dotted name, chooses among them (gate, router, shared_expert_gate, …)."""
+    return any(ROUTER.search(part) for part in name.split("."))
+
+
 def routers(model: nn.Module) -> list[str]:
     """Modules that choose experts with a matrix of their own, which are no nn.Linear here but are one in servers: dotted names."""
     around = {name.rpartition(".")[0] for name, module in model.named_modules() if isinstance(module, Experts)}
     return sorted(
         name for name, module in model.named_modules()
-        if name.rpartition(".")[0] in around and not isinstance(module, nn.Linear) and ROUTERS.search(name.rpartition(".")[2])
+        if name.rpartition(".")[0] in around and not isinstance(module, nn.Linear) and routes(name)
     )  # fmt: skip
 
 
@@ -252,7 +261,7 @@ def _Apart(module: nn.Module, parts: list[nn.ModuleDict], leaves: tuple[str, ...
 
 
 def _checkpoint_names(model: Any, found: dict[str, nn.Module]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """(name of the module around the experts, names of gate, up and down) in a checkpoint, for the paths whose experts have tensors of their own there.
+    """(name of the module around the experts, names of gate, up, down) in a checkpoint, of the paths whose experts have tensors of their own there.
 
     transformers' own reverse conversion gets parameters of one input and one row a projection, whose numbers say of whom they are: 4 expert + role.
     """

@@ -18,6 +18,7 @@ from torch import nn
 from compressor import linear
 from compressor.errors import ModelError
 from compressor.export import shards
+from compressor.integrations import experts
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
 from compressor.pipelines import checkpoint, compress, evaluate, load
@@ -73,7 +74,7 @@ def shell(folder: Path) -> nn.Module:
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
     slicing.resize(model)
-    return model
+    return experts.unfuse(model)
 
 
 def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path, before: nn.Module | None = None) -> dict[str, Any]:
