@@ -121,7 +121,8 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 def _targets(names: list[str], others: list[str]) -> list[str]:
     """Regular expressions by the last part of the name where that part is of one scheme only, else the full names.
 
-    Experts of a mixture are named alike wherever all of a block are of this scheme: readers look for the word, and thousands of names take long.
+    Experts of a mixture are named together where they are all of this scheme: transformers looks for the word, vLLM asks for gate_proj whatever the
+    checkpoint calls it, and thousands of names take long.
     """
     wide = dict.fromkeys(pattern for name in names for pattern in _wider(name))
     free = {pattern for pattern in wide if not any(map(re.compile(pattern).match, others))}
@@ -130,12 +131,12 @@ def _targets(names: list[str], others: list[str]) -> list[str]:
 
 
 def _wider(name: str) -> tuple[str, ...]:
-    """Patterns of all that are named like this module, the widest first: by its last part; of an expert's by its place in all, or in its block's."""
+    """Patterns of this module and more, the widest first: by its last part; of an expert's all experts, or what stands in its place, also by block."""
     expert, leaf = expert_of(name), name.rpartition(".")[2]
     if expert is None:
         return (rf".*\.{re.escape(leaf)}$",)
-    within = rf"\.\d+\.{re.escape(expert[2])}$"
-    return rf".*experts{within}", f"^{re.escape(expert[0])}{within}"
+    within, block = rf"\.\d+\.{re.escape(expert[2])}$", f"^{re.escape(expert[0])}"
+    return r".*experts\.\d+\.", rf"{block}\.\d+\.", f".*experts{within}", f"{block}{within}"
 
 
 def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:

@@ -167,6 +167,16 @@ def sources(model: nn.Module, module: str) -> dict[str, Place]:
     return found
 
 
+def separate(family: str) -> bool:
+    """Whether checkpoints of a family (model_type) hold a tensor for each expert, which transformers merges; false for those it does not know."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return False
+    steps = [step for each in get_checkpoint_conversion_mapping(family) or [] for step in getattr(each, "operations", ())]
+    return any(type(step).__name__ == "MergeModulelist" for step in steps)
+
+
 def routes(name: str) -> bool:
     """Whether a module of a block with experts, by its dotted name, chooses among them (gate, router, shared_expert_gate, …)."""
     return any(ROUTER.search(part) for part in name.split("."))
