@@ -131,7 +131,7 @@ def _targets(names: list[str], others: list[str]) -> list[str]:
 
 
 def _wider(name: str) -> tuple[str, ...]:
-    """Patterns of this module and more, the widest first: by its last part; of an expert's all experts, or what stands in its place, also by block."""
+    """Patterns of this module and others, the widest first: its last part; of an expert's all experts, or its place in them, also by block."""
     expert, leaf = expert_of(name), name.rpartition(".")[2]
     if expert is None:
         return (rf".*\.{re.escape(leaf)}$",)

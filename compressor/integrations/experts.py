@@ -31,7 +31,7 @@ ROUTER = re.compile(r"(^|_)(gate|router)$")
 
 
 class Experts(nn.Module):
-    """What a class of transformers becomes, as a base in front of it: children "0", "1", …, each with linears named as in `leaves`.
+    """What a class of transformers becomes, with its other methods and attributes: children "0", "1", …, each with linears named as in `leaves`.
 
     leaves: names of gate, up and down; the first is "" where there is no gate.
     """
@@ -233,8 +233,15 @@ def _become(module: nn.Module, path: str, parts: list[nn.ModuleDict], leaves: tu
     this.leaves, this.count, this.fused_path = leaves, len(parts), path
     for index, part in enumerate(parts):
         module.add_module(str(index), part)
-    kind = type(module)
-    object.__setattr__(module, "__class__", type(f"Unfused{kind.__name__}", (Experts, kind), {}))
+    object.__setattr__(module, "__class__", _apart(type(module)))
+
+
+def _apart(kind: type[nn.Module]) -> type[Experts]:
+    """A class with all that `kind` can do but building itself and running; no subclass of it, for transformers initialises those as fused ones."""
+    own: dict[str, Any] = {}
+    for each in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+        own |= {name: value for name, value in vars(each).items() if not name.startswith("__") and name != "forward"}
+    return type(f"Unfused{kind.__name__}", (Experts,), own)
 
 
 @torch.no_grad()
@@ -254,15 +261,15 @@ def _proven(module: nn.Module, parts: list[nn.ModuleDict], leaves: tuple[str, ..
         wanted = module(x, index, share)
     finally:
         this.config._experts_implementation = told
-    apart = _Apart(module, parts, leaves)
+    apart = _twin(module, parts, leaves)
     size, tolerance = float(wanted.abs().max()), max(TOLERANCE, 8 * torch.finfo(weight.dtype).eps)
     error = float((apart(x, index, share) - wanted).abs().max())
     return not math.isfinite(size) or error <= tolerance * size
 
 
-def _Apart(module: nn.Module, parts: list[nn.ModuleDict], leaves: tuple[str, ...]) -> Experts:
+def _twin(module: nn.Module, parts: list[nn.ModuleDict], leaves: tuple[str, ...]) -> Experts:
     """An Experts like the one that the module will become, which leaves the module as it is."""
-    twin: Any = Experts.__new__(type(f"Unfused{type(module).__name__}", (Experts, type(module)), {}))
+    twin: Any = Experts.__new__(_apart(type(module)))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = module._modules | {str(index): part for index, part in enumerate(parts)}
     twin.__dict__.update(leaves=leaves, count=len(parts))
@@ -275,13 +282,13 @@ def _checkpoint_names(model: Any, found: dict[str, nn.Module]) -> dict[str, tupl
 
     transformers' own reverse conversion gets parameters of one input and one row a projection, whose numbers say of whom they are: 4 expert + role.
     """
-    numbers = {}
+    numbers, cpu = {}, torch.device("cpu")  # whatever the default is while a model is built
     for path, module in found.items():
         this: Any = module
         count = len(this.down_proj)
         for name in (FUSED[0] if this.has_gate else FUSED[1], FUSED[2]):
-            roles = torch.tensor([2] if name == FUSED[2] else [0, 1] if this.has_gate else [1])
-            number = (4 * torch.arange(count).unsqueeze(1) + roles).float()  # [experts, rows]
+            roles = torch.tensor([2] if name == FUSED[2] else [0, 1] if this.has_gate else [1], device=cpu)
+            number = (4 * torch.arange(count, device=cpu).unsqueeze(1) + roles).float()  # [experts, rows]
             numbers[f"{path}.{name}"] = number.unsqueeze(1 if this.is_transposed else 2)
     loaded = model.__dict__.pop("_weight_conversions", None)  # what a checkpoint needed that was loaded; wanted is what the family's checkpoints need
     try:

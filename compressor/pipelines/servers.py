@@ -182,7 +182,7 @@ RULES = (
     Rule("transformers", ("compressed-tensors",), NO, "it reads all experts by one scheme, and others wrongly without a word", RAN,
          lambda f: len(set().union(*f.experts.values())) > 1),
     Rule("transformers", ("compressed-tensors",), NO, "it reads no zeros of experts", RAN, experts(2, 3, 4, 8)),
-    Rule("transformers", ("compressed-tensors",), NO, "checkpoints of this family hold all experts in one tensor, and it would leave packed ones random",
+    Rule("transformers", ("compressed-tensors",), NO, "checkpoints of this family hold all experts in one tensor: it would leave packed ones random",
          RAN, lambda f: f.merged),
     Rule("transformers", ("compressed-tensors",), NO, "compressed-tensors 0.20 reads no act-order", READ, lambda f: f.act_order),
     Rule("transformers", ("gptq", "awq"), CONDITIONS, "needs gptqmodel and optimum", RAN),
