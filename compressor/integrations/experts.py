@@ -14,9 +14,10 @@ A token runs through the linears of its experts only, an expert without tokens i
 `reason` says why; so do those whose linears do not give what the class itself does (`_proven`, on eight random tokens, where weights are at hand).
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,20 @@ def sources(model: nn.Module, module: str) -> dict[str, Place]:
     if this.has_bias:
         found["bias"] = _place(f"{this.fused_path}.{name}_bias", int(index), role, bool(experts.leaves[0]), inner, this)
     return found
+
+
+@contextlib.contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """While it lasts, peft finds no conversion for the family of an un-fused model: it would turn linears of experts into fused parameters."""
+    config: Any = getattr(model, "config", None)
+    if not any(isinstance(module, Experts) for module in model.modules()):
+        yield
+        return
+    object.__setattr__(config, "model_type", "")  # of the object; its class has the real one
+    try:
+        yield
+    finally:
+        object.__delattr__(config, "model_type")
 
 
 def separate(family: str) -> bool:

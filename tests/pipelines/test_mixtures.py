@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from compressor.errors import ModelError
-from compressor.integrations import experts
+from compressor.integrations import experts, peft
 from compressor.linear import packed_linears
-from compressor.pipelines import calibrate, compress, coverage, export, folder_facts, load, render, servers, write
+from compressor.pipelines import api, calibrate, compress, coverage, export, folder_facts, load, render, servers, write
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.projection import Target
 from compressor.pipelines.report import Report
@@ -200,7 +200,7 @@ def test_a_run_tunes_packed_experts_and_its_folder_reads_back(dense: dict[str, P
     text.write_text("The ship left the harbour at dawn. Below is an instruction that describes a task. " * 120)
     recipe = Recipe(model=str(dense["qwen2_moe"])).with_(
         device="cpu", quant__bits=3, quant__packer="gptq", quant__group=16, tune__method="peqa", tune__steps=3, tune__batch=1,
-        tune__targets="gate_proj,down_proj", data__data=str(text), data__outside=str(text), data__nsamples=4, data__seqlen=32, eval__max_tokens=256,
+        data__data=str(text), data__outside=str(text), data__nsamples=4, data__seqlen=32, eval__max_tokens=256,
     )  # fmt: skip
     costs = dry_run(recipe, tmp_path / "dry", Show())
     assert costs["packed_layers"] == 62 and len(costs["left_dense"]) == 2
@@ -213,3 +213,17 @@ def test_a_run_tunes_packed_experts_and_its_folder_reads_back(dense: dict[str, P
     assert "experts.*.down_proj (8)" in page and "mlp.experts.3.down_proj</td>" not in page
     first, second = (load.load(str(tmp_path / "out"), "cpu").model for _ in range(2))
     assert torch.equal(logits(first), logits(second)) and len(packed_linears(first)) == 62
+
+
+def test_lora_beside_experts_and_its_targets_by_last_part(dense: dict[str, Path], tmp_path: Path) -> None:
+    write.write_folder(packed("mixtral", RTN, dense["mixtral"]), tmp_path / "in")
+    model = api.load(str(tmp_path / "in"), device="cpu")
+    text = tmp_path / "text.txt"
+    text.write_text("The ship left the harbour at dawn. " * 60)
+    log = model.tune(str(text), "lora", seqlen=16, steps=2, batch=1, rank=2, targets="w2")
+    assert all(step["loss"] is not None for step in log.curve)
+    model.save(tmp_path / "out")
+    again = load.load(str(tmp_path / "out"), "cpu")
+    paths = {key.partition(".lora")[0] for key in peft.state(again.adapter)}
+    assert len(paths) == 8 and all(path.endswith(".w2") for path in paths)
+    assert torch.equal(logits(again.model), logits(model.model))
