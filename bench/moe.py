@@ -1,8 +1,8 @@
 """How many calibration tokens an expert needs, and what toy mixtures with random weights come to.
 
 `share` rows: a layer of `tiny` is packed at 3 bits on T = share x inputs tokens drawn at random, and on none; `error` is the relative error of its
-outputs on 4096 other tokens over that of packing without data. Below 1 the tokens helped. `toy` rows: Mixtral and Qwen2-MoE with random weights, 3-bit GPTQ:
-bytes, tokens of experts, seconds.
+outputs on 4096 other tokens over that of packing without data. Below 1 the tokens helped. `toy` rows: Mixtral and Qwen2-MoE with random weights,
+3-bit GPTQ: bytes, tokens of experts, seconds.
 
     python bench/moe.py
 """
