@@ -58,3 +58,24 @@ def harness(rows: Rows) -> str:
         same, delta = f"{r['same_predictions']} of {r['examples']}", r["max_delta_loglikelihood"] or "–"
         lines.append(f"| {r['folder']} | {r['task']} | {r['metric']} | {r['ours']} | {r['transformers']} | {r['stderr']} | {delta} | {same} |")
     return "\n".join([f"{rows[0]['engine']}:", "", *lines])
+
+
+def mixtures(rows: Rows) -> str:
+    """What calibration tokens are worth to an expert, and toy mixtures."""
+    found = [r for r in rows if r["kind"] == "share"]
+    shares = list(dict.fromkeys(r["share"] for r in found))
+    lines = [f"| tokens for each input | {' | '.join(shares)} |", f"|---|{'---|' * len(shares)}"]
+    for packer in dict.fromkeys(r["packer"] for r in found):
+        for word, pick in (("worst layer", max), ("mean", lambda values: sum(values) / len(values)), ("best layer", min)):
+            cells = [f"{pick([float(r['error']) for r in found if (r['share'], r['packer']) == (share, packer)]):.2f}" for share in shares]
+            lines.append(f"| {packer}, {word} | {' | '.join(cells)} |")
+    lines += ["", "Toy mixtures with random weights, 3-bit GPTQ, groups of 64, 16384 calibration tokens; one core of a busy machine:", ""]
+    lines += [
+        "| | experts | least, median, most tokens | too few | linears, 16 bits | packed, bits a weight | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in (r for r in rows if r["kind"] == "toy"):
+        tokens = ", ".join(r[f"{key}_tokens"] for key in ("least", "median", "most"))
+        size = f"{int(r['dense_bytes']) / 1e6:.2f} MB"
+        lines.append(f"| {r['model']} | {r['experts']} | {tokens} | {r['few']} | {size} | {r['packed_bits']} | {r['seconds']} |")
+    return "\n".join(lines)

@@ -358,7 +358,7 @@ def main() -> None:
         "README.md": text, "docs/sketches.md": sketches, "docs/pruning.md": pruning, "docs/adapters.md": adapters, "docs/tasks.md": merges,
         "docs/exports.md": exports, "docs/serving.md": servers.section, "docs/vllm.md": through_vllm,
         "docs/choosing.md": lambda: measure_tables.choosing(read("choose.csv")), "docs/sweeps.md": lambda: measure_tables.sweeping(read("sweep.csv")),
-        "docs/evaluation.md": lambda: measure_tables.harness(read("harness.csv")),
+        "docs/evaluation.md": lambda: measure_tables.harness(read("harness.csv")), "docs/moe.md": lambda: measure_tables.mixtures(read("moe.csv")),
     }  # fmt: skip
     for name, make in sections.items():
         path, section = ROOT / name, make()

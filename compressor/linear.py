@@ -1,5 +1,6 @@
 """PackedLinear, and the walk that finds the linears of a model's decoder blocks and swaps them."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -10,6 +11,14 @@ from compressor.errors import ModelError, RecipeError
 from compressor.kernels import dispatch
 from compressor.packed import Affine, PackedWeight, Table
 from compressor.view import WeightView
+
+EXPERT = re.compile(r"((?:.*\.)?experts)\.(\d+)\.(.+)")
+
+
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """(dotted name of the experts, which of them, name within it) of a linear of an expert of a mixture, else None."""
+    match = EXPERT.fullmatch(name)
+    return (match[1], int(match[2]), match[3]) if match else None
 
 
 def same_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

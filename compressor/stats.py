@@ -11,6 +11,7 @@ from torch import Tensor
 from compressor.errors import NumericError
 
 SUMS = ("hessian",)
+UNSEEN = "no calibration tokens reached this layer"
 
 
 class LayerStats:
@@ -19,7 +20,7 @@ class LayerStats:
     `tokens` counts the vectors seen; `hessian` is mean(x xT), [width, width] in `dtype` on the data's device, None before the first token or
     when not asked for. `fisher` [n, width], the squared gradients of one layer's weight, and `keep`, bool [n, width], false where a weight was
     pruned and must stay exactly zero, are no sums over inputs: the caller puts them here for the layer that is packed next. Raises ValueError for
-    a sum that nobody knows.
+    a sum that nobody knows. `why` says, where there is no `hessian`, what packers without one tell the report.
     """
 
     def __init__(self, width: int, needs: tuple[str, ...] = ("hessian",), dtype: torch.dtype = torch.float32):
@@ -31,6 +32,7 @@ class LayerStats:
         self.hessian: Tensor | None = None
         self.fisher: Tensor | None = None
         self.keep: Tensor | None = None
+        self.why = UNSEEN
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -48,6 +50,11 @@ class LayerStats:
                 self.hessian = torch.zeros(self.width, self.width, dtype=self.dtype, device=x.device)
             self.hessian.addmm_(rows.T, rows, beta=self.tokens / total, alpha=1 / total)
         self.tokens = total
+
+    def require(self, least: int) -> None:
+        """Forget the sums if fewer tokens than `least` were seen: packers then do without data, and say why."""
+        if 0 < self.tokens < least:
+            self.hessian, self.why = None, f"only {self.tokens} calibration tokens reached this layer, fewer than {least}"
 
     def check(self, name: str) -> None:
         """Raises NumericError naming the layer if any input so far was NaN or infinite, or too large to square (both reach the diagonal)."""

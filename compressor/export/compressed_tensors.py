@@ -22,6 +22,7 @@ from compressor.errors import ModelError
 from compressor.export import foreign, shards
 from compressor.export.shards import SHARD_BYTES
 from compressor.kernels import layout
+from compressor.linear import expert_of
 from compressor.packed import Affine, PackedWeight, by_groups
 
 NAME = "compressed-tensors pack-quantized"
@@ -118,12 +119,24 @@ def quantization_config(schemes: Schemes, ignore: list[str]) -> dict[str, Any]:
 
 
 def _targets(names: list[str], others: list[str]) -> list[str]:
-    """Regular expressions by the last part of the name where that part is of one scheme only, else the full names."""
-    leaf = lambda name: name.rpartition(".")[2]
-    shared = {leaf(name) for name in others}
-    own = sorted({leaf(name) for name in names} - shared)
-    rest = sorted(name for name in names if leaf(name) in shared)
-    return [rf"re:.*\.{re.escape(part)}$" for part in own] + [f"re:^{re.escape(name)}$" for name in rest]
+    """Regular expressions by the last part of the name where that part is of one scheme only, else the full names.
+
+    Experts of a mixture are named together where they are all of this scheme: transformers looks for the word, vLLM asks for gate_proj whatever the
+    checkpoint calls it, and thousands of names take long.
+    """
+    wide = dict.fromkeys(pattern for name in names for pattern in _wider(name))
+    free = {pattern for pattern in wide if not any(map(re.compile(pattern).match, others))}
+    chosen = {next((pattern for pattern in _wider(name) if pattern in free), f"^{re.escape(name)}$") for name in names}
+    return [f"re:{pattern}" for pattern in sorted(chosen)]
+
+
+def _wider(name: str) -> tuple[str, ...]:
+    """Patterns of this module and others, the widest first: its last part; of an expert's all experts, or its place in them, also by block."""
+    expert, leaf = expert_of(name), name.rpartition(".")[2]
+    if expert is None:
+        return (rf".*\.{re.escape(leaf)}$",)
+    within, block = rf"\.\d+\.{re.escape(expert[2])}$", f"^{re.escape(expert[0])}"
+    return r".*experts\.\d+\.", rf"{block}\.\d+\.", f".*experts{within}", f"{block}{within}"
 
 
 def read(folder: Path, files: list[Path], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError
 from compressor.integrations import peft as adapters
+from compressor.integrations.experts import own_names
 from compressor.linear import PackedLinear
 
 SAME = (
@@ -195,11 +196,12 @@ def _copied(made: Any, tensors: Mapping[str, Tensor]) -> bool:
     if made.peft_config[adapters.NAME].peft_type == "ADALORA":  # its ranks may be fewer than its configuration says
         return False
     before = {key: tensor.clone() for key, tensor in held.items()}
-    try:
-        peft.set_peft_model_state_dict(made, dict(tensors))
-    except BaseException:
-        peft.set_peft_model_state_dict(made, before)
-        raise
+    with own_names(made):
+        try:
+            peft.set_peft_model_state_dict(made, dict(tensors))
+        except BaseException:
+            peft.set_peft_model_state_dict(made, before)
+            raise
     return True
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
+from compressor.integrations.experts import own_names
 from compressor.linear import packed_linears, swap, targeted
 from compressor.recipe import Tune
 
@@ -113,7 +114,7 @@ class Adapters:
         config = self.kind.config(peft, self.options, {"target_modules": names, "task_type": _task(model)})
         if self.kind.name == "adalora":
             config.total_step, config.tinit, config.tfinal = max(steps, 1), round(WARM * steps), round(FINAL * steps)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), own_names(model):
             torch.manual_seed(self.seed)
             self.model = peft.get_peft_model(model, fuse(config))
         if self.kind.name == "adalora":
@@ -239,7 +240,7 @@ def beside(model: nn.Module, config: Callable[[Any], Any], tensors: Mapping[str,
     from compressor.integrations.fused import fuse
 
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), own_names(model):
             made: Any = peft.PeftModel(model, fuse(config(peft)))
         held = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
     except Exception as error:  # configurations of strangers raise what they like
@@ -247,7 +248,8 @@ def beside(model: nn.Module, config: Callable[[Any], Any], tensors: Mapping[str,
     if strange := sorted(held.keys() ^ tensors.keys()):  # told before peft loads, which would write any name of the model's own
         raise ModelError(f"{where} does not fit this model: {strange[0][:200]} belongs to one of them alone")
     try:
-        peft.set_peft_model_state_dict(made, dict(tensors))
+        with own_names(model):
+            peft.set_peft_model_state_dict(made, dict(tensors))
     except Exception as error:
         raise ModelError(f"{where}: peft cannot attach this adapter to {type(model).__name__}: {' '.join(str(error).split())[:200]}") from None
     return made.eval().requires_grad_(False)

@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compressor import linear
 from compressor.errors import ModelError
 from compressor.export import bitmask, shards, sparse, table
+from compressor.integrations import experts
 from compressor.packed import Affine, PackedWeight, Table
 
 
@@ -165,6 +166,7 @@ class CompressorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         where, headers = _headers(model, checkpoint_files)
+        experts.unfuse(model, headers)
         schemes = table.schemes_of(self.quantization_config.to_dict(), where)
         table.check_modules(schemes, {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in table.PARTS}, where)
         for stored, (bits, segment) in schemes.items():
@@ -173,6 +175,11 @@ class CompressorQuantizer(HfQuantizer):
             table.check(parts, bits, segment, (layer.out_features, layer.in_features), f"{where}: {stored}")
             _check_bias(layer, stored, headers, where)
             linear.swap(model, name, StoredLinear(layer, parts, bits, segment))
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """None where experts were taken apart: the names of the folder are those of the model then."""
+        apart = any(isinstance(module, experts.Experts) for module in model.modules())
+        return [] if apart else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         where = str(model.config.name_or_path or "the folder")
@@ -213,6 +220,7 @@ class SparseQuantizer(CompressorQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         where, headers = _headers(model, checkpoint_files)
+        experts.unfuse(model, headers)
         schemes = sparse.schemes_of(self.quantization_config.to_dict(), where)
         sparse.check_modules(schemes, headers, where)
         for stored, scheme in schemes.items():

@@ -23,7 +23,7 @@ from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
-from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
+from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
 from compressor.stats import LayerStats
@@ -95,15 +95,15 @@ def _absorb_block(
     block: nn.Module, index: int, deltas: dict[str, Delta], quant: Quant, ways: tuple[str, ...], calibration: Calibration | None, prefix: str
 ) -> list[dict[str, Any]]:
     layers = {leaf: layer for leaf, layer in linear.packed_linears(block).items() if leaf in deltas}
-    groups = [[leaf] for leaf in layers]
+    todo = [[[leaf]] for leaf in layers]
     if calibration is not None and layers:
         for leaf, layer in layers.items():
             linear.swap(block, leaf, _dense(layer, _merged(layer, deltas[leaf], prefix + leaf), calibration.hidden[0].dtype))
-        groups = shared_inputs(block, list(layers), lambda: calibration.run(block, index, keep=False, batches=1))
+        todo = steps(block, shared_inputs(block, list(layers), lambda: calibration.run(block, index, keep=False, batches=1)))
     rows = []
-    for leaves in groups:
-        stats = None if calibration is None else collect(block, index, leaves, PACKERS[quant.packer].needs, calibration, prefix + leaves[0])
-        for leaf in leaves:
+    for step in todo:
+        seen = [None] if calibration is None else collect_step(block, index, step, PACKERS[quant.packer].needs, calibration, prefix)
+        for leaf, stats in ((leaf, stats) for group, stats in zip(step, seen, strict=True) for leaf in group):
             layer, start = layers[leaf], time.perf_counter()
             merged = _merged(layer, deltas[leaf], prefix + leaf)
             weight, row = _best(layer.packed(), merged, stats, quant, ways)

@@ -2,21 +2,29 @@
 
 Hidden states wait in main memory, or where blockwise/hidden.py keeps them; a block is run as often as there are groups of linears that read the
 same input, and once more for its outputs. Which linears share an input is seen by running the block once, not known by name.
+
+Experts of a mixture read the tokens that are routed to them, and one pass serves all that stand in the same place (`steps`): the gates and ups of all
+experts, then the downs, in as many passes as SUMS bytes of sums need. What an expert's linears share is seen where any expert of the block ran. An
+expert that fewer tokens than LEAST for each of its inputs reach is packed without data: H of so few is far from that of the text, and GPTQ and
+sketches lose more by it than they gain (bench/moe.py; docs/moe.md).
 """
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
+from compressor.linear import expert_of
 from compressor.pipelines.blockwise.hidden import Hidden
 from compressor.stats import LayerStats
 
 BATCH_TOKENS = 8192  # tokens of calibration that run through a block at once
+SUMS = 2 << 30  # bytes of sums of experts that one pass gathers
+LEAST = 4  # tokens for each input of an expert, below which it is packed without data
 
 
 class Stop(Exception):
@@ -135,3 +143,86 @@ def collect(block: nn.Module, index: int, leaves: list[str], needs: tuple[str, .
         hook.remove()
     stats.check(name)
     return stats
+
+
+Step = list[list[str]]  # groups of linears that share an input, whose sums one pass gathers
+
+
+def steps(block: nn.Module, groups: Sequence[list[str]]) -> list[Step]:
+    """The groups that `shared_inputs` found, in order, with those of experts that stand in the same place together.
+
+    An expert that did not run is grouped as those that did; a step of experts holds at most SUMS bytes of second moments, or one expert's.
+    """
+    return [step for place in places(groups) for step in in_memory(block, place)]
+
+
+def places(groups: Sequence[list[str]]) -> list[Step]:
+    """As `steps`, whatever the sums take."""
+    known: dict[tuple[str, str], tuple[str, ...]] = {}  # (experts, a linear's name in one) -> all names of its group
+    for parts in map(_same_expert, groups):
+        for name in parts[1]:
+            if len(parts[1]) > len(known.get((parts[0], name), ())):
+                known[parts[0], name] = parts[1]
+    found_at: dict[tuple[str, ...], dict[int, list[str]]] = {}  # (experts, names of a group) -> groups by expert; or (names,) of no expert's group
+    for group in groups:
+        for leaf in group:
+            found = expert_of(leaf)
+            key = (leaf,) if found is None else (found[0], *known.get((found[0], found[2]), (found[2],)))
+            found_at.setdefault(tuple(group) if found is None else key, {}).setdefault(-1 if found is None else found[1], []).append(leaf)
+    return [[place[index] for index in sorted(place)] for place in found_at.values()]
+
+
+def _same_expert(group: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """(experts, names within one of them) of a group that is one expert's, else ("", ())."""
+    found = [expert_of(leaf) for leaf in group]
+    ours = [each for each in found if each is not None]
+    if len(ours) < len(found) or len({each[:2] for each in ours}) != 1:
+        return "", ()
+    return ours[0][0], tuple(each[2] for each in ours)
+
+
+def in_memory(block: nn.Module, groups: list[list[str]]) -> list[Step]:
+    """The groups of a place, cut so that the sums of each part take at most SUMS bytes."""
+    out: list[Step] = []
+    room = 0
+    for group in groups:
+        layer = block.get_submodule(group[0])
+        assert isinstance(layer, nn.Linear)
+        need = 4 * layer.in_features**2
+        if not out or need > room:
+            out.append([])
+            room = SUMS
+        out[-1].append(group)
+        room -= need
+    return out
+
+
+def collect_step(block: nn.Module, index: int, step: Step, needs: tuple[str, ...], calibration: Calibration, prefix: str) -> list[LayerStats]:
+    """`collect` for every group of a step, in one pass; those of experts without the sums if too few tokens reached them."""
+    experts = expert_of(step[0][0])
+    if experts is None:
+        return [collect(block, index, group, needs, calibration, prefix + group[0]) for group in step]
+    found = []
+    handles = []
+
+    def add(stats: LayerStats) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _m, args: stats.add(args[0])
+
+    def stop(*_: object) -> None:
+        raise Stop  # what comes after the experts is not needed
+
+    for group in step:
+        layer = block.get_submodule(group[0])
+        assert isinstance(layer, nn.Linear)
+        found.append(LayerStats(layer.in_features, needs))
+        handles.append(layer.register_forward_pre_hook(add(found[-1])))
+    handles.append(block.get_submodule(experts[0]).register_forward_hook(stop))
+    try:
+        calibration.run(block, index, keep=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for group, stats in zip(step, found, strict=True):
+        stats.check(prefix + group[0])
+        stats.require(LEAST * stats.width)
+    return found

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import ModelError, NumericError, RecipeError
+from compressor.integrations import experts
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines import journal
 from compressor.pipelines.blockwise.blocks import Blocks
-from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
+from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
 from compressor.pipelines.fisher import squared_gradients
 from compressor.pipelines.packers import PACKERS, needs
 from compressor.quant.starts import STARTS, check
@@ -80,18 +81,22 @@ def plan(model: nn.Module, quant: Quant) -> Plan:
     out = Plan(name)
     for index, block in enumerate(blocks):
         row = []
+        mixture = any(map(linear.expert_of, linear.linears(block)))
         for leaf, layer in linear.linears(block).items():
             full = f"{name}.{index}.{leaf}"
             target = Target(full, (layer.out_features, layer.in_features), quant=quant.of(full))
             if any(re.search(pattern, full) for pattern in quant.ignore):
                 target.reason = "named by --ignore"
+            elif mixture and experts.routes(leaf):
+                target.reason = "a router stays dense: it chooses the experts, and servers read it so"
             else:
                 target.group, target.note = PACKERS[target.quant.packer].resolve(layer.in_features, target.quant, full)
             row.append(target)
         out.targets.append(row)
         for leaf, parameter in block.named_parameters():
             if parameter.ndim == 3:
-                row.append(Target(f"{name}.{index}.{leaf}", tuple(parameter.shape), reason="fused experts are not packed yet"))
+                held = block.get_submodule(leaf.rpartition(".")[0])
+                row.append(Target(f"{name}.{index}.{leaf}", tuple(parameter.shape), reason=experts.reason(held)))
     if strange := [key for key in quant.layers if not any(means(key, t.name) for row in out.targets for t in row)]:
         raise RecipeError(f"quant.layers names {strange[0]!r}, and no linear of the decoder blocks is called so: give a whole name, or re:PATTERN")
     if not out.packed():
@@ -204,19 +209,22 @@ def _pack_block(
     block: nn.Module, index: int, targets: list[Target], how: How, calibration: Calibration | None, prefix: str, fisher: dict[str, Tensor]
 ) -> tuple[list[dict[str, Any]], dict[str, LowRank]]:
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
-    groups = [[leaf] for leaf in by_leaf]
+    todo = [[[leaf]] for leaf in by_leaf]
     if calibration is not None:
-        groups = shared_inputs(block, list(by_leaf), lambda: calibration.run(block, index, keep=False, batches=1))
+        todo = steps(block, shared_inputs(block, list(by_leaf), lambda: calibration.run(block, index, keep=False, batches=1)))
     rows: list[dict[str, Any]] = []
     paths: dict[str, LowRank] = {}
-    for leaves in groups:
-        start = time.perf_counter()
-        with _beside(block, paths):
-            sums = dict.fromkeys(each for leaf in leaves for each in PACKERS[by_leaf[leaf].quant.packer].needs)
-            name = by_leaf[leaves[0]].name
-            stats = collect(block, index, leaves, tuple(sums), calibration, name) if calibration is not None and sums else None
+    for step in todo:
+        start, found = time.perf_counter(), dict[str, LayerStats]()
+        leaves = [leaf for group in step for leaf in group]
+        sums = dict.fromkeys(each for leaf in leaves for each in PACKERS[by_leaf[leaf].quant.packer].needs)
+        if calibration is not None and sums:
+            with _beside(block, paths):
+                seen = zip(step, collect_step(block, index, step, tuple(sums), calibration, prefix), strict=True)
+                found = {leaf: stats for group, stats in seen for leaf in group}
         spent = (time.perf_counter() - start) / len(leaves)
         for leaf in leaves:
+            stats = found.pop(leaf, None)  # the last of a group frees its sums
             if stats is not None:
                 stats.fisher = fisher.pop(by_leaf[leaf].name, None)
                 stats.keep = block.get_parameter(f"{leaf}.weight").detach() != 0 if how.keep_zeros else None
@@ -274,6 +282,8 @@ def _pack_layer(
     }  # fmt: skip
     if how.beside(target.name):
         row["start_error"] = relative_error(weight, packed, stats, path)
+    if stats is not None and linear.expert_of(leaf):
+        row["tokens"] = stats.tokens
     return row | {"seconds": round(spent + time.perf_counter() - start, 4), "note": notes}, path
 
 

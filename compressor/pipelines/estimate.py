@@ -18,9 +18,10 @@ from torch import nn
 from compressor import linear
 from compressor.errors import ModelError
 from compressor.export import shards
+from compressor.integrations import experts
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
-from compressor.pipelines import checkpoint, compress, evaluate, load
+from compressor.pipelines import calibrate, checkpoint, compress, evaluate, load
 from compressor.pipelines.packers import PACKERS, needs
 from compressor.prune import slicing
 from compressor.quant import starts
@@ -73,7 +74,7 @@ def shell(folder: Path) -> nn.Module:
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
     slicing.resize(model)
-    return model
+    return experts.unfuse(model)
 
 
 def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path, before: nn.Module | None = None) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     device = load.pick_device(recipe.device)
     beside = checkpoint.model_bytes(source) - sum(path.stat().st_size for path in checkpoint.weight_files(source))  # tokenizer, config
     folder_bytes = packed_bytes + rest + beside + adapter.bytes
-    notes = [t.note for t in packed if t.note]
+    notes = list(dict.fromkeys(t.note for t in packed if t.note))
     if recipe.tune.adapter == "absorb" and adapter.bytes:
         notes.append(f"sizes are those with the adapter beside the base; if it is absorbed, the folder is {adapter.bytes:,} bytes smaller")
     trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
@@ -252,7 +253,7 @@ def _memory(
     table = any(packer.table for packer in packers)
     if needs(recipe.quant):
         widest = max(m.in_features for m in linear.linears(model).values())
-        out["compress"] += counts.calibration * hidden * size + (5 if table else 4) * widest * widest * 4
+        out["compress"] += counts.calibration * hidden * size + (5 if table else 4) * widest * widest * 4 + _expert_sums(model)
     if table:
         largest = max(m.in_features * m.out_features for m in linear.linears(model).values())
         buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
@@ -264,6 +265,15 @@ def _memory(
         steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
         out["tune"] = small + trained + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out
+
+
+def _expert_sums(model: nn.Module) -> int:
+    """Bytes of the sums of experts that one pass gathers."""
+    places = Counter[str]()
+    for name, layer in linear.linears(linear.find_blocks(model)[1]).items():
+        if expert := linear.expert_of(name):
+            places[f"{expert[0]}.{expert[2]}"] += 4 * layer.in_features**2
+    return min(calibrate.SUMS, max(places.values(), default=0))
 
 
 def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device, counts: Counts, parameters: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from compressor import __version__, disk, linear
 from compressor.errors import ModelError, OutputError
 from compressor.export import compressed_tensors, dense, merge, shards, table, task
-from compressor.integrations import attach, peft
+from compressor.integrations import attach, experts, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import adapters, card_serving, checkpoint, data, digests, formats, load, proof, tasks, write, writers
 from compressor.pipelines.digests import RECORD
@@ -102,7 +102,7 @@ def write_packed(loaded: load.Loaded, packed: dict[str, PackedWeight], folder: P
     native = formats.same(loaded.config, packed) or formats.pick(packed)
     packed = formats.stored(native, packed)
     weights: Iterable[tuple[str, Tensor | PackedWeight]] = chain(kept.items(), packed.items())
-    native.write(folder, _config(loaded), weights, sorted(linear.linears(loaded.model)))
+    native.write(folder, _config(loaded), weights, sorted([*linear.linears(loaded.model), *experts.routers(loaded.model)]))
     write.prove(folder, kept, packed)
     return {"format": native.NAME, "bits_per_weight": write.folder_bits(folder, packed), "verified": True}
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 from compressor.export import awq, gptq, hqq, mlx, shards, sparse, table
-from compressor.integrations import peft
+from compressor.integrations import experts, peft
 from compressor.kernels import layout
+from compressor.linear import expert_of
 from compressor.pipelines import checkpoint
 from compressor.prune import slicing
 
@@ -59,6 +60,7 @@ class Facts:
     maker: str = ""
     dense: frozenset[str] = frozenset()
     types: tuple[str, ...] = ()
+    merged: bool = False  # experts packed one by one, of a family whose checkpoints hold all in one tensor
 
     @property
     def kinds(self) -> set[Scheme]:
@@ -75,6 +77,15 @@ class Facts:
     @property
     def symmetric(self) -> bool:
         return all(scheme.symmetric for scheme in self.kinds)
+
+    @property
+    def experts(self) -> dict[str, set[Scheme]]:
+        """The schemes of the experts of a mixture by block."""
+        out: dict[str, set[Scheme]] = {}
+        for name, scheme in self.schemes.items():
+            if expert := expert_of(name):
+                out.setdefault(expert[0], set()).add(scheme)
+        return out
 
     @property
     def mixed(self) -> bool:
@@ -108,7 +119,10 @@ def facts(folder: Path) -> Facts:
     plain = frozenset(key.removesuffix(".weight") for key, tensor in headers.items() if key.endswith(".weight") and tensor.dim() == 2) - set(schemes)
     version, made = (gptq.label(quantization), ", ".join(gptq.makers(quantization))) if kind == "gptq" else ("", "")
     adapter, rank = _adapter(folder / peft.FOLDER)
-    return Facts(kind, architecture, schemes, shapes, ordered, adapter, rank, bool(config.get(slicing.WIDTHS)), version, made, plain)
+    merged = any(map(expert_of, schemes)) and not experts.separate(str(config.get("model_type")))
+    return Facts(
+        kind, architecture, schemes, shapes, ordered, adapter, rank, bool(config.get(slicing.WIDTHS)), version, made, plain, merged=merged
+    )  # fmt: skip
 
 
 def _adapter(folder: Path) -> tuple[str, int]:

@@ -17,7 +17,7 @@ import yaml
 from compressor import disk
 from compressor.errors import OutputError
 from compressor.integrations.peft import named
-from compressor.pipelines import card, card_serving, checkpoint, compress, load, render, write
+from compressor.pipelines import card, card_serving, checkpoint, compress, coverage, load, render, write
 from compressor.pipelines.blockwise import writing
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.journal import WRITTEN, Journal, clear, remove
@@ -97,7 +97,11 @@ class Job:
                 self.recipe.tune.start, self.recipe.tune.rank, self.starts, named(self.recipe.tune.targets),
             )  # fmt: skip
         journal.resumed |= taken > 0
-        self.report.layers, self.report.unpacked = loaded.rows, loaded.unpacked
+        self.report.layers, self.report.unpacked, self.report.experts = loaded.rows, loaded.unpacked, coverage.coverage(loaded.rows)
+        told = coverage.sentence(self.report.experts)
+        if told and told not in self.report.notes:
+            self.report.notes.append(told)
+            self.show.say(told)
         packed = load.packed_weights(loaded.model)
         self.packed_bits = write.bits_per_weight(write.block_weights(loaded) if self.sparse else packed, self.sparse)
         self.zero_bits = sum(weight.zero_bits() for weight in packed.values())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.errors import ModelError, RecipeError, UserError
 from compressor.export import conversions, shards
-from compressor.integrations import attach, peft
+from compressor.integrations import attach, experts, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import formats
 from compressor.pipelines.checkpoint import any_config, read_config, resolve, stored_dtype, weight_files
@@ -110,7 +110,8 @@ def load(name: str, device: str = "auto") -> Loaded:
     if not _fits(model, dtype):
         dtype = stored  # beyond float16, or not finite: the run says which
     compute = torch.float32 if where.type == "cpu" else dtype
-    return Loaded(cast(model, compute).to(where).eval(), load_tokenizer(folder), folder, name, config, dtype)
+    model = experts.unfuse(cast(model, compute).to(where).eval())
+    return Loaded(model, load_tokenizer(folder), folder, name, config, dtype)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -129,7 +130,7 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     """A folder of a format that `formats` knows with its linears packed, never dense; or a dense one whose blocks differ in width, which transformers
     cannot build."""
     tensors, packed = read_packed(folder, config)
-    model = empty_model(folder)
+    model = experts.unfuse(empty_model(folder), tensors)
     tensors = belonging(model, tensors)
     if device.type == "cpu":
         keep_stored(model, {key: t.dtype for key, t in tensors.items()})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from compressor.pipelines.coverage import folded
 from compressor.pipelines.pages import layer_plots, quality_parts, run_plots
 from compressor.pipelines.pages.figures import Panel
 from compressor.pipelines.pages.parts import cell, clean, document, esc, many, note, pairs, panels, pre, section, shape, table
@@ -84,6 +85,7 @@ def page(report: Report) -> str:
         section("Training", panels(run_plots.training(report))),
         section("Packing error", (note(ERROR) if errors else "") + panels(errors)),
         section("Bits per layer", _bits(report)),
+        section("Experts", pairs(report.experts)),
         section("Layers", _layers(report)),
         section("Time and memory", _stages(report)),
         section("Samples", "".join(_sample(s) for s in dicts(report.samples))),
@@ -144,11 +146,13 @@ def _layers(report: Report) -> str:
         [many(n, "linear"), f"{bits} bits", "one scale a row" if group == "-1" else f"group {group}", zero, packer]
         for (bits, group, zero, packer), n in kinds.items()
     ]
-    known = ("name", "shape", "bits", "group", "zero", "packer", "error", "start_error", "damp", "seconds", "note")
+    known, several = ("name", "shape", "bits", "group", "zero", "packer", "error", "start_error", "damp", "tokens", "seconds", "note"), len(rows)
+    rows = folded(rows)
     keys = tuple(h for h in known if any(r.get(h) is not None for r in rows))
     names = ["error with its path" if key == "start_error" else key for key in keys]
     cells = [[shape(r.get(h)) if h == "shape" else cell(r.get(h)) for h in keys] for r in rows]
-    every = f"<details><summary>{many(len(rows), 'packed linear')}, one by one</summary>{table(names, cells, 'rows')}</details>" if rows else ""
+    told = "one by one" if len(rows) == several else "those of experts together; each is in report.json"
+    every = f"<details><summary>{many(several, 'packed linear')}, {told}</summary>{table(names, cells, 'rows')}</details>" if rows else ""
     left = [[r.get("name"), shape(r.get("shape")), r.get("reason")] for r in dicts(report.unpacked)]
     dense = f"<p class=muted>Left dense</p>{table(('name', 'shape', 'reason'), left, 'rows')}" if left else ""
     return table(("packed", "bits", "group", "zero", "packer"), counts) + every + dense

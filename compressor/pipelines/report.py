@@ -51,6 +51,7 @@ class Report:
     choice: dict[str, Any] = field(default_factory=dict)  # what was asked of the size or the loss, predicted, chosen layer by layer, and reached
     layers: list[Any] = field(default_factory=list)
     unpacked: list[Any] = field(default_factory=list)
+    experts: dict[str, Any] = field(default_factory=dict)  # how the calibration text reached them
     pruning: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, Any] = field(default_factory=dict)

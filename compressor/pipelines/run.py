@@ -147,9 +147,8 @@ class Run(Job):
             "dense_dtype": plain(checkpoint.stored_dtype(self.source)), "folder_dtype": plain(loaded.dtype),
             "scale_dtype": plain(load.scale_dtype(self.recipe.quant.scale_dtype, loaded.dtype)),
         }  # fmt: skip
-        for target in found:
-            if target.note:
-                self.show.say(target.note)
+        for note in dict.fromkeys(target.note for target in found if target.note):
+            self.show.say(note)
         return loaded
 
     def _open(self) -> load.Loaded:

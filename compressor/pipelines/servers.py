@@ -125,6 +125,16 @@ def ragged(found: Facts) -> bool:
     return any(n % 64 or k % 128 for n, k in found.shapes.values())
 
 
+def experts(*bits: int) -> Callable[[Facts], bool]:
+    """Whether there are experts, of other widths than these or with zeros."""
+    return lambda found: any(scheme.bits not in bits or not scheme.symmetric for kinds in found.experts.values() for scheme in kinds)
+
+
+def unlike(found: Facts) -> bool:
+    """Whether experts of a block are packed in different ways."""
+    return any(len(kinds) > 1 for kinds in found.experts.values())
+
+
 def split(found: Facts) -> bool:
     return found.split() is not None
 
@@ -150,6 +160,10 @@ RULES = (
     Rule("vllm", ("awq",), NO, FUSED, READ, split),
     Rule("vllm", ("compressed-tensors", "gptq"), CONDITIONS, f"{FUSED}, which takes `--quantization compressor`; {BESIDE}", READ, split),
     Rule("vllm", ("table", "sparse"), CONDITIONS, BESIDE, RAN),
+    Rule("vllm", ("table", "sparse"), NO, "the plug-in takes no packed experts", READ, lambda f: bool(f.experts)),
+    Rule("vllm", ("compressed-tensors",), NO, "it takes experts of 4 and 8 bits, symmetric", READ, experts(4, 8)),
+    Rule("vllm", ("compressed-tensors",), NO, "it takes experts of a block packed in one way", READ, unlike),
+    Rule("vllm", ("compressed-tensors",), CONDITIONS, "its mixtures of experts were not run here", READ, lambda f: bool(f.experts)),
     Rule("vllm", ("gguf",), CONDITIONS, "GGUF is read by its own plug-in: pip install vllm-gguf-plugin", READ),
     Rule("llama.cpp", ("gguf",), YES, "", RAN),
     Rule("llama.cpp", ("gguf",), YES, "it rounds activations to 8 bits", RAN, lambda f: not set(f.types) <= {"F32", "F16", "BF16"}),
@@ -164,6 +178,12 @@ RULES = (
         "transformers", ("compressed-tensors",), NO, "`dequantize=True`, which asymmetric weights need, knows one scheme for all layers", RAN,
         lambda f: f.mixed and not f.symmetric,
     ),
+    Rule("transformers", ("compressed-tensors",), YES, "experts become dense, in the dtype of their scales", RAN, lambda f: bool(f.experts)),
+    Rule("transformers", ("compressed-tensors",), NO, "it reads all experts by one scheme, and others wrongly without a word", RAN,
+         lambda f: len(set().union(*f.experts.values())) > 1),
+    Rule("transformers", ("compressed-tensors",), NO, "it reads no zeros of experts", RAN, experts(2, 3, 4, 8)),
+    Rule("transformers", ("compressed-tensors",), NO, "checkpoints of this family hold all experts in one tensor: it would leave packed ones random",
+         RAN, lambda f: f.merged),
     Rule("transformers", ("compressed-tensors",), NO, "compressed-tensors 0.20 reads no act-order", READ, lambda f: f.act_order),
     Rule("transformers", ("gptq", "awq"), CONDITIONS, "needs gptqmodel and optimum", RAN),
     Rule("transformers", ("gptq",), NO, "its loader takes one scheme for all layers", RAN, lambda f: f.mixed),

@@ -13,7 +13,7 @@ from compressor.errors import CompressorError
 from compressor.export import dense as dense_format
 from compressor.export import shards
 from compressor.export import sparse as sparse_format
-from compressor.integrations import attach, peft
+from compressor.integrations import attach, experts, peft
 from compressor.packed import PackedWeight
 from compressor.pipelines import formats
 from compressor.pipelines.blockwise.blocks import Blocks
@@ -77,7 +77,7 @@ def _write_base(loaded: Loaded, folder: Path, sparse: bool) -> dict[str, Any]:
         yield from ((name, t.to(loaded.dtype) if t.is_floating_point() else t) for name, t in dense.items())
         yield from packed.items()
 
-    native.write(folder, config_of(loaded), stream(), sorted(linear.linears(loaded.model)))
+    native.write(folder, config_of(loaded), stream(), sorted([*linear.linears(loaded.model), *experts.routers(loaded.model)]))
     copy_companions(loaded.folder, folder)
     prove(folder, dense, packed)
     sparse = native is sparse_format

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from compressor.errors import ModelError
-from compressor.linear import find_blocks
+from compressor.linear import expert_of, find_blocks
 
 HEADS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
          ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"))  # fmt: skip
@@ -76,7 +76,8 @@ def arrangement(block: nn.Module, where: str = "the block") -> tuple[tuple[str, 
     if heads is None or ffn is None:
         known = HEADS if heads is None else FFN
         wanted = " or ".join(", ".join(row) for row in known)
-        raise ModelError(f"{where} cannot be pruned by structure: it has the linears {', '.join(sorted(names))}, and not {wanted}")
+        shown = sorted({name if (expert := expert_of(name)) is None else f"{expert[0]}.*.{expert[2]}" for name in names})
+        raise ModelError(f"{where} cannot be pruned by structure: it has the linears {', '.join(shown)}, and not {wanted}")
     return heads, ffn
 
 

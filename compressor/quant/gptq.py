@@ -26,7 +26,7 @@ from compressor.packing import panels, require_finite
 from compressor.quant import grid, rtn
 from compressor.quant.refine import refine
 from compressor.recipe import Quant
-from compressor.stats import LayerStats
+from compressor.stats import UNSEEN, LayerStats
 
 PANEL = 1 << 26  # weights swept at a time: large, for every column of a panel costs a few kernel launches
 ROUNDS = 3  # of refinement; measured in docs/log.md
@@ -43,7 +43,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     if keep is not None:
         w = _masked(w, keep)
     if stats is None or stats.hessian is None:
-        return _rounded(w, options, group, scale_dtype, "no calibration tokens reached this layer")
+        return _rounded(w, options, group, scale_dtype, UNSEEN if stats is None else stats.why)
     hessian, dead = living(stats.hessian.to(w.device, torch.float32, copy=True))
     order = rounding_order(hessian, options.act_order)
     factor, damp, note = factorise(hessian, order, options.damp)

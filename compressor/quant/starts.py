@@ -30,7 +30,7 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
-from compressor.stats import LayerStats
+from compressor.stats import UNSEEN, LayerStats
 
 EXACT = 1024
 EXTRA = 24
@@ -70,7 +70,7 @@ def eva(w: Tensor, pack: Pack, stats: LayerStats | None, rank: int) -> Found:
     packed, facts = pack(w)
     hessian = _hessian(w, stats)
     if hessian is None:
-        return packed, _noted(facts, "no calibration tokens reached this layer; its path starts at zero"), None
+        return packed, _noted(facts, f"{UNSEEN if stats is None else stats.why}; its path starts at zero"), None
     return packed, facts, (directions(hessian, rank), torch.zeros(w.shape[0], rank, device=w.device))
 
 

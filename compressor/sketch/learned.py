@@ -29,7 +29,7 @@ from compressor.packed import PackedWeight, Table
 from compressor.packing import panels, require_finite
 from compressor.recipe import Quant
 from compressor.sketch import kmeans, refit
-from compressor.stats import LayerStats
+from compressor.stats import UNSEEN, LayerStats
 
 PANEL = 1 << 24  # weights swept at a time
 SWEEPS = 5  # refits that a new sweep, or at last the descent, follows; measured in docs/log.md
@@ -44,7 +44,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
     """
     require_finite(w)
     if stats is None or stats.hessian is None:
-        return _unseen(w, options, group, dtype, "no calibration tokens reached this layer")
+        return _unseen(w, options, group, dtype, UNSEEN if stats is None else stats.why)
     raw = stats.hessian.to(w.device, torch.float32)
     hessian, dead = living(raw.clone())
     order = rounding_order(hessian, options.act_order)

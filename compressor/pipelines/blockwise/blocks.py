@@ -26,7 +26,10 @@ from compressor.pipelines.blockwise.hidden import Hidden, Recomputed, Spool
 from compressor.pipelines.blockwise.source import Source
 from compressor.pipelines.calibrate import BATCH_TOKENS, Calibration
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "olmo2", "granite", "starcoder2", "stablelm")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "olmo2", "granite", "starcoder2", "stablelm",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe",
+)  # fmt: skip
 HELD = 256 << 20  # bytes of hidden states that wait in memory if nothing else is asked for
 KEEPING = ("auto", "memory", "disk", "recompute")
 

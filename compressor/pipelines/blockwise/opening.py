@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations import experts
 from compressor.pipelines import checkpoint, load
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks, place
 from compressor.pipelines.blockwise.source import Source
@@ -104,6 +105,7 @@ def _shell(folder: Path) -> Any:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
+    experts.unfuse(model)  # names are those of the files from here on
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -10,6 +10,7 @@ from torch import Tensor
 from compressor import linear
 from compressor.errors import CompressorError
 from compressor.export import compressed_tensors, table
+from compressor.integrations import experts
 from compressor.packed import PackedWeight
 from compressor.pipelines import checkpoint, write
 from compressor.pipelines.blockwise.blocks import Blocks
@@ -29,7 +30,7 @@ def write_folder(loaded: Loaded, blocks: Blocks, folder: Path) -> dict[str, Any]
                 raise CompressorError(f"no format can hold the model; {native.NAME}: {why}")
             yield from weights.items()
 
-    native.write(folder, write.config_of(loaded), stream(), sorted(linear.linears(loaded.model)))
+    native.write(folder, write.config_of(loaded), stream(), sorted([*linear.linears(loaded.model), *experts.routers(loaded.model)]))
     write.copy_companions(loaded.folder, folder)
     quantization = checkpoint.any_config(folder)["quantization_config"]
     dense, again = native.each(folder, checkpoint.weight_files(folder), quantization)

@@ -1,7 +1,8 @@
 """What packing one group of linears by each of several options costs: bits, and damage to the model when only this group is packed.
 
-A unit is the linears of a block that read the same input (q/k/v, gate/up): they get one option together, so that servers can fuse them. One pass
-of the calibration windows through the dense model's blocks collects their inputs; every unit is packed by every option, on inputs of the dense model.
+A unit is the linears of a block that read the same input (q/k/v, gate/up), or all linears of its experts: they get one option together, so that
+servers can fuse them. One pass of the calibration windows through the dense model's blocks collects their inputs; every unit is packed by every
+option, on inputs of the dense model.
 
     kl      damage = mean over tokens of KL(p_dense || p_now), nats, logits of a few windows that do not calibrate, with only this unit packed
     error   damage = sum over the unit's linears of the relative squared error of their outputs on the calibration inputs; runs no model
@@ -15,7 +16,7 @@ Finished blocks are kept in the work folder.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import NumericError
+from compressor.linear import expert_of
+from compressor.packed import PackedWeight
 from compressor.packing import relative_error
 from compressor.pipelines import journal
-from compressor.pipelines.calibrate import Calibration, collect, shared_inputs
+from compressor.pipelines.calibrate import Calibration, Step, collect_step, in_memory, places, shared_inputs
 from compressor.pipelines.compress import Plan
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.packers import PACKERS
@@ -111,10 +114,12 @@ def measure(
         if found is None:
             leaves = [t.name.removeprefix(prefix) for t in todo.targets[index] if not t.reason]
             found = []
-            for group in shared_inputs(block, leaves, partial(calibration.run, block, index, keep=False, batches=1)):
-                sums = tuple(dict.fromkeys(each for quant in ways.values() for each in (*PACKERS[quant.packer].needs, "hessian")))
-                stats = collect(block, index, group, sums, calibration, prefix + group[0])
-                found.append(asdict(_unit(block, prefix, group, ways, scale_dtype, stats, damage, on_option, keep_zeros)))
+            sums = tuple(dict.fromkeys(each for quant in ways.values() for each in (*PACKERS[quant.packer].needs, "hessian")))
+            groups = shared_inputs(block, leaves, partial(calibration.run, block, index, keep=False, batches=1))
+            for steps in _alike(block, places(groups)):
+                seen = (zip(step, collect_step(block, index, step, sums, calibration, prefix), strict=True) for step in steps)
+                shared = [group for step in steps for group in step]
+                found.append(asdict(_unit(block, prefix, shared, ways, scale_dtype, seen, damage, on_option, keep_zeros)))
             journal.keep(path, {}, found)
         units += [Unit.from_dict(row) for row in found]
         if index + 1 < len(blocks):
@@ -122,29 +127,39 @@ def measure(
     return units
 
 
+def _alike(block: nn.Module, found: list[Step]) -> list[list[Step]]:
+    """The steps of each unit: those of a block's experts are one unit, for servers run all of them as one layer."""
+    units: dict[tuple[str, ...], list[Step]] = {}
+    for place in found:
+        expert = expert_of(place[0][0])
+        units.setdefault(tuple(place[0]) if expert is None else (expert[0],), []).extend(in_memory(block, place))
+    return list(units.values())
+
+
+Seen = Iterable[Iterable[tuple[list[str], LayerStats]]]  # by step: linears that share an input, and what is known of it
+
+
 def _unit(
-    block: nn.Module, prefix: str, leaves: Sequence[str], ways: dict[str, Quant], dtype: torch.dtype, stats: LayerStats,
+    block: nn.Module, prefix: str, groups: Step, ways: dict[str, Quant], dtype: torch.dtype, seen: Seen,
     damage: Callable[[], float] | None, on_option: Callable[[int, str], None], keep_zeros: bool,
 ) -> Unit:  # fmt: skip
-    layers = {leaf: block.get_submodule(leaf) for leaf in leaves}
-    weights = {leaf: layer.get_parameter("weight") for leaf, layer in layers.items()}
-    k = next(iter(weights.values())).shape[1]
+    """All packed weights of the unit, by every option, wait in memory until the last of its sums is gathered."""
+    leaves = [leaf for group in groups for leaf in group]
+    weights = {leaf: block.get_submodule(leaf).get_parameter("weight") for leaf in leaves}
+    distinct = _distinct(ways, dict.fromkeys(w.shape[1] for w in weights.values()), prefix + leaves[0])
+    packed: list[dict[str, PackedWeight]] = [{} for _ in distinct]
+    errors = [0.0] * len(distinct)
+    for leaf, stats in ((leaf, stats) for step in seen for group, stats in step for leaf in group):
+        exact = weights[leaf].detach().float()
+        stats.keep = exact != 0 if keep_zeros else None
+        for i, (quant, sizes, _) in enumerate(distinct):
+            packed[i][leaf] = PACKERS[quant.packer](exact, stats, quant, sizes[exact.shape[1]], dtype)[0]
+            errors[i] += relative_error(exact, packed[i][leaf], stats) ** 2
     options = []
-    for quant, group, specs in _distinct(ways, k, prefix + leaves[0]):
-        kept = {leaf: weight.detach().clone() for leaf, weight in weights.items()}
-        bits, error = 0, 0.0
-        for leaf, weight in weights.items():
-            exact = kept[leaf].float()
-            stats.keep = exact != 0 if keep_zeros else None
-            packed = PACKERS[quant.packer](exact, stats, quant, group, dtype)[0]
-            bits += packed.stored_bits()
-            error += relative_error(exact, packed, stats) ** 2
-            weight.copy_(packed.dequantize(weight.dtype))
-        cost = error if damage is None else damage()
-        for leaf, weight in weights.items():
-            weight.copy_(kept[leaf])
+    for (_, _, specs), mine, error in zip(distinct, packed, errors, strict=True):
+        cost = error if damage is None else _with(weights, mine, damage)
         if math.isfinite(cost):
-            options.append(Option(tuple(specs), bits, cost))
+            options.append(Option(tuple(specs), sum(w.stored_bits() for w in mine.values()), cost))
         on_option(len(specs) * len(leaves), f"{prefix}{leaves[0]} {specs[0]}")
     if not options:
         raise NumericError(
@@ -153,15 +168,26 @@ def _unit(
     return Unit(tuple(prefix + leaf for leaf in leaves), sum(w.numel() for w in weights.values()), tuple(options))
 
 
-def _distinct(ways: dict[str, Quant], k: int, name: str) -> list[tuple[Quant, int, list[str]]]:
-    """The ways that differ for a linear of k inputs, each with its group size and all candidates that come to it."""
-    found: list[tuple[dict[str, Any], Quant, int, list[str]]] = []
+def _with(weights: dict[str, nn.Parameter], packed: dict[str, PackedWeight], damage: Callable[[], float]) -> float:
+    """The damage while the weights are what they are when packed."""
+    kept = {leaf: weight.detach().clone() for leaf, weight in weights.items()}
+    for leaf, weight in weights.items():
+        weight.copy_(packed[leaf].dequantize(weight.dtype))
+    found = damage()
+    for leaf, weight in weights.items():
+        weight.copy_(kept[leaf])
+    return found
+
+
+def _distinct(ways: dict[str, Quant], widths: Iterable[int], name: str) -> list[tuple[Quant, dict[int, int], list[str]]]:
+    """The ways that differ for linears of so many inputs, each with the group size by width and all candidates that come to it."""
+    found: list[tuple[dict[str, Any], Quant, dict[int, int], list[str]]] = []
     for spec, quant in ways.items():
-        group = PACKERS[quant.packer].resolve(k, quant, name)[0]
-        key = asdict(quant) | {"group": group, "gpr": None}
+        sizes = {k: PACKERS[quant.packer].resolve(k, quant, name)[0] for k in widths}
+        key = asdict(quant) | {"group": sizes, "gpr": None}
         same = next((row for row in found if row[0] == key), None)
         if same is None:
-            found.append((key, quant, group, [spec]))
+            found.append((key, quant, sizes, [spec]))
         else:
             same[3].append(spec)
     return [row[1:] for row in found]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from compressor.linear import expert_of
 from compressor.pipelines.pages import run_plots
 from compressor.pipelines.pages.parts import cell, esc, many, note, panels, short, table
 from compressor.pipelines.report import DASH, STATES, Report, dicts, fixed, number, short_names, size
@@ -113,6 +114,7 @@ def choice(report: Report) -> str:
 
 def _layers(names: Any) -> str:
     names = [str(n) for n in names] if isinstance(names, list) else [str(names)]
+    names = list(dict.fromkeys(n if (found := expert_of(n)) is None else f"{found[0]}.*.{found[2]}" for n in names))
     return ", ".join(names[:LAYERS_NAMED]) + (f" and {len(names) - LAYERS_NAMED} more" if len(names) > LAYERS_NAMED else "")
 
 
