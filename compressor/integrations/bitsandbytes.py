@@ -1,7 +1,7 @@
 """AdamW of bitsandbytes behind the face of our training loop: moments of 8 bits, in memory that the driver pages, or both.
 
-8 bits: moments are codes of a table of 256 values, scaled by the largest of each block of 256 (Dettmers et al., arXiv 2110.02861); tensors of
-fewer than 4096 numbers keep float32. Paged: CUDA's unified memory, which moves to the host when the GPU runs short (Dettmers et al., arXiv 2305.14314).
+8 bits: moments are codes of a table of 256 values, scaled by the largest of each block of 256 (Dettmers et al., arXiv 2110.02861); tensors of fewer
+than 4096 numbers keep float32. Paged: CUDA's unified memory, which moves to the host when the GPU runs short (Dettmers et al., arXiv 2305.14314).
 
 Why this library: from 0.50 on its kernels run on CPUs as well as on GPUs and its state is plain tensors, so that what is checkpointed is what it
 steps on, bit for bit. torchao's AdamW8bit (0.18) compiles a kernel for every shape, on a CPU by a C++ compiler that must be there.
