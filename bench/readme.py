@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import measure_tables
+import memory_table
 import quality_table
 
 from compressor.pipelines import capabilities, servers
@@ -358,6 +359,7 @@ def main() -> None:
         "README.md": text, "docs/sketches.md": sketches, "docs/pruning.md": pruning, "docs/adapters.md": adapters, "docs/tasks.md": merges,
         "docs/exports.md": exports, "docs/serving.md": servers.section, "docs/vllm.md": through_vllm,
         "docs/choosing.md": lambda: measure_tables.choosing(read("choose.csv")), "docs/sweeps.md": lambda: measure_tables.sweeping(read("sweep.csv")),
+        "docs/scale.md": lambda: memory_table.section(read("tune_memory.csv")),
         "docs/evaluation.md": lambda: measure_tables.harness(read("harness.csv")),
     }  # fmt: skip
     for name, make in sections.items():
