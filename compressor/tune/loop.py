@@ -62,13 +62,11 @@ def train(
     """Train `parameters` (what a tuner attached to `model`, float32) in place and return the log.
 
     model: a transformers model, everything but `parameters` frozen; objective: the examples and their loss (CausalLM for windows of tokens).
-    folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is continued, any other is overwritten.
-    evaluate runs every options.eval_every steps and at the end, in eval mode without gradients. on_step gets each step's record; that of a
-    dropped step has loss None and a note, and is not in the curve. pruner: what removes parts of the model on the way (compressor.prune).
-    optimizer: what makes options.optimizer, where a library has it (compressor.tune.optimizers).
-
-    ModelError for parameters that cannot be trained, NumericError after three non-finite steps or evaluations in a row (the parameters are then
-    the last good ones), OutputError when a checkpoint cannot be written.
+    folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is continued, any other is overwritten. evaluate runs
+    every options.eval_every steps and at the end, in eval mode without gradients. on_step gets each step's record; that of a dropped step has loss
+    None and a note, and is not in the curve. pruner: what removes parts of the model on the way (compressor.prune). optimizer: what makes
+    options.optimizer, where a library has it (compressor.tune.optimizers). ModelError for parameters that cannot be trained, NumericError after
+    three non-finite steps or evaluations in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
     """
     batches, peak = Batches(objective, options, seed), _peak(options)
     state, log = State(parameters, options.weight_decay, pruner, optimizer or own(options.optimizer)), TrainLog(batches.steps, notes=batches.notes)
