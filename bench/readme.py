@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import measure_tables
+import memory_table
 import quality_table
 
 from compressor.pipelines import capabilities, servers
@@ -359,6 +360,7 @@ def main() -> None:
         "docs/exports.md": exports, "docs/serving.md": servers.section, "docs/vllm.md": through_vllm,
         "docs/choosing.md": lambda: measure_tables.choosing(read("choose.csv")), "docs/sweeps.md": lambda: measure_tables.sweeping(read("sweep.csv")),
         "docs/evaluation.md": lambda: measure_tables.harness(read("harness.csv")), "docs/moe.md": lambda: measure_tables.mixtures(read("moe.csv")),
+        "docs/scale.md": lambda: memory_table.section(read("tune_memory.csv")),
     }  # fmt: skip
     for name, make in sections.items():
         path, section = ROOT / name, make()

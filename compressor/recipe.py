@@ -149,6 +149,8 @@ class Tune:
     checkpoint_every: int = 50  # steps
     eval_every: int = 50  # steps; 0 evaluates only at the end
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"  # adamw | adamw8bit, moments of 8 bits | paged-adamw | paged-adamw8bit, moments that move to the host: of bitsandbytes
+    offload: str = "none"  # none | cpu: packed words wait in host memory and visit the GPU block by block
     rank: int = 8  # adapters: of the low-rank path
     alpha: float = 16.0  # adapters: the product is scaled by alpha / rank
     dropout: float = 0.0  # adapters: of their inputs
@@ -159,6 +161,7 @@ class Tune:
     absorb_limit: float = 0.02  # absorbing may raise the perplexity of the domain by this share; beyond it the adapter stays
 
 
+OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit")
 AFTER = ("adapter", "absorb_limit")  # keys of Tune for what is done once it is trained
 
 
@@ -217,7 +220,7 @@ class Recipe:
             keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
             keys |= {"choose": values["choose"]} if self.choose.active else {}
         if STAGES.index(upto) >= STAGES.index("tune"):
-            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", *AFTER)}
+            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", "offload", *AFTER)}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -334,11 +337,15 @@ def _check(r: Recipe) -> None:
         (0 <= t.warmup < 1, f"warmup={t.warmup} is a share of the steps, from 0 to below 1"),
         (0 <= t.clip < math.inf and 0 <= t.weight_decay < math.inf, "clip and weight_decay must not be negative"),
         (t.grid in ("none", "q4_k", "q3_k", "q2_k"), f"tune.grid={t.grid!r}: choose none, q4_k, q3_k or q2_k"),
+        (t.optimizer in OPTIMIZERS, f"tune.optimizer={t.optimizer!r}: choose {', '.join(OPTIMIZERS)}"),
+        (t.offload in ("none", "cpu"), f"tune.offload={t.offload!r}: choose none or cpu"),
+        (t.offload == "none" or t.gradient_checkpointing,
+         "tune.offload=cpu needs blocks that are computed anew going back, or all words would stay on the GPU: add --gradient-checkpointing"),
         (t.checkpoint_every > 0 and t.eval_every >= 0, "checkpoint_every must be positive and eval_every not negative"),
         (e.window is None or e.window > 1, f"window={e.window} must be at least 2"),
         (e.max_tokens >= 0, f"max_tokens={e.max_tokens} must not be negative"),
         (e.task_limit >= 0, f"task_limit={e.task_limit} must not be negative"),
-    ]
+    ]  # fmt: skip
     for fine, message in rules:
         if not fine:
             raise RecipeError(message)

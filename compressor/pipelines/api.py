@@ -105,7 +105,7 @@ class Model:
         self._remember()
         tuning = Tuning(self._loaded, chosen, seed, Batches(objective, chosen, seed).steps)
         try:
-            log = train(self.model, tuning.parameters, objective, chosen, seed, None, "", None, None, tuning.pruner)
+            log = train(self.model, tuning.parameters, objective, chosen, seed, None, "", None, None, tuning.pruner, tuning.optimizer)
         except BaseException:
             tuning.give_up()
             raise

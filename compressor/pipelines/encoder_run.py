@@ -173,7 +173,9 @@ class EncoderRun(Job):
         steps = Batches(objective, options, seed).steps
         tuning = Tuning(self.encoder.loaded, options, seed, steps, self.starts)
         with self.training("tune", self.key_tune, steps, journal) as (folder, on_step):
-            log = train(self.encoder.model, tuning.parameters, objective, options, seed, folder, self.key_tune, None, on_step, tuning.pruner)
+            log = train(
+                self.encoder.model, tuning.parameters, objective, options, seed, folder, self.key_tune, None, on_step, tuning.pruner, tuning.optimizer
+            )
         journal.resumed |= log.resumed_from > 0
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": tuning.finish(), "windows": len(self.train_rows),

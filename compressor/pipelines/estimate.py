@@ -6,6 +6,7 @@ Evaluations in the course of tuning are not counted. Adapters are counted by pef
 """
 
 import functools
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
+from compressor.tune.optimizers import moment_bytes
 
 EFFICIENCY = 0.25
 BASE = 380 << 20  # bytes of the interpreter and its libraries
@@ -36,7 +38,7 @@ DECODE = {True: 1e-10, False: 15e-9}  # seconds a weight and token of a sample t
 GRID = 1.6e-7  # seconds a weight of the clipping search on one core
 KMEANS, SORT = 5e-9, 4e-7  # seconds of k-means on one core: per pair of buckets and entry of a table; per weight
 SKETCHING = 60  # bytes a weight of a panel while it is sketched
-TUNING, PATHS = 32, 28  # bytes a scale or table entry, and a number of an adapter, while they are tuned
+IN_USE = 4  # bytes a scale or table entry as the forward pass uses it, beside what training keeps of it
 TENSOR = 170  # bytes a stored tensor of an adapter costs beside its numbers: its name and place, and the name of its linear in the configuration
 DENSE = {"dora": 5, "loha": 4, "lokr": 2}  # float32 matrices as large as the weight that an adapter makes while it computes
 KEPT = ("loha", "lokr")  # kinds that keep one of them from forward to backward
@@ -139,7 +141,7 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     notes = list(dict.fromkeys(t.note for t in packed if t.note))
     if recipe.tune.adapter == "absorb" and adapter.bytes:
         notes.append(f"sizes are those with the adapter beside the base; if it is absorbed, the folder is {adapter.bytes:,} bytes smaller")
-    trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
+    trained = _kept(recipe.tune, device, adapter.numbers) or _trained(recipe.tune, packed, values, device)
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
         "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": checkpoint.model_bytes(source) / folder_bytes,
@@ -162,7 +164,7 @@ def retuning(
     recipe = recipe.with_(quant=Quant(packer="rtn"))  # packs nothing; what the stages after packing take is the same
     weights, adapter, device = sum(t.shape[0] * t.shape[1] for t in packed), added(recipe.tune, packed), load.pick_device(recipe.device)
     parameters, now = _parameters(model), checkpoint.model_bytes(source)
-    trained = PATHS * adapter.numbers or _trained(recipe.tune, packed, values)
+    trained = _kept(recipe.tune, device, adapter.numbers) or _trained(recipe.tune, packed, values, device)
     memory = _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, [packed]))
     memory["load"] = memory.pop("compress") - parameters * (4 if device.type == "cpu" else 2) + 2 * now
     seconds = _seconds(recipe, packed, device, counts, parameters)
@@ -228,12 +230,18 @@ def _deltas(options: Tune, blocks: list[list[compress.Target]]) -> int:
     return DENSE[options.method] * max(size for block in sizes for size in block) + (kept if options.method in KEPT else 0)
 
 
-def _trained(options: Tune, packed: list[compress.Target], values: int) -> int:
+def _kept(options: Tune, device: torch.device, numbers: int) -> int:
+    """Bytes that training keeps of so many numbers on this device: value, gradient, moments and, where the device is the host, the good copy."""
+    moments = moment_bytes(options.optimizer)
+    return math.ceil(numbers * (8 + moments + (4 + moments if device.type == "cpu" else 0)))
+
+
+def _trained(options: Tune, packed: list[compress.Target], values: int, device: torch.device) -> int:
     """Bytes of scales or table entries, or of what moves zeros, that are trained, with their gradients, moments and good copy."""
     if options.method != "qalora":
-        return TUNING * values
+        return IN_USE * values + _kept(options, device, values)
     shapes = [(t.shape[0], -(-t.shape[1] // t.group)) for t in adapted(options, packed)]
-    return PATHS * sum(min(options.rank, groups) * (n + groups) for n, groups in shapes)
+    return _kept(options, device, sum(min(options.rank, groups) * (n + groups) for n, groups in shapes))
 
 
 def _memory(
@@ -263,7 +271,8 @@ def _memory(
     if recipe.tune.method != "none":
         kept = hidden if recipe.tune.gradient_checkpointing else alive
         steps = counts.step * size * kept * layers + 4 * min(LOGITS, counts.step * vocab) * 4
-        out["tune"] = small + trained + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
+        waiting = packed_bytes * (layers - 1) // layers if recipe.tune.offload == "cpu" else 0
+        out["tune"] = small - waiting + trained + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out
 
 

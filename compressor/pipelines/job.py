@@ -26,6 +26,7 @@ from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.report import Report, environment
 from compressor.pipelines.show import Show
 from compressor.pipelines.stages import Stage
+from compressor.pipelines.tuners import optimizer
 from compressor.recipe import KEPT, Quant, Recipe
 from compressor.stopping import held
 from compressor.tune.loop import OnStep
@@ -43,8 +44,10 @@ class Job:
         self.place, self.overwrite = place_of(output), False
         self.work = self.place.with_name(self.place.name + ".partial")
         self.device = load.pick_device(recipe.device)
-        self.starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of adapters, found while packing
         self.prunes, self.packs, self.tunes = recipe.prune.method != "none", recipe.quant.packer not in ("none", KEPT), recipe.tune.method != "none"
+        if self.tunes:
+            optimizer(recipe.tune, self.device)
+        self.starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # of adapters, found while packing
         self.report = Report(recipe=recipe.to_dict(), environment=environment(str(self.device)), command=command)
 
     def done(self, key: str, overwrite: bool) -> dict[str, Any] | None:

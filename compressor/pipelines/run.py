@@ -248,7 +248,9 @@ class Run(Job):
         steps, evaluate = Batches(objective, options, seed).steps, self._domain_perplexity(loaded)
         tuning = Tuning(loaded, options, seed, steps, self.starts)
         with self.training("tune", self.key_tune, steps, journal) as (folder, on_step):
-            log = train(loaded.model, tuning.parameters, objective, options, seed, folder, self.key_tune, evaluate, on_step, tuning.pruner)
+            log = train(
+                loaded.model, tuning.parameters, objective, options, seed, folder, self.key_tune, evaluate, on_step, tuning.pruner, tuning.optimizer
+            )
         journal.resumed |= log.resumed_from > 0
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": tuning.finish(), "windows": len(windows.ids),

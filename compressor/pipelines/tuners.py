@@ -4,16 +4,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
+import torch
 from torch import Tensor
 
 from compressor import tune
 from compressor.errors import ModelError, RecipeError
+from compressor.integrations import bitsandbytes
 from compressor.integrations.peft import KINDS, Adapters, strip
 from compressor.linear import packed_linears, targeted
 from compressor.pipelines.load import Loaded
 from compressor.quant.starts import STARTS, check
 from compressor.recipe import Tune
 from compressor.tune import Offered, Tuner, kgrid
+from compressor.tune.optimizers import Maker, own
 
 TUNERS: dict[str, Offered] = {**tune.TUNERS, **KINDS}
 OWN = ("rank", "alpha", "dropout", "targets", "start", "adapter", "absorb_limit", "grid")  # keys of recipe.Tune that only some tuners heed
@@ -63,14 +66,25 @@ def check_layers(options: Tune, shapes: Mapping[str, tuple[int, ...]], sums: tup
             raise RecipeError(f"rank={options.rank} is above the smaller side of a linear, {least}: use a rank up to that")
 
 
+def optimizer(options: Tune, device: torch.device) -> Maker:
+    """What makes the optimizer of these options on this device, and with that whether a run can be: asked before any work.
+
+    MissingExtra for an optimizer whose library is not installed; RecipeError for one that the device does not have, and for an offload to where the
+    model is already.
+    """
+    if options.offload != "none" and device.type == "cpu":
+        raise RecipeError("offload=cpu keeps packed words in host memory while a GPU computes, and this run is on the CPU: leave --offload out")
+    return own("adamw") if options.optimizer == "adamw" else bitsandbytes.maker(options.optimizer, device)
+
+
 class Tuning:
-    """A tuner at work on a loaded model: `parameters` and `pruner` go to the training loop, `finish` ends it.
+    """A tuner at work on a loaded model: `parameters`, `pruner` and `optimizer` go to the training loop, `finish` ends it.
 
     starts: of adapters, found while packing; steps: how many the loop will take.
     """
 
     def __init__(self, loaded: Loaded, options: Tune, seed: int, steps: int, starts: Starts | None = None):
-        self.loaded, self.pruner = loaded, None
+        self.loaded, self.pruner, self.optimizer = loaded, None, optimizer(options, loaded.device)
         if loaded.adapter is not None:
             raise ModelError(f"{loaded.name} has an adapter already: take it off with unload_task(), or absorb it by an export")
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in packed_linears(loaded.model).items()}

@@ -14,8 +14,9 @@ c + 1, once it is proven; so is one when the process is asked to end (stopping.p
 The backward pass starts at the summed loss of a micro-batch, whose gradients are of the order of 1 a token; the float32 gradients of the
 parameters are divided by the tokens of the step at the end. Gradients of the mean would vanish in float16 inside the model.
 
-Memory beyond the model: parameter, gradient, two moments and the good copy of three of them, 28 bytes a parameter, and what the tuner says;
-logits exist for unmasked tokens only, at most 2**25 at a time. Limits: one device; windows are causal and padded on the right, if at all.
+Memory beyond the model: parameter, gradient, two moments and the good copy of three of them, 28 bytes a parameter with AdamW, 12 of them on the
+host where a GPU trains, 16 with moments of 8 bits (tune/optimizers.py), and what the tuner says; logits exist for unmasked tokens only, at most 2**25
+at a time. Packed words may wait in host memory (tune/offload.py). Limits: one device; windows are causal and padded on the right, if at all.
 
 The loop casts nothing: load the model in float32 on a CPU, in the dtype it is stored in on a GPU. Trainables are float32 everywhere.
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
@@ -23,7 +24,7 @@ AdamW: Loshchilov and Hutter, arXiv 1711.05101.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from compressor.prune import Pruner
 from compressor.recipe import Tune
 from compressor.stopping import Stopped, asked, held, let_through
 from compressor.tune.batches import Batches, Objective, rate
+from compressor.tune.offload import words_on_host
+from compressor.tune.optimizers import Maker, own
 from compressor.tune.state import CHECKPOINT, State, TrainLog, resume, save
 
 OnStep = Callable[[dict[str, Any]], None]  # gets the record of a step
@@ -54,19 +57,19 @@ def train(
     evaluate: Callable[[], float] | None = None,
     on_step: OnStep | None = None,
     pruner: Pruner | None = None,
+    optimizer: Maker | None = None,
 ) -> TrainLog:
     """Train `parameters` (what a tuner attached to `model`, float32) in place and return the log.
 
     model: a transformers model, everything but `parameters` frozen; objective: the examples and their loss (CausalLM for windows of tokens).
-    folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is continued, any other is overwritten.
-    evaluate runs every options.eval_every steps and at the end, in eval mode without gradients. on_step gets each step's record; that of a
-    dropped step has loss None and a note, and is not in the curve. pruner: what removes parts of the model on the way (compressor.prune).
-
-    ModelError for parameters that cannot be trained, NumericError after three non-finite steps or evaluations in a row (the parameters are then
-    the last good ones), OutputError when a checkpoint cannot be written.
+    folder: where to keep the checkpoint, None for none; one there with the same `fingerprint` is continued, any other is overwritten. evaluate runs
+    every options.eval_every steps and at the end, in eval mode without gradients. on_step gets each step's record; that of a dropped step has loss
+    None and a note, and is not in the curve. pruner: what removes parts of the model on the way (compressor.prune). optimizer: what makes
+    options.optimizer, where a library has it (compressor.tune.optimizers). ModelError for parameters that cannot be trained, NumericError after
+    three non-finite steps or evaluations in a row (the parameters are then the last good ones), OutputError when a checkpoint cannot be written.
     """
     batches, peak = Batches(objective, options, seed), _peak(options)
-    state, log = State(parameters, options.weight_decay, pruner), TrainLog(batches.steps, notes=batches.notes)
+    state, log = State(parameters, options.weight_decay, pruner, optimizer or own(options.optimizer)), TrainLog(batches.steps, notes=batches.notes)
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
         log = resume(path, fingerprint, state, log)
@@ -240,13 +243,14 @@ def _evaluate(
 
 @contextmanager
 def _training(model: nn.Module, options: Tune, device: torch.device) -> Iterator[None]:
-    """Training mode, gradient checkpointing if asked for, and a random state of its own; all as before on the way out."""
+    """Training mode, gradient checkpointing and offload if asked for, and a random state of its own; all as before on the way out."""
     if options.gradient_checkpointing:
         _recompute(model)
     was = model.training
     model.train()
+    host = words_on_host(model, device) if options.offload == "cpu" else nullcontext()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), host:
             yield
     finally:
         if options.gradient_checkpointing:

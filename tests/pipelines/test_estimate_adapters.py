@@ -75,13 +75,13 @@ def test_starts_take_time(tmp_path: Path) -> None:
 def test_dense_changes_of_weights_are_in_memory(tmp_path: Path) -> None:
     tune = {kind: told(tmp_path, method=kind)["peak_bytes"]["tune"] for kind in ("lora", "dora", "loha", "lokr")}
     weights, largest = 786_432, 384 * 128
-    assert tune["dora"] - tune["lora"] == 4 * 5 * largest + estimate.PATHS * (TRUE["dora"] - TRUE["lora"])
+    assert tune["dora"] - tune["lora"] == 4 * 5 * largest + 28 * (TRUE["dora"] - TRUE["lora"])
     for kind, matrices in (("loha", 4), ("lokr", 2)):
         dense = 4 * weights + 4 * matrices * largest
-        assert tune[kind] - tune["lora"] == dense + estimate.PATHS * (TRUE[kind] - TRUE["lora"])
+        assert tune[kind] - tune["lora"] == dense + 28 * (TRUE[kind] - TRUE["lora"])
         cut = told(tmp_path, method=kind, gradient_checkpointing=True)["peak_bytes"]["tune"]
         less = told(tmp_path, method="lora", gradient_checkpointing=True)["peak_bytes"]["tune"]
-        assert cut - less == weights + 4 * matrices * largest + estimate.PATHS * (TRUE[kind] - TRUE["lora"])
+        assert cut - less == weights + 4 * matrices * largest + 28 * (TRUE[kind] - TRUE["lora"])
 
 
 def test_float_zeros_are_counted_where_they_are_tuned(tmp_path: Path) -> None:
