@@ -149,6 +149,7 @@ class Tune:
     checkpoint_every: int = 50  # steps
     eval_every: int = 50  # steps; 0 evaluates only at the end
     gradient_checkpointing: bool = False
+    shard: bool = False  # of several processes each keeps a part of embeddings, head and linears left dense (FSDP2)
     rank: int = 8  # adapters: of the low-rank path
     alpha: float = 16.0  # adapters: the product is scaled by alpha / rank
     dropout: float = 0.0  # adapters: of their inputs
@@ -217,7 +218,7 @@ class Recipe:
             keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
             keys |= {"choose": values["choose"]} if self.choose.active else {}
         if STAGES.index(upto) >= STAGES.index("tune"):
-            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", *AFTER)}
+            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", "shard", *AFTER)}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks
+from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks, cli_world
 from compressor.pipelines import cli_flags as flags
 from compressor.recipe import Prune, Quant, Recipe
 from compressor.specs import parse_prune, parse_quant, parse_share, parse_size
@@ -30,7 +30,13 @@ Number = float | None
 
 def main() -> None:
     """Entry point: one sentence for errors, never a traceback for a user's mistake."""
+    with cli_world.one_voice():
+        _main()
+
+
+def _main() -> None:
     try:
+        cli_world.check(sys.argv[1] if len(sys.argv) > 1 else None)
         app()
     except UserError as error:
         console.print(f"error: {one_line(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -72,7 +78,8 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "scale_dtype": "quant__scale_dtype", "ignore": "quant__ignore", "damp": "quant__damp", "nsamples": "data__nsamples",
     "seqlen": "data__seqlen", "steps": "tune__steps", "epochs": "tune__epochs", "lr": "tune__lr", "batch": "tune__batch",
     "accumulate": "tune__accumulate", "schedule": "tune__schedule", "absolute": "tune__parametrization",
-    "gradient_checkpointing": "tune__gradient_checkpointing", "train_on_prompt": "data__train_on_prompt", "window": "eval__window",
+    "gradient_checkpointing": "tune__gradient_checkpointing", "shard": "tune__shard", "train_on_prompt": "data__train_on_prompt",
+    "window": "eval__window",
     "prune_steps": "prune__steps", "prune_lr": "prune__lr", "unit": "prune__unit", "multiple": "prune__multiple", "per_layer": "prune__uniform",
     "one_shot": "prune__one_shot", "recompute": "prune__recompute", "gradients": "prune__gradients",
     "rank": "tune__rank", "alpha": "tune__alpha", "dropout": "tune__dropout", "targets": "tune__targets", "adapter_start": "tune__start",
@@ -166,6 +173,7 @@ def run(
     schedule: flags.Schedule = None, rank: flags.Rank = None, alpha: flags.Alpha = None, dropout: flags.Dropout = None,
     targets: flags.Targets = None, adapter_start: flags.AdapterStart = None, adapter: flags.Adapter = None, absorb_limit: flags.AbsorbLimit = None,
     grid: flags.Grid = None, absolute: flags.Absolute = None, gradient_checkpointing: flags.GradientCheckpointing = None,
+    shard: flags.Shard = None,
     train_on_prompt: flags.TrainOnPrompt = None, window: flags.Window = None, max_tokens: flags.MaxTokens = None, seed: flags.Seed = None,
     device: flags.Device = None, memory: flags.Memory = None, activations: flags.Activations = None,
     save: flags.Save = None, overwrite: flags.Overwrite = False, dry_run: flags.DryRun = False,
@@ -177,16 +185,21 @@ def run(
 def launch(recipe: Recipe, output: Path | None, overwrite: bool, dry_run: bool) -> None:
     """A run of this recipe, or what it will cost, with its result for people and as the last line."""
     quiet()
+    from compressor import world
     from compressor.pipelines import render
     from compressor.pipelines import run as pipeline
     from compressor.pipelines.report import Report
-    from compressor.pipelines.show import RichShow
+    from compressor.pipelines.show import RichShow, Show
 
     if dry_run:
         emit(pipeline.dry_run(recipe, output, RichShow(console)))
         return
     try:
-        document = pipeline.run(recipe, output, overwrite, RichShow(console), shlex.join(["compressor", *sys.argv[1:]]))
+        with cli_world.joined(recipe.device):
+            leads, show = world.lead(), RichShow(console) if world.lead() else Show()
+            document = pipeline.run(recipe, output, overwrite, show, shlex.join(["compressor", *sys.argv[1:]]))
+        if not leads:
+            return
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", highlight=False)
         raise

@@ -31,6 +31,7 @@ def tune(
     targets: Annotated[Text, typer.Option(help="adapters: linears that get one, such as q_proj,v_proj; default: all packed ones")] = None,
     grid: Annotated[Text, typer.Option(help="peqa: keep scales on the grid of a GGUF type, q4_k, q3_k or q2_k, so that its export is exact")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
+    shard: Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of what stays dense")] = None,
     train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,
     window: Annotated[Count, typer.Option(help="tokens of an evaluation window")] = None,
     max_tokens: Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")] = None,
@@ -45,7 +46,7 @@ def tune(
     given = {
         "tune__method": method, "data__data": data, "data__outside": outside, "data__seqlen": seqlen, "tune__steps": steps, "tune__epochs": epochs,
         "tune__lr": lr, "tune__batch": batch, "tune__accumulate": accumulate, "tune__rank": rank, "tune__alpha": alpha, "tune__targets": targets,
-        "tune__grid": grid, "tune__gradient_checkpointing": gradient_checkpointing, "data__train_on_prompt": train_on_prompt,
+        "tune__grid": grid, "tune__gradient_checkpointing": gradient_checkpointing, "tune__shard": shard, "data__train_on_prompt": train_on_prompt,
         "eval__window": window, "eval__max_tokens": max_tokens, "seed": seed, "device": device,
     }  # fmt: skip
     recipe = Recipe(model=model, quant=Quant(packer=KEPT)).with_(**{key: value for key, value in given.items() if value is not None})

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compressor import __version__
+from compressor import __version__, world
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.pipelines import (
@@ -34,7 +34,7 @@ from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
-from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.journal import Journal
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.measure import tasks as questions
 from compressor.pipelines.methods import check_methods, check_zeros_stay
@@ -109,7 +109,7 @@ class Run(Job):
 
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
-        with open_work(self.work) as journal, self.safe_report():
+        with parallel.open_work(self.work) as journal, self.safe_report():
             loaded = self.read()
             calibration, windows = self.texts(loaded.tokenizer)
             self.expect(loaded, calibration)
@@ -127,12 +127,17 @@ class Run(Job):
                 self._tune(loaded, calibration, windows, journal)
             if self.recipe.save == "task":
                 self.report.notes.append("only the task file was kept; the sizes are those of the folder that it makes with its base")
-            self.write_out(loaded, self.key_written, journal)
-            if self.recipe.save == "task":
-                tasks.leave_only(loaded, self.work / "folder", __version__)
-            root = self.publish()
-        shutil.rmtree(self.work, ignore_errors=True)
+            root = self._finish(loaded, journal) if world.lead() else ""
+        if world.lead():
+            shutil.rmtree(self.work, ignore_errors=True)
         return contract(self.report.to_dict(), self.output) | {"digest": root}
+
+    def _finish(self, loaded: load.Loaded, journal: Journal) -> str:
+        """The finished folder under its name; its digest."""
+        self.write_out(loaded, self.key_written, journal)
+        if self.recipe.save == "task":
+            tasks.leave_only(loaded, self.work / "folder", __version__)
+        return self.publish()
 
     def read(self) -> load.Loaded:
         after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work
@@ -256,6 +261,7 @@ class Run(Job):
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": tuning.finish(), "windows": len(windows.ids),
             "curve": log.curve, "evals": [{"step": e["step"], "perplexity": e["value"]} for e in log.evals], "notes": log.notes,
+            "processes": world.size(),
         }  # fmt: skip
         if options.adapter == "absorb":
             self._absorb(loaded, ids, windows, evaluate)
@@ -340,15 +346,18 @@ def _kind(recipe: Recipe) -> type[Run]:
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
-    if encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model))):
+    encoder = encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model)))
+    parallel.check(recipe, encoder)
+    if encoder:
         if recipe.save != "folder":
             raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
         return encoder_run.run(recipe, output, overwrite, show, command)
     job = _kind(recipe)(recipe, output or default_output(recipe), show, command)
-    done = job.done(job.key_written, overwrite)
+    done = world.first(lambda: job.done(job.key_written, overwrite))
     if done is not None:
         return done
-    check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + checkpoint.model_bytes(job.source) // 2)
+    need = 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + checkpoint.model_bytes(job.source) // 2
+    world.first(lambda: check_room(job.place, need))
     return job.go()
 
 
