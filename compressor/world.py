@@ -153,6 +153,17 @@ def tell(key: str, text: str) -> bool:
     return True
 
 
+def told(key: str, source: int) -> bool:
+    """Whether process `source` leaves such word within PATIENCE."""
+    end = time.monotonic() + PATIENCE
+    with suppress(RuntimeError, IndexError):
+        while time.monotonic() < end:
+            if _board[0].check([f"{key}/{source}"]):
+                return True
+            time.sleep(0.05)
+    return False
+
+
 def lost() -> str:
     """A sentence about who does not answer when the roll is called, empty if all do. Every process calls the roll once something is wrong."""
     absent, count, me, told = list(range(size())), size(), rank(), ""

@@ -8,12 +8,14 @@ all (preemption) ends them with 143.
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
 
 from compressor.errors import CompressorError, LostProcess, RecipeError
 
+LINGER = 3.0  # seconds that a silent process waits with its error, for the launcher ends the others at the first that is gone
 COMMANDS = ("run", "tune")  # that several processes do together
 
 
@@ -41,8 +43,13 @@ def one_voice() -> Iterator[None]:
         yield
         return
     if number("RANK", 0):
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+        except SystemExit as end:
+            if end.code == 2:
+                time.sleep(LINGER)
+            raise
         return
     yield
 
@@ -77,7 +84,7 @@ def joined(device: str) -> Iterator[None]:
         if isinstance(error, LostProcess):
             _end(f"failed: {error}", 1)
         world.tell("failed", " ".join(str(error).split())[:300])
-        if not isinstance(error, CompressorError) or world.rank() == 0:
+        if not isinstance(error, CompressorError) or world.rank() == 0 or not world.told("failed", 0):
             raise
         sys.exit(2)
     finally:

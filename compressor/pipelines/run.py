@@ -218,6 +218,8 @@ class Run(Job):
             ids = data.calibration(self.calib, tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
         if self.tunes or self.prunes:
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
+            if self.tunes:
+                Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
         return ids, windows
 
     def dense(self, loaded: load.Loaded, journal: Journal) -> None:

@@ -73,7 +73,9 @@ def train(
     state, log = State(parameters, options.weight_decay, pruner), TrainLog(batches.steps, notes=batches.notes)
     if folder is not None:
         log = distributed.resume(folder, fingerprint, state, log)
-    with _training(model, options, state.device), sharded(model, options.shard):
+    with _training(model, options, state.device), sharded(model, options.shard) as away:
+        if away and not log.resumed_from:
+            log.notes.append(f"each of {world.size()} processes kept its part of embeddings and head, {away:,} bytes less than all")
         loss = objective.loss(model)
         for step in range(log.resumed_from, batches.steps):
             torch.manual_seed(seed * 1_000_003 + step + (world.rank() << 52))

@@ -2,8 +2,8 @@
 
 Packed weights stay whole everywhere, for every forward pass reads them; so do what is trained, and the blocks' norms (0.5 MB in LLaMA-7B) and
 whatever else is dense inside blocks. While tuning lasts, each large module outside the blocks is replaced by a copy under PyTorch's `fully_shard`;
-afterwards the module comes back with its values, bit for bit, as nothing of it is trained. Modules that share a parameter (tied embeddings) are one
-group of FSDP's.
+afterwards the module comes back with its values, bit for bit, as nothing of it is trained. Modules that share a parameter (tied embeddings) are
+copied into one module for FSDP, which knows no groups without a root.
 
 A micro-batch fetches the head once, however often its loss calls it, and gives it back after its backward pass (`release`): the exchanges are then
 as many in every process, whatever its rows. Memory: of D bytes of such parameters D / N in each of N processes, and D while they are in use. Price:
@@ -13,12 +13,37 @@ one all-gather of them a micro-batch. FSDP: Zhao et al., 2023, arXiv 2304.11277.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from compressor import linear, world
 
 LEAST = 1 << 16  # numbers of a parameter that is worth an exchange
+
+
+class _Together(nn.Module):
+    """Modules of which FSDP makes one unit."""
+
+    def __init__(self, parts: list[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, which: int, *args: Any, **kwargs: Any) -> Any:
+        return self.parts[which](*args, **kwargs)
+
+
+class _Place(nn.Module):
+    """Stands where one of them stood."""
+
+    def __init__(self, all_of_them: nn.Module, which: int, module: nn.Module):
+        super().__init__()
+        self.all_of_them, self.which = all_of_them, which
+        self.out_features = getattr(module, "out_features", 0)
+        self.train(module.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.all_of_them(self.which, *args, **kwargs)
 
 
 @contextmanager
@@ -34,17 +59,17 @@ def sharded(model: nn.Module, wanted: bool) -> Iterator[int]:
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import DTensor
 
-    taken: list[tuple[dict[str, nn.Module], dict[str, nn.Module]]] = []  # modules by name, and what stands in their place
+    taken: list[tuple[dict[str, nn.Module], _Together]] = []  # modules by name, and what works in their place
     away = 0
     for group in _groups(model):
-        copies = {name: _copy(module) for name, module in group.items()}
+        copies = _Together([_copy(module) for module in group.values()])
         whole = {p for module in group.values() for p in module.parameters(recurse=False)}
         mesh = init_device_mesh(next(iter(whole)).device.type, (world.size(),))
-        fully_shard(list(copies.values()), mesh=mesh, reshard_after_forward=False)
-        for name, module in copies.items():
-            assert isinstance(module, FSDPModule)
-            module.set_reshard_after_backward(False)
-            linear.swap(model, name, module)
+        fully_shard(copies, mesh=mesh, reshard_after_forward=False)
+        assert isinstance(copies, FSDPModule)
+        copies.set_reshard_after_backward(False)
+        for which, (name, module) in enumerate(group.items()):
+            linear.swap(model, name, _Place(copies, which, module))
         for p in whole:
             away += p.numel() * p.element_size() * (world.size() - 1) // world.size()
             p.data = p.data.new_empty(0)
@@ -52,9 +77,9 @@ def sharded(model: nn.Module, wanted: bool) -> Iterator[int]:
     yield away
     release(model)
     for group, copies in taken:
-        for name, module in group.items():
+        for part_of, (name, module) in zip(copies.parts, group.items(), strict=True):
             for key, p in module.named_parameters(recurse=False):
-                part = copies[name].get_parameter(key)
+                part = part_of.get_parameter(key)
                 assert isinstance(part, DTensor)
                 if not p.numel():
                     p.data = part.full_tensor().detach().clone()
