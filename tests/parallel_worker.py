@@ -75,7 +75,7 @@ def main() -> None:
         tuned(1, None, spoilt=(0, 1))
     except NumericError as error:
         found["ended"] = str(error)
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
     world.leave()
 
 

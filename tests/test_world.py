@@ -84,7 +84,9 @@ def test_linears_go_to_whoever_has_least_to_do(monkeypatch) -> None:
     assert parallel.owners(shapes) == {"down": 0, "q": 1, "k": 1, "v": 1}
 
 
-@pytest.mark.parametrize("change", [{"prune__method": "obert", "prune__ratio": 0.5}, {"choose__target_bits": 3.5}, {"tune__adapter": "absorb"}, {"data__nsamples": 1}])
+@pytest.mark.parametrize(
+    "change", [{"prune__method": "obert", "prune__ratio": 0.5}, {"choose__target_bits": 3.5}, {"tune__adapter": "absorb"}, {"data__nsamples": 1}]
+)
 def test_what_one_process_does_alone_is_refused(monkeypatch, change) -> None:
     recipe = Recipe().with_(**change)
     parallel.check(recipe, encoder=False)
