@@ -125,7 +125,7 @@ def main() -> None:
                 out = place / f"{packer}-{processes}{'-shard' * shard}"
                 run(processes, recipe(place, packer, args.steps, shard), out)
                 rows.append({"arm": "whole", "packer": packer, "processes": processes, "shard": shard} | compare(one, out) | about)
-                print({key: rows[-1][key] for key in FIELDS[:14]}, flush=True)
+                print({key: rows[-1].get(key) for key in FIELDS[:14]}, flush=True)
                 write_rows(args.out, FIELDS, rows)
         for processes, victim, resumed in ((2, 1, 2), (2, 0, 1), (4, 2, 2)):
             out, file = place / f"killed-{processes}-{victim}", recipe(place, "rtn", args.steps, False)
