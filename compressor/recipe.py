@@ -149,7 +149,7 @@ class Tune:
     checkpoint_every: int = 50  # steps
     eval_every: int = 50  # steps; 0 evaluates only at the end
     gradient_checkpointing: bool = False
-    shard: bool = False  # of several processes each keeps a part of embeddings, head and linears left dense (FSDP2)
+    shard: bool = False  # of several processes each keeps a part of embeddings and head (FSDP2)
     rank: int = 8  # adapters: of the low-rank path
     alpha: float = 16.0  # adapters: the product is scaled by alpha / rank
     dropout: float = 0.0  # adapters: of their inputs

@@ -89,13 +89,13 @@ def test_linears_go_to_whoever_has_least_to_do(monkeypatch) -> None:
 )
 def test_what_one_process_does_alone_is_refused(monkeypatch, change) -> None:
     recipe = Recipe().with_(**change)
-    parallel.check(recipe, encoder=False)
+    parallel.check_alone(recipe, encoder=False)
     monkeypatch.setattr(world, "size", lambda: 2)
-    parallel.check(Recipe(), encoder=False)
+    parallel.check_alone(Recipe(), encoder=False)
     with pytest.raises(RecipeError):
-        parallel.check(recipe, encoder=False)
+        parallel.check_alone(recipe, encoder=False)
     with pytest.raises(RecipeError, match="an encoder works in one process"):
-        parallel.check(Recipe(), encoder=True)
+        parallel.check_alone(Recipe(), encoder=True)
 
 
 def test_the_launcher_says_how_many(monkeypatch) -> None:

@@ -62,7 +62,7 @@ AbsorbLimit = Annotated[Number, typer.Option(help="absorbing may raise perplexit
 Grid = Annotated[Text, typer.Option(help="peqa: keep scales on the grid of a GGUF type, q4_k, q3_k or q2_k, so that its export is exact")]
 Absolute = Annotated[bool | None, typer.Option("--absolute/--relative", help="learning rate on the scale or entry, or on its change")]
 GradientCheckpointing = Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")]
-Shard = Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of what stays dense")]
+Shard = Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of embeddings and head")]
 TrainOnPrompt = Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")]
 Window = Annotated[Count, typer.Option(help="tokens of an evaluation window")]
 MaxTokens = Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")]

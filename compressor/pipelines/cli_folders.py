@@ -31,7 +31,7 @@ def tune(
     targets: Annotated[Text, typer.Option(help="adapters: linears that get one, such as q_proj,v_proj; default: all packed ones")] = None,
     grid: Annotated[Text, typer.Option(help="peqa: keep scales on the grid of a GGUF type, q4_k, q3_k or q2_k, so that its export is exact")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
-    shard: Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of what stays dense")] = None,
+    shard: Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of embeddings and head")] = None,
     train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,
     window: Annotated[Count, typer.Option(help="tokens of an evaluation window")] = None,
     max_tokens: Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")] = None,

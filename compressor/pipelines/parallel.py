@@ -5,8 +5,8 @@ read the same input, or all of them where no data is read), tuning (rows of a st
 divergence) each makes for itself. The first process alone keeps the journal and writes folders. Nothing of it depends on how many processes there
 are but the order of sums, so the number is in no key of the journal: a run may go on with another number of processes, or one.
 
-Refused: pruning, encoders, choosing bits, and absorbing adapters, which would need exchanges of their own. Price: linears that read the same input
-are at most three in LLaMA, so that packing with calibration goes at most 7/4 times as fast, by layers; RTN packs all seven at once.
+Refused: pruning, encoders, choosing bits, and absorbing adapters, which would need exchanges of their own. Limits: linears that read the same input
+are at most three in LLaMA, and blocks wait for each other, so that GPTQ's part of packing goes at most 1.4 times as fast (docs/scale.md).
 """
 
 import math
@@ -22,7 +22,7 @@ from compressor.pipelines.journal import Journal
 from compressor.recipe import Recipe
 
 
-def check(recipe: Recipe, encoder: bool) -> None:
+def check_alone(recipe: Recipe, encoder: bool) -> None:
     """RecipeError for what one process does alone."""
     if world.size() == 1:
         return

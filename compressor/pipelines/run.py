@@ -40,6 +40,7 @@ from compressor.pipelines.measure import tasks as questions
 from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract
 from compressor.pipelines.packers import PACKERS, needs
+from compressor.pipelines.parallel import check_alone, open_work
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
@@ -109,7 +110,7 @@ class Run(Job):
 
     def go(self) -> dict[str, Any]:
         """Run all stages that the journal lacks; returns the contract document of the last stdout line."""
-        with parallel.open_work(self.work) as journal, self.safe_report():
+        with open_work(self.work) as journal, self.safe_report():
             loaded = self.read()
             calibration, windows = self.texts(loaded.tokenizer)
             self.expect(loaded, calibration)
@@ -349,7 +350,7 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
     encoder = encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model)))
-    parallel.check(recipe, encoder)
+    check_alone(recipe, encoder)
     if encoder:
         if recipe.save != "folder":
             raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
