@@ -6,6 +6,9 @@ the largest difference of a stored scale as a share of the largest scale of its 
 long the others live and what they say, and goes on with another number of processes. Seconds are the wall clock of stages on a machine that others
 may use; processes beyond its cores gain nothing.
 
+The arm "other batches" is one process that calibrates GPTQ on the same windows in two batches instead of one: how far the order of sums alone goes.
+Its `codes_differ` are words by block, and it trains nothing.
+
     python bench/parallel.py
 """
 
@@ -27,6 +30,9 @@ from rows import write_rows
 from safetensors.torch import load_file
 
 from compressor import __version__
+from compressor.linear import packed_linears
+from compressor.pipelines import calibrate, compress, data, load
+from compressor.recipe import Quant
 
 FIELDS = [
     "arm", "packer", "processes", "resumed_with", "shard", "codes_differ", "words", "scale_difference", "loss_difference", "perplexity_difference",
@@ -110,6 +116,24 @@ def share(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / a.float().abs().max())
 
 
+def batches(count: int, seqlen: int) -> dict[str, Any]:
+    """GPTQ of tiny in this process on `count` windows in one batch and in two: packed words that differ, by block."""
+    ids, words = None, []
+    for tokens in (count * seqlen, -(-count // 2) * seqlen):
+        calibrate.BATCH_TOKENS = tokens
+        loaded = load.load("tiny", "cpu")
+        if ids is None:
+            ids = data.calibration(data.load("python").train, loaded.tokenizer, seqlen, count, 42)
+        compress.compress(loaded.model, Quant(bits=3, packer="gptq"), torch.float16, ids)
+        words.append({name: layer.words for name, layer in packed_linears(loaded.model).items()})
+    by_block: dict[str, int] = {}
+    for name, held in words[0].items():
+        block = name.split(".")[2]
+        by_block[block] = by_block.get(block, 0) + int((held != words[1][name]).sum())
+    total = sum(held.numel() for held in words[0].values())
+    return {"codes_differ": " ".join(map(str, by_block.values())), "words": total, "said": f"{count} windows of {seqlen} tokens"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
@@ -127,6 +151,9 @@ def main() -> None:
                 rows.append({"arm": "whole", "packer": packer, "processes": processes, "shard": shard} | compare(one, out) | about)
                 print({key: rows[-1].get(key) for key in FIELDS[:14]}, flush=True)
                 write_rows(args.out, FIELDS, rows)
+        for count, seqlen in ((32, 128), (17, 64), (3, 32)):
+            rows.append({"arm": "other batches", "packer": "gptq", "processes": 1} | batches(count, seqlen) | about)
+            print({key: rows[-1].get(key) for key in FIELDS}, flush=True)
         for processes, victim, resumed in ((2, 1, 2), (2, 0, 1), (4, 2, 2)):
             out, file = place / f"killed-{processes}-{victim}", recipe(place, "rtn", args.steps, False)
             found = killed(processes, file, out, victim)
