@@ -17,7 +17,7 @@ from compressor.pipelines.run import run
 from compressor.recipe import Recipe
 
 RECIPE = {
-    "model": "tiny", "device": "cpu", "quant": {"bits": 3, "packer": "rtn", "layers": {"re:layers\\.0\\.": "3bit:gptq"}}, "data": {"nsamples": 17, "seqlen": 64}, "eval": {"max_tokens": 320},
+    "model": "tiny", "device": "cpu", "quant": {"bits": 3, "packer": "rtn"}, "data": {"seqlen": 32}, "eval": {"max_tokens": 320},
     "tune": {"method": "peqa", "steps": 16, "batch": 2, "accumulate": 2, "checkpoint_every": 2, "eval_every": 0, "shard": True},
 }  # fmt: skip
 
@@ -71,14 +71,12 @@ def test_the_same_command_goes_on_to_what_one_process_makes(broken, tmp_path) ->
     reports = [json.loads((folder / "report.json").read_text("utf-8")) for folder in (tmp_path / "one", place / "out")]
     assert one.keys() == two.keys() and reports[1]["training"]["processes"] == 2
     for key, t in one.items():
-        if t.is_floating_point():
-            assert torch.allclose(t.float(), two[key].float(), rtol=2e-3, atol=1e-6), key
-        elif "layers.0." in key:  # GPTQ: a weight halfway between two codes may go either way, and those that make up for it
-            assert float((t != two[key]).float().mean()) < 0.05, key
+        if key.endswith("weight_scale"):  # Adam follows the sign of a gradient, which may be that of a rounding where it is next to nothing
+            assert float(((t - two[key]).abs() > 2e-3 * t.abs()).float().mean()) < 0.01, key
         else:
             assert torch.equal(t, two[key]), key
     errors = [[row["error"] for row in report["layers"]] for report in reports]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert errors[0] == errors[1]
     curves = [[row["loss"] for row in report["training"]["curve"]] for report in reports]
-    assert len(curves[0]) == 16 and curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert len(curves[0]) == 16 and curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert {row["reduced_bytes"] for row in reports[1]["training"]["curve"]} == {4 * (1 + reports[1]["training"]["trainable"])}
