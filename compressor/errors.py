@@ -7,7 +7,8 @@ CompressorError
 │   ├── DataError        the text is missing, empty, or in a shape nobody recognises
 │   ├── OutputError      the output folder holds something else, or the disk is full
 │   └── MissingExtra     an optional library is needed; the message names the pip extra
-└── NumericError         non-finite numbers where none may be; names the layer
+├── NumericError         non-finite numbers where none may be; names the layer
+└── LostProcess          of several processes one is gone; names it
 
 Messages say what is wrong, where, and what to do, in one sentence.
 """
@@ -43,3 +44,7 @@ class MissingExtra(UserError):
 
 class NumericError(CompressorError):
     """Non-finite numbers where none may be; the message names the layer."""
+
+
+class LostProcess(CompressorError):
+    """One of several processes of a run is gone, and the others cannot go on without it; the message says which."""

@@ -151,6 +151,7 @@ class Tune:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"  # adamw | adamw8bit, moments of 8 bits | paged-adamw | paged-adamw8bit, moments that move to the host: of bitsandbytes
     offload: str = "none"  # none | cpu: packed words wait in host memory and visit the GPU block by block
+    shard: bool = False  # of several processes each keeps a part of embeddings and head (FSDP2)
     rank: int = 8  # adapters: of the low-rank path
     alpha: float = 16.0  # adapters: the product is scaled by alpha / rank
     dropout: float = 0.0  # adapters: of their inputs
@@ -220,7 +221,8 @@ class Recipe:
             keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
             keys |= {"choose": values["choose"]} if self.choose.active else {}
         if STAGES.index(upto) >= STAGES.index("tune"):
-            tune = {k: v for k, v in values["tune"].items() if k not in ("checkpoint_every", "eval_every", "offload", *AFTER)}
+            idle = ("checkpoint_every", "eval_every", "offload", "shard", *AFTER)
+            tune = {k: v for k, v in values["tune"].items() if k not in idle}
             keys |= {"tune": tune, "train_on_prompt": data["train_on_prompt"]}
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -8,6 +8,7 @@ every use. Price: width**2 floats per layer. Limits: no weighting of tokens; a n
 import torch
 from torch import Tensor
 
+from compressor import world
 from compressor.errors import NumericError
 
 SUMS = ("hessian",)
@@ -55,6 +56,19 @@ class LayerStats:
         """Forget the sums if fewer tokens than `least` were seen: packers then do without data, and say why."""
         if 0 < self.tokens < least:
             self.hessian, self.why = None, f"only {self.tokens} calibration tokens reached this layer, fewer than {least}"
+
+    @torch.no_grad()
+    def reduce(self, device: torch.device) -> None:
+        """Make these sums, on `device`, those over the inputs of all processes; one process has them already. All must call it."""
+        if world.size() == 1:
+            return
+        tokens = sum(world.gather(self.tokens))
+        if "hessian" in self.needs and tokens:
+            if self.hessian is None:
+                self.hessian = torch.zeros(self.width, self.width, dtype=self.dtype, device=device)
+            self.hessian.mul_(self.tokens / tokens)
+            world.add([self.hessian])
+        self.tokens = tokens
 
     def check(self, name: str) -> None:
         """Raises NumericError naming the layer if any input so far was NaN or infinite, or too large to square (both reach the diagonal)."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor import world
 from compressor.errors import ModelError
 from compressor.linear import expert_of
 from compressor.pipelines.blockwise.hidden import Hidden
@@ -36,6 +37,7 @@ class Calibration:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Hidden | None = None):
         """ids int64 [count, seqlen]; hidden: what hidden states wait in, a list unless something else is given."""
+        ids = world.dealt(ids)  # each process runs its own windows; `collect` adds up their sums
         count, seqlen = ids.shape
         size = max(1, min(count, BATCH_TOKENS // seqlen))
         device = next(model.parameters()).device
@@ -120,7 +122,7 @@ def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -
     finally:
         for h in hooks:
             h.remove()
-    return order + [[name] for name in names if name not in last]
+    return world.share(order + [[name] for name in names if name not in last])  # one order for all processes, whatever their windows reached
 
 
 def collect(block: nn.Module, index: int, leaves: list[str], needs: tuple[str, ...], calibration: Calibration, name: str) -> LayerStats:
@@ -141,6 +143,7 @@ def collect(block: nn.Module, index: int, leaves: list[str], needs: tuple[str, .
         calibration.run(block, index, keep=False)
     finally:
         hook.remove()
+    stats.reduce(layer.weight.device)
     stats.check(name)
     return stats
 
@@ -223,6 +226,7 @@ def collect_step(block: nn.Module, index: int, step: Step, needs: tuple[str, ...
         for handle in handles:
             handle.remove()
     for group, stats in zip(step, found, strict=True):
+        stats.reduce(block.get_submodule(group[0]).get_parameter("weight").device)
         stats.check(prefix + group[0])
         stats.require(LEAST * stats.width)
     return found

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from compressor import disk, stopping
 from compressor.errors import CompressorError, RecipeError, UserError
-from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks
+from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks, cli_world
 from compressor.pipelines import cli_flags as flags
 from compressor.recipe import Prune, Quant, Recipe
 from compressor.specs import parse_prune, parse_quant, parse_share, parse_size
@@ -32,7 +32,7 @@ Number = float | None
 
 def main() -> None:
     """Entry point: one sentence for errors, never a traceback for a user's mistake; SIGTERM is heard as in `stopping`."""
-    with stopping.listening():
+    with stopping.listening(), cli_world.one_voice():
         try:
             _serve()
         except (KeyboardInterrupt, SystemExit):  # typer makes the first the second
@@ -43,6 +43,7 @@ def main() -> None:
 
 def _serve() -> None:
     try:
+        cli_world.check(sys.argv[1] if len(sys.argv) > 1 else None)
         app()
     except UserError as error:
         _give_up(f"error: {one_line(error)}", 2)
@@ -89,7 +90,7 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "scale_dtype": "quant__scale_dtype", "ignore": "quant__ignore", "damp": "quant__damp", "nsamples": "data__nsamples",
     "seqlen": "data__seqlen", "steps": "tune__steps", "epochs": "tune__epochs", "lr": "tune__lr", "batch": "tune__batch",
     "accumulate": "tune__accumulate", "schedule": "tune__schedule", "absolute": "tune__parametrization",
-    "gradient_checkpointing": "tune__gradient_checkpointing", "optimizer": "tune__optimizer", "offload": "tune__offload",
+    "gradient_checkpointing": "tune__gradient_checkpointing", "optimizer": "tune__optimizer", "offload": "tune__offload", "shard": "tune__shard",
     "train_on_prompt": "data__train_on_prompt", "window": "eval__window",
     "prune_steps": "prune__steps", "prune_lr": "prune__lr", "unit": "prune__unit", "multiple": "prune__multiple", "per_layer": "prune__uniform",
     "one_shot": "prune__one_shot", "recompute": "prune__recompute", "gradients": "prune__gradients",
@@ -184,7 +185,7 @@ def run(
     schedule: flags.Schedule = None, rank: flags.Rank = None, alpha: flags.Alpha = None, dropout: flags.Dropout = None,
     targets: flags.Targets = None, adapter_start: flags.AdapterStart = None, adapter: flags.Adapter = None, absorb_limit: flags.AbsorbLimit = None,
     grid: flags.Grid = None, absolute: flags.Absolute = None, gradient_checkpointing: flags.GradientCheckpointing = None,
-    optimizer: flags.Optimizer = None, offload: flags.Offload = None,
+    optimizer: flags.Optimizer = None, offload: flags.Offload = None, shard: flags.Shard = None,
     train_on_prompt: flags.TrainOnPrompt = None, window: flags.Window = None, max_tokens: flags.MaxTokens = None, seed: flags.Seed = None,
     device: flags.Device = None, memory: flags.Memory = None, activations: flags.Activations = None,
     save: flags.Save = None, overwrite: flags.Overwrite = False, dry_run: flags.DryRun = False,
@@ -196,16 +197,21 @@ def run(
 def launch(recipe: Recipe, output: Path | None, overwrite: bool, dry_run: bool) -> None:
     """A run of this recipe, or what it will cost, with its result for people and as the last line."""
     quiet()
+    from compressor import world
     from compressor.pipelines import render
     from compressor.pipelines import run as pipeline
     from compressor.pipelines.report import Report
-    from compressor.pipelines.show import RichShow
+    from compressor.pipelines.show import RichShow, Show
 
     if dry_run:
         emit(pipeline.dry_run(recipe, output, RichShow(console)))
         return
     try:
-        document = pipeline.run(recipe, output, overwrite, RichShow(console), shlex.join(["compressor", *sys.argv[1:]]))
+        with cli_world.joined(recipe.device):
+            leads, show = world.lead(), RichShow(console) if world.lead() else Show()
+            document = pipeline.run(recipe, output, overwrite, show, shlex.join(["compressor", *sys.argv[1:]]))
+        if not leads:
+            return
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", highlight=False)
         raise

@@ -64,6 +64,7 @@ Absolute = Annotated[bool | None, typer.Option("--absolute/--relative", help="le
 GradientCheckpointing = Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")]
 Optimizer = Annotated[Text, typer.Option(help="adamw; adamw8bit, paged-adamw or paged-adamw8bit, of bitsandbytes")]
 Offload = Annotated[Text, typer.Option(help="cpu: packed words wait in host memory and visit the GPU block by block; or none")]
+Shard = Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of embeddings and head")]
 TrainOnPrompt = Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")]
 Window = Annotated[Count, typer.Option(help="tokens of an evaluation window")]
 MaxTokens = Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")]

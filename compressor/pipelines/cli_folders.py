@@ -33,6 +33,7 @@ def tune(
     gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")] = None,
     optimizer: Annotated[Text, typer.Option(help="adamw; adamw8bit, paged-adamw or paged-adamw8bit, of bitsandbytes")] = None,
     offload: Annotated[Text, typer.Option(help="cpu: packed words wait in host memory and visit the GPU block by block; or none")] = None,
+    shard: Annotated[bool | None, typer.Option("--shard/--replicate", help="torchrun: each process keeps a part of embeddings and head")] = None,
     train_on_prompt: Annotated[bool | None, typer.Option("--train-on-prompt/--mask-prompt", help="instruction data: learn prompts too")] = None,
     window: Annotated[Count, typer.Option(help="tokens of an evaluation window")] = None,
     max_tokens: Annotated[Count, typer.Option("--max-tokens", help="evaluate at most this many tokens a text; 0: all")] = None,
@@ -48,7 +49,7 @@ def tune(
         "tune__method": method, "data__data": data, "data__outside": outside, "data__seqlen": seqlen, "tune__steps": steps, "tune__epochs": epochs,
         "tune__lr": lr, "tune__batch": batch, "tune__accumulate": accumulate, "tune__rank": rank, "tune__alpha": alpha, "tune__targets": targets,
         "tune__grid": grid, "tune__gradient_checkpointing": gradient_checkpointing, "tune__optimizer": optimizer,
-        "tune__offload": offload, "data__train_on_prompt": train_on_prompt,
+        "tune__offload": offload, "tune__shard": shard, "data__train_on_prompt": train_on_prompt,
         "eval__window": window, "eval__max_tokens": max_tokens, "seed": seed, "device": device,
     }  # fmt: skip
     recipe = Recipe(model=model, quant=Quant(packer=KEPT)).with_(**{key: value for key, value in given.items() if value is not None})

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import linear
+from compressor import linear, world
 from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.integrations import experts
 from compressor.packed import PackedWeight
 from compressor.packing import relative_error
-from compressor.pipelines import journal
+from compressor.pipelines import journal, parallel
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
 from compressor.pipelines.fisher import squared_gradients
@@ -209,9 +209,10 @@ def _pack_block(
     block: nn.Module, index: int, targets: list[Target], how: How, calibration: Calibration | None, prefix: str, fisher: dict[str, Tensor]
 ) -> tuple[list[dict[str, Any]], dict[str, LowRank]]:
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
-    todo = [[[leaf]] for leaf in by_leaf]
+    todo = [[[leaf] for leaf in by_leaf]]
     if calibration is not None:
-        todo = steps(block, shared_inputs(block, list(by_leaf), lambda: calibration.run(block, index, keep=False, batches=1)))
+        groups = shared_inputs(block, list(by_leaf), lambda: calibration.run(block, index, keep=False, batches=1))
+        todo = steps(block, world.share(groups))  # other windows may reach other experts
     rows: list[dict[str, Any]] = []
     paths: dict[str, LowRank] = {}
     for step in todo:
@@ -223,16 +224,35 @@ def _pack_block(
                 seen = zip(step, collect_step(block, index, step, tuple(sums), calibration, prefix), strict=True)
                 found = {leaf: stats for group, stats in seen for leaf in group}
         spent = (time.perf_counter() - start) / len(leaves)
+        made: dict[str, dict[str, Any]] = {}
+        whose = parallel.owners({leaf: by_leaf[leaf].shape for leaf in leaves})
+        with parallel.together():
+            for leaf in (each for each in leaves if whose[each] == world.rank()):
+                stats = found.pop(leaf, None)  # the last of a group frees its sums
+                if stats is not None:
+                    stats.fisher = fisher.get(by_leaf[leaf].name)
+                    stats.keep = block.get_parameter(f"{leaf}.weight").detach() != 0 if how.keep_zeros else None
+                made[leaf], path = _pack_layer(block, leaf, by_leaf[leaf], how, stats, spent)
+                if path is not None:
+                    paths[leaf] = (path[0].cpu(), path[1].cpu())
         for leaf in leaves:
-            stats = found.pop(leaf, None)  # the last of a group frees its sums
-            if stats is not None:
-                stats.fisher = fisher.pop(by_leaf[leaf].name, None)
-                stats.keep = block.get_parameter(f"{leaf}.weight").detach() != 0 if how.keep_zeros else None
-            row, path = _pack_layer(block, leaf, by_leaf[leaf], how, stats, spent)
-            rows.append(row)
-            if path is not None:
-                paths[leaf] = (path[0].cpu(), path[1].cpu())
+            fisher.pop(by_leaf[leaf].name, None)
+            rows.append(made[leaf] if world.size() == 1 else _exchange(block, prefix, leaf, whose[leaf], made, paths))
     return rows, paths
+
+
+def _exchange(block: nn.Module, prefix: str, leaf: str, owner: int, made: dict[str, dict[str, Any]], paths: dict[str, LowRank]) -> dict[str, Any]:
+    """What process `owner` packed, row, weight and path, in all processes; returns the row."""
+    own = {}
+    if owner == world.rank():
+        own = {key: t for key, t in _packed_tensors(block).items() if key.rpartition(".")[0] == leaf}
+        own |= {f"{leaf}.{key}": t for key, t in zip("ab", paths.get(leaf, ()), strict=False)}
+    row: dict[str, Any] = world.gather(made.get(leaf))[owner]
+    tensors = world.send(own, owner, next(block.parameters()).device)
+    if owner != world.rank():
+        _apply_block(block, prefix, tensors, [row])
+        paths.update({key: (a.cpu(), b.cpu()) for key, (a, b) in _paths_of(tensors).items()})
+    return row
 
 
 @contextlib.contextmanager

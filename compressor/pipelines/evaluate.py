@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor import world
 from compressor.errors import DataError, NumericError
 from compressor.kernels import cpu
 from compressor.pipelines.blockwise.blocks import Blocks
@@ -55,7 +56,8 @@ def perplexity(
     tokens_per_second, seconds (both without the warm-up). Raises DataError if nothing is predicted, NumericError if the loss is not finite.
     """
     rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
-    tokens = int((targets[:, 1:] != IGNORE).sum())
+    tokens, count = int((targets[:, 1:] != IGNORE).sum()), len(rows)
+    rows, targets = _dealt(rows, targets)
     device = next(model.parameters()).device if device is None else device
     total = 0.0
     with evaluating(model):
@@ -64,14 +66,27 @@ def perplexity(
         start = time.perf_counter()
         for part, logits in each_logits(model, rows, device):  # [batch, window, vocab]
             loss, last = _loss(logits, targets[part].to(device)), min(part.stop, len(rows))
-            if not math.isfinite(loss):
+            if not math.isfinite(loss) and world.size() == 1:
                 raise NumericError(f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict")
             total += loss
             if progress:
-                progress(last, len(rows))
+                progress(min(last * world.size(), count), count)
+    total = sum(world.gather(total))
+    if not math.isfinite(total):
+        raise NumericError(f"the loss of some of {count} windows is not finite: the model does not predict")
     seconds, length = time.perf_counter() - start, rows.shape[1]
     result = {"perplexity": exp(total / tokens), "loss": total / tokens, "tokens": tokens, "window": length, "stride": min(stride or length, length)}
-    return result | {"windows": len(rows), "tokens_per_second": tokens / seconds, "seconds": seconds}
+    return result | {"windows": count, "tokens_per_second": tokens / seconds, "seconds": seconds}
+
+
+def _dealt(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's share of the windows; as many for each of several, where they run out one more that counts nothing."""
+    if world.size() == 1:
+        return rows, targets
+    each = -(-len(rows) // world.size())
+    at = torch.arange(each * world.rank(), each * (world.rank() + 1))  # [each]
+    own = at.clamp(max=len(rows) - 1)
+    return rows[own], targets[own].masked_fill((at >= len(rows))[:, None], IGNORE)
 
 
 def tokens_of(corpus: Corpus, tokenizer: Any, window: int) -> tuple[Tensor, Tensor | None, dict[str, int]]:

@@ -7,6 +7,7 @@ and a backward pass of the dense model a window, and four bytes a weight while p
 import torch
 from torch import Tensor, nn
 
+from compressor import world
 from compressor.errors import NumericError
 from compressor.tune.loss import loss_function
 
@@ -33,7 +34,7 @@ def squared_gradients(model: nn.Module, names: list[str], ids: Tensor) -> dict[s
         model.requires_grad_(False)
         hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(square) for weight in sums]
         loss = loss_function(model, ids[:1, :8].to(device))
-        for window in ids.to(device).split(1):
+        for window in world.dealt(ids).to(device).split(1):
             loss(window, window).backward()
     finally:
         for hook in hooks:
@@ -41,6 +42,8 @@ def squared_gradients(model: nn.Module, names: list[str], ids: Tensor) -> dict[s
         for p, flag in flags:
             p.requires_grad_(flag)
             p.grad = None
+    for total in sums.values():
+        world.add([total])
     for name, weight in weights.items():
         if not bool(torch.isfinite(sums[weight]).all()):
             raise NumericError(f"the squared gradients of {name} are not finite; use another packer, or a device that computes in float32")

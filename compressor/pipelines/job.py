@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from compressor import disk
+from compressor import disk, world
 from compressor.errors import OutputError
 from compressor.integrations.peft import named
 from compressor.pipelines import card, card_serving, checkpoint, compress, coverage, load, render, write
@@ -76,6 +76,8 @@ class Job:
 
     def _leave(self) -> None:
         """The report of a stopped run, or no folder at all if no stage was finished."""
+        if not world.lead():
+            return
         with contextlib.suppress(OSError, OutputError):
             if (self.work / "journal.json").exists() or any(self.work.glob("*/*.safetensors")):
                 self.report.save(self.work / "report.json")

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor import disk
+from compressor import disk, world
 from compressor.errors import OutputError
 
 LOCK, JOURNAL = "lock", "journal.json"  # of a work folder
@@ -67,7 +68,10 @@ class Journal:
 
 
 def keep(path: Path, tensors: dict[str, Tensor], facts: Any) -> None:
-    """Tensors with what belongs to them, JSON, in one safetensors file that is whole on the disk before it has its name."""
+    """Tensors with what belongs to them, JSON, in one safetensors file that is whole on the disk before it has its name. Of several
+    processes the first writes it."""
+    if not world.lead():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({key: t.cpu().contiguous() for key, t in tensors.items()}, temporary, metadata={"facts": json.dumps(facts)})
@@ -76,19 +80,30 @@ def keep(path: Path, tensors: dict[str, Tensor], facts: Any) -> None:
 
 
 def kept_facts(path: Path) -> Any:
-    """The facts of a file that `keep` wrote, or None; a file that cannot be read is as good as none."""
+    """The facts of a file that `keep` wrote, or None; a file that cannot be read is as good as none. Several processes ask together."""
+    return world.first(lambda: _facts(path))
+
+
+def _facts(path: Path) -> Any:
     with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
         return json.loads(file.metadata()["facts"])
     return None
 
 
 def kept(path: Path) -> tuple[dict[str, Tensor], Any] | None:
-    """Tensors and facts of a file that `keep` wrote, or None."""
-    facts = kept_facts(path)
+    """Tensors and facts of a file that `keep` wrote, or None. Several processes ask together, and all get what the first one reads."""
+    found = _read(path) if world.lead() else None
+    facts = world.share(None if found is None else found[1])
     if facts is None:
         return None
-    with contextlib.suppress(SafetensorError, OSError, ValueError):
-        return load_file(path), facts
+    return world.send(None if found is None else found[0], 0, torch.device("cpu")), facts
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Any] | None:
+    facts = _facts(path)
+    if facts is not None:
+        with contextlib.suppress(SafetensorError, OSError, ValueError):
+            return load_file(path), facts
     return None
 
 

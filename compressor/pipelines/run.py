@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor import __version__
+from compressor import __version__, world
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.pipelines import (
@@ -33,12 +33,13 @@ from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
-from compressor.pipelines.journal import Journal, open_work
+from compressor.pipelines.journal import Journal
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.measure import tasks as questions
 from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract
 from compressor.pipelines.packers import PACKERS, needs
+from compressor.pipelines.parallel import check_alone, open_work
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
@@ -126,11 +127,15 @@ class Run(Job):
                 self._tune(loaded, calibration, windows, journal)
             if self.recipe.save == "task":
                 self.report.notes.append("only the task file was kept; the sizes are those of the folder that it makes with its base")
-            self.write_out(loaded, self.key_written, journal)
-            if self.recipe.save == "task":
-                tasks.leave_only(loaded, self.work / "folder", __version__)
-            root = self.publish(self.key_written, journal)
+            root = self._finish(loaded, journal) if world.lead() else ""
         return contract(self.report.to_dict(), self.output) | {"digest": root}
+
+    def _finish(self, loaded: load.Loaded, journal: Journal) -> str:
+        """The finished folder under its name; its digest."""
+        self.write_out(loaded, self.key_written, journal)
+        if self.recipe.save == "task":
+            tasks.leave_only(loaded, self.work / "folder", __version__)
+        return self.publish(self.key_written, journal)
 
     def read(self) -> load.Loaded:
         after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work
@@ -210,6 +215,8 @@ class Run(Job):
             ids = data.calibration(self.calib, tokenizer, self.seqlen, recipe.data.nsamples, recipe.seed)
         if self.tunes or self.prunes:
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
+            if self.tunes:
+                Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
         return ids, windows
 
     def dense(self, loaded: load.Loaded, journal: Journal) -> None:
@@ -255,6 +262,7 @@ class Run(Job):
         self.report.training = {
             "method": options.method, "lr": options.lr, "trainable": tuning.finish(), "windows": len(windows.ids),
             "curve": log.curve, "evals": [{"step": e["step"], "perplexity": e["value"]} for e in log.evals], "notes": log.notes,
+            "processes": world.size(),
         }  # fmt: skip
         if options.adapter == "absorb":
             self._absorb(loaded, ids, windows, evaluate)
@@ -339,15 +347,18 @@ def _kind(recipe: Recipe) -> type[Run]:
 def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, show: Show | None = None, command: str | None = None) -> dict[str, Any]:
     """The whole job. An output folder that this very recipe has already written is returned as it is."""
     show = show or Show()
-    if encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model))):
+    encoder = encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model)))
+    check_alone(recipe, encoder)
+    if encoder:
         if recipe.save != "folder":
             raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
         return encoder_run.run(recipe, output, overwrite, show, command)
     job = _kind(recipe)(recipe, output or default_output(recipe), show, command)
-    done = job.done(job.key_written, overwrite)
+    done = world.first(lambda: job.done(job.key_written, overwrite))
     if done is not None:
         return done
-    check_room(job.place, 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + checkpoint.model_bytes(job.source) // 2)
+    need = 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + checkpoint.model_bytes(job.source) // 2
+    world.first(lambda: check_room(job.place, need))
     return job.go()
 
 

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import DataError
+from compressor import world
+from compressor.errors import DataError, RecipeError
 from compressor.recipe import Tune
 from compressor.tune.loss import MASKED, loss_function
 
@@ -62,6 +63,7 @@ class Batches:
             raise DataError(f"none of the {len(self.counts)} training windows holds a token to learn: give more text, or train on the prompt too")
         self.notes = [f"{dropped} of {len(self.counts)} training windows hold no token to learn and were left out"] if dropped else []
         self.size = min(options.batch * options.accumulate, count)
+        _check_parts(self.size, options)
         self.steps = options.steps or max(1, math.ceil(options.epochs * count / self.size - 1e-9))
 
     def windows(self, step: int) -> Tensor:
@@ -79,9 +81,18 @@ class Batches:
         return int(self.counts[self.windows(step)].sum())
 
     def micro(self, step: int) -> Iterator[tuple[Tensor, ...]]:
-        """The rows of a step in micro-batches."""
-        for rows in self.windows(step).split(self.batch):
+        """The rows of a step in micro-batches; of several processes each has an equal run of them, but for one row."""
+        for rows in world.dealt(self.windows(step)).split(self.batch):
             yield self.objective.rows(rows)
+
+
+def _check_parts(size: int, options: Tune) -> None:
+    """RecipeError for steps of `size` rows that several processes cannot share: none may stay idle, and sharded ones run the model in step."""
+    parts = world.size()
+    if size < parts:
+        raise RecipeError(f"a step has {size} windows for {parts} processes: raise --batch or --accumulate, or start fewer processes")
+    if options.shard and math.ceil(size // parts / options.batch) != math.ceil(-(-size // parts) / options.batch):
+        raise RecipeError(f"--shard wants as many micro-batches of every process, and {size} windows a step do not split so over {parts}")
 
 
 def rate(step: int, total: int, options: Tune, restarts: Sequence[int] = ()) -> float:

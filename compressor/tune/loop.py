@@ -16,7 +16,10 @@ parameters are divided by the tokens of the step at the end. Gradients of the me
 
 Memory beyond the model: parameter, gradient, two moments and the good copy of three of them, 28 bytes a parameter with AdamW, 12 of them on the
 host where a GPU trains, 16 with moments of 8 bits (tune/optimizers.py), and what the tuner says; logits exist for unmasked tokens only, at most 2**25
-at a time. Packed words may wait in host memory (tune/offload.py). Limits: one device; windows are causal and padded on the right, if at all.
+at a time. Packed words may wait in host memory (tune/offload.py). Limits: windows are causal and padded on the right, if at all.
+
+Several processes (compressor/world.py) share the rows of each step, and one all-reduce sums the loss and all gradients; state, decisions and failed
+steps are then the same in all, and the result is that of one process but for the order of sums, and for the seeds of dropout.
 
 The loop casts nothing: load the model in float32 on a CPU, in the dtype it is stored in on a GPU. Trainables are float32 everywhere.
 AdamW: Loshchilov and Hutter, arXiv 1711.05101.
@@ -32,14 +35,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor import world
 from compressor.errors import NumericError, RecipeError
 from compressor.prune import Pruner
 from compressor.recipe import Tune
 from compressor.stopping import Stopped, asked, held, let_through
+from compressor.tune import distributed
 from compressor.tune.batches import Batches, Objective, rate
 from compressor.tune.offload import words_on_host
 from compressor.tune.optimizers import Maker, own
-from compressor.tune.state import CHECKPOINT, State, TrainLog, resume, save
+from compressor.tune.shard import release, sharded
+from compressor.tune.state import State, TrainLog
 
 OnStep = Callable[[dict[str, Any]], None]  # gets the record of a step
 STRIKES = 3  # non-finite steps, or evaluations, in a row that end the run
@@ -70,14 +76,15 @@ def train(
     """
     batches, peak = Batches(objective, options, seed), _peak(options)
     state, log = State(parameters, options.weight_decay, pruner, optimizer or own(options.optimizer)), TrainLog(batches.steps, notes=batches.notes)
-    path = None if folder is None else folder / CHECKPOINT
-    if path is not None and path.exists():
-        log = resume(path, fingerprint, state, log)
-    put_down = partial(_put_down, path, fingerprint, state, log)
-    with _training(model, options, state.device):
+    if folder is not None:
+        log = distributed.resume(folder, fingerprint, state, log)
+    put_down = partial(_put_down, folder, fingerprint, state, log)
+    with _training(model, options, state.device), sharded(model, options.shard) as away:
+        if away and not log.resumed_from:
+            log.notes.append(f"each of {world.size()} processes kept its part of embeddings and head, {away:,} bytes less than all")
         loss = objective.loss(model)
         for step in range(log.resumed_from, batches.steps):
-            torch.manual_seed(seed * 1_000_003 + step)
+            torch.manual_seed(seed * 1_000_003 + step + (world.rank() << 52))
             last = step + 1 == batches.steps
             state.pruner.prune(step)
             value, fault = _gradient(model, loss, batches, step, state)
@@ -92,7 +99,7 @@ def train(
                 state.pruner.observe(step)
                 lr = peak * rate(step, batches.steps, options, state.pruner.restarts) * state.multiplier
                 norm = state.update(lr, options.clip)
-                record = {"step": step + 1, "loss": value, "lr": lr, "grad_norm": norm, "tokens": batches.tokens(step)}
+                record = {"step": step + 1, "loss": value, "lr": lr, "grad_norm": norm, "tokens": batches.tokens(step)} | reduced(state)
                 fault = _unproven(model, loss, batches, step, state) if last else None
             if fault is not None:
                 record = _strike(state, log, step + 1, "steps", fault)
@@ -102,16 +109,16 @@ def train(
                 log.curve.append(record)
             if on_step is not None:
                 on_step(dict(record))
-    if path is not None and log.resumed_from < batches.steps:
+    if folder is not None and log.resumed_from < batches.steps:
         state.keep()
-        save(path, fingerprint, state, log, batches.steps)
+        distributed.save(folder, fingerprint, state, log, batches.steps)
     return log
 
 
-def _put_down(path: Path | None, fingerprint: str, state: State, log: TrainLog, step: int) -> None:
+def _put_down(folder: Path | None, fingerprint: str, state: State, log: TrainLog, step: int) -> None:
     """The good state, of after `step` steps, as the checkpoint, unless it is the one that the run began from."""
-    if path is not None and step > log.resumed_from:
-        save(path, fingerprint, state, log, step)
+    if folder is not None and step > log.resumed_from:
+        distributed.save(folder, fingerprint, state, log, step)
 
 
 def _peak(options: Tune) -> float:
@@ -120,28 +127,47 @@ def _peak(options: Tune) -> float:
     return options.lr
 
 
+def reduced(state: State) -> dict[str, int]:
+    """What the processes of a run tell each other in a step: the loss and all gradients, once, in float32; nothing for one process."""
+    count = 1 + sum(p.numel() for p in state.parameters.values())
+    return {"reduced_bytes": 4 * count} if world.size() > 1 else {}
+
+
 def _gradient(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, step: int, state: State) -> tuple[float, str | None]:
-    """Fill the gradients of one step; returns its mean loss and, if a number is not finite, a sentence about where."""
-    total = batches.tokens(step)
+    """Fill the gradients of one step, of all processes' rows; returns its mean loss and, if a number is not finite, a sentence about where."""
+    total, bad = batches.tokens(step), None
     state.optimizer.zero_grad(set_to_none=False)
     summed = torch.zeros((), device=state.device)
     for rows in batches.micro(step):
-        rows = tuple(t.to(state.device) for t in rows)
-        part = loss(*rows)
+        again = partial(loss, *(t.to(state.device) for t in rows))
+        part = again()
         value = part.detach()
-        if not bool(torch.isfinite(value)):
-            return float(value), f"the loss is {float(value)}, first seen in {first_nonfinite(model, partial(loss, *rows))}"
-        part.backward()
         summed += value
-    for p in state.parameters.values():
-        if p.grad is not None:
-            p.grad /= total
+        if bad is None and not bool(torch.isfinite(value)):
+            bad = again
+            if world.size() == 1:
+                break
+        part.backward()
+        release(model)
+    grads = [p.grad for p in state.parameters.values() if p.grad is not None]
+    world.add([summed, *grads])
     mean = float(summed) / total
+    if not math.isfinite(mean):
+        return mean, f"the loss is {float(summed)}, first seen in {_first_seen(model, bad, again)}"
+    for grad in grads:
+        grad /= total
     if bool(torch.isfinite(state.norm())):
         return mean, None
-    bad = [name for name, p in state.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-    where = f"the gradient of {_layer(bad[0])} ({len(bad)} of {len(state.parameters)} parameters)" if bad else "the norm of all gradients"
+    names = [name for name, p in state.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    where = f"the gradient of {_layer(names[0])} ({len(names)} of {len(state.parameters)} parameters)" if names else "the norm of all gradients"
     return mean, f"non-finite numbers in {where}"
+
+
+def _first_seen(model: nn.Module, bad: Callable[[], object] | None, other: Callable[[], object]) -> str:
+    """Where the first process with a `bad` forward pass has its first non-finite output; processes without one run the `other` along."""
+    where = first_nonfinite(model, bad or other)
+    found = next(((i, text) for i, (own, text) in enumerate(world.gather([bad is not None, where])) if own), (0, where))
+    return found[1] if world.size() == 1 else f"{found[1]} (process {found[0]})"
 
 
 @torch.no_grad()
@@ -150,12 +176,16 @@ def _unproven(model: nn.Module, loss: Callable[..., Tensor], batches: Batches, s
     for name, p in state.parameters.items():
         if not bool(torch.isfinite(p).all()):
             return f"its update left non-finite numbers in {_layer(name)}"
+    value, bad = 0.0, None
     for rows in batches.micro(step):
         again = partial(loss, *(t.to(state.device) for t in rows))
-        value = float(again())
-        if not math.isfinite(value):
-            return f"after its update the loss is {value}, first seen in {first_nonfinite(model, again)}"
-    return None
+        value += float(again())
+        if bad is None and not math.isfinite(value):
+            bad = again
+            if world.size() == 1:
+                break
+    value = sum(world.gather(value))
+    return None if math.isfinite(value) else f"after its update the loss is {value}, first seen in {_first_seen(model, bad, again)}"
 
 
 def _layer(name: str) -> str:
@@ -223,6 +253,7 @@ def _evaluate(
 ) -> str | None:
     """Evaluate and log the value; if it is not finite, only a sentence about it."""
     model.eval()
+    value, fault = math.nan, None
     try:
         with let_through():
             value = float(evaluate())
@@ -231,11 +262,12 @@ def _evaluate(
             put_down()
         raise
     except NumericError as error:
-        return f"the evaluation failed ({error})"
+        fault = f"the evaluation failed ({error})"
     finally:
         model.train()
-    if not math.isfinite(value):
-        return f"the evaluation gave {value}"
+    value, fault = world.share([value, fault])
+    if fault is not None or not math.isfinite(value):
+        return fault or f"the evaluation gave {value}"
     state.strikes["evaluations"] = 0
     log.evals.append({"step": step, "value": value})
     return None

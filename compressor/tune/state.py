@@ -149,16 +149,21 @@ def resume(path: Path, fingerprint: str, state: State, fresh: TrainLog) -> Train
                 fresh.notes.append(f"the tuning checkpoint {path} is of another run (fingerprint {record['fingerprint']}) and was not used")
                 return fresh
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        log = TrainLog(**record["log"] | {"resumed_from": int(record["step"])})
-        if log.steps != fresh.steps:
-            raise ValueError(f"it is of a run of {log.steps} steps, this one has {fresh.steps}")
-        multiplier, failed = float(record["multiplier"]), int(record["strikes"]["evaluations"])
-        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise ValueError("it holds non-finite numbers")
-        state.restore(tensors)
+        return adopt(record, tensors, state, fresh)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         fresh.notes.append(f"the tuning checkpoint {path} is damaged or does not fit ({error}) and was not used")
         return fresh
+
+
+def adopt(record: dict[str, Any], tensors: Mapping[str, Tensor], state: State, fresh: TrainLog) -> TrainLog:
+    """Put what a checkpoint holds into `state`; its log. KeyError, TypeError or ValueError, with the state as it was, if it does not fit."""
+    log = TrainLog(**record["log"] | {"resumed_from": int(record["step"])})
+    if log.steps != fresh.steps:
+        raise ValueError(f"it is of a run of {log.steps} steps, this one has {fresh.steps}")
+    multiplier, failed = float(record["multiplier"]), int(record["strikes"]["evaluations"])
+    if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+        raise ValueError("it holds non-finite numbers")
+    state.restore(tensors)
     state.multiplier, state.strikes["evaluations"] = multiplier, failed
     state.keep()
     return log

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compressor import world
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import experts
 from compressor.pipelines import checkpoint, load
@@ -25,6 +26,8 @@ def why_not(recipe: Recipe, config: dict[str, Any]) -> str | None:
     """Why a run cannot go block by block, in words; None if it can."""
     if config.get("model_type") not in FAMILIES:
         return f"models of type {config.get('model_type')} are not known to run block by block"
+    if world.size() > 1:
+        return "several processes each hold the model in one piece"
     if recipe.prune.method != "none":
         return "pruning trains the whole model"
     if recipe.choose.active:

@@ -1,0 +1,122 @@
+"""Several processes of one command, as `torchrun` and `accelerate launch` start them: they meet, one of them speaks, and they end together.
+
+The launcher says in the environment who a process is (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Process 0 speaks; the others are
+silent until they have to say something that nobody said yet. A lost process ends the others with one sentence and code 1; a signal that reaches
+all (preemption) ends them with 143.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
+
+from compressor.errors import CompressorError, LostProcess, RecipeError
+
+LINGER = 3.0  # seconds that a silent process waits with its error, for the launcher ends the others at the first that is gone
+COMMANDS = ("run", "tune")  # that several processes do together
+
+
+class Stopped(BaseException):
+    """SIGTERM."""
+
+
+def number(name: str, usual: int) -> int:
+    """A number that the launcher left in the environment."""
+    text = os.environ.get(name, str(usual))
+    if not text.isdecimal():
+        raise RecipeError(f"{name}={text} in the environment is no number: start several processes with torchrun or accelerate launch")
+    return int(text)
+
+
+def count() -> int:
+    """Processes of this run, as the launcher says; RANK tells a launcher from a variable that somebody left behind."""
+    return number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Refuse commands that one process does alone; meanwhile all processes but the first write nothing to stdout and stderr."""
+    if count() < 2:
+        yield
+        return
+    if number("RANK", 0):
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
+        except SystemExit as end:
+            if end.code == 2:
+                time.sleep(LINGER)
+            raise
+        return
+    yield
+
+
+def check(command: str | None) -> None:
+    """RecipeError for a command that several processes cannot do together."""
+    if count() > 1 and command is not None and not command.startswith("-") and command not in COMMANDS:
+        raise RecipeError(f"`compressor {command}` works in one process: start it without torchrun; several do `run` and `tune` together")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """The process group of the run, for as long as it lasts; device as the recipe says. Nothing for a single process."""
+    size = count()
+    if size < 2:
+        yield
+        return
+    from compressor import world
+
+    _join(device, size)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except Stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may send more
+        told = world.lost()
+        _end(told or "stopped by a signal; the same command goes on from the last checkpoint", 1 if told else 143)
+    except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if world.broken(error):
+            error = LostProcess(world.lost() or str(error).splitlines()[0])
+        if isinstance(error, LostProcess):
+            _end(f"failed: {error}", 1)
+        world.tell("failed", " ".join(str(error).split())[:300])
+        if not isinstance(error, CompressorError) or world.rank() == 0 or not world.told("failed", 0):
+            raise
+        sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        world.leave()
+
+
+def _join(device: str, size: int) -> None:
+    import torch
+
+    from compressor import world
+    from compressor.pipelines.load import pick_device
+
+    place, local = pick_device(device), number("LOCAL_RANK", 0)
+    if place.index is not None:
+        raise RecipeError(f"--device {device} would put all {size} processes on one GPU: leave it out, each takes one of its own")
+    if place.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise RecipeError(f"process {local} of this machine finds no GPU of its own, there are {torch.cuda.device_count()}: start as many")
+        torch.cuda.set_device(local)
+    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), number("MASTER_PORT", 29500)
+    world.join(number("RANK", 0), size, place, address, port, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise Stopped
+
+
+def _end(text: str, code: int) -> None:
+    """Say it, unless another process did, and exit at once: what waits for lost processes would wait long."""
+    from compressor import world
+
+    if world.tell("said", text):
+        print(text, file=sys.__stderr__, flush=True)
+    raise SystemExit(code)
