@@ -79,9 +79,7 @@ def train(
     if folder is not None:
         log = distributed.resume(folder, fingerprint, state, log)
     put_down = partial(_put_down, folder, fingerprint, state, log)
-    with _training(model, options, state.device), sharded(model, options.shard) as away:
-        if away and not log.resumed_from:
-            log.notes.append(f"each of {world.size()} processes kept its part of embeddings and head, {away:,} bytes less than all")
+    with _training(model, options, state.device, log):
         loss = objective.loss(model)
         for step in range(log.resumed_from, batches.steps):
             torch.manual_seed(seed * 1_000_003 + step + (world.rank() << 52))
@@ -274,15 +272,17 @@ def _evaluate(
 
 
 @contextmanager
-def _training(model: nn.Module, options: Tune, device: torch.device) -> Iterator[None]:
-    """Training mode, gradient checkpointing and offload if asked for, and a random state of its own; all as before on the way out."""
+def _training(model: nn.Module, options: Tune, device: torch.device, log: TrainLog) -> Iterator[None]:
+    """Training mode, what saves memory if asked for, and a random state of its own; all as before on the way out."""
     if options.gradient_checkpointing:
         _recompute(model)
     was = model.training
     model.train()
     host = words_on_host(model, device) if options.offload == "cpu" else nullcontext()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), host:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), host, sharded(model, options.shard) as away:
+            if away and not log.resumed_from:
+                log.notes.append(f"each of {world.size()} processes kept its part of embeddings and head, {away:,} bytes less than all")
             yield
     finally:
         if options.gradient_checkpointing:
