@@ -33,8 +33,8 @@ FIELDS = [
     "compute_seconds", "share_of_limit", "perplexity", "threads", "torch",
 ]  # fmt: skip
 ARMS = {
-    "rtn-7b": ("llama-7b", {"packer": "rtn", "bits": 3}, {"seqlen": 512}),
-    "gptq-1.1b": ("tinyllama-1.1b", {"packer": "gptq", "bits": 3}, {"seqlen": 512, "nsamples": 16}),
+    "rtn-7b": ("llama-7b", {"packer": "rtn", "bits": 3}, {"seqlen": 256}),
+    "gptq-1.1b": ("tinyllama-1.1b", {"packer": "gptq", "bits": 3}, {"seqlen": 256, "nsamples": 8}),
 }
 
 
@@ -81,7 +81,7 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         make(model, folder)
     recipe = work / f"{name}.yaml"
-    recipe.write_text(yaml.safe_dump({"model": str(folder), "memory": "blocks", "quant": quant, "data": data, "eval": {"max_tokens": 1024}}))
+    recipe.write_text(yaml.safe_dump({"model": str(folder), "memory": "blocks", "quant": quant, "data": data, "eval": {"max_tokens": 256}}))
     document, peak, seconds = child("run", str(recipe), "-o", str(work / name), "--overwrite")
     report = json.loads((work / name / "report.json").read_text())
     row = {
@@ -100,7 +100,7 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
 
 def eval_arm(work: Path) -> dict[str, Any]:
     folder = work / "rtn-7b"
-    document, peak, seconds = child("eval", str(folder), "--max-tokens", "1024", "--window", "512", "--cache", str(work / "cache"))
+    document, peak, seconds = child("eval", str(folder), "--max-tokens", "256", "--window", "256", "--cache", str(work / "cache"))
     report = json.loads((folder / "report.json").read_text())
     found = json.dumps(document)
     perplexity = json.loads(found[found.index('"perplexity": ') + len('"perplexity": ') :].split(",")[0])

@@ -79,6 +79,12 @@ def keep_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
             module.register_parameter("weight", new)
 
 
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point dtype that a model computes in: that of its parameters, but for those that wait in 16 bits."""
+    kept = stored_names(model)
+    return next(p.dtype for name, p in model.named_parameters() if p.is_floating_point() and name not in kept)
+
+
 def stored_names(model: nn.Module) -> set[str]:
     """Names of the weights that stay in 16 bits."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, StoredEmbedding | StoredLinear)}

@@ -57,10 +57,15 @@ class Counts:
     prune_steps: int = 0
 
 
-def whole_bytes(source: Path, device: torch.device) -> int:
-    """Bytes of a dense folder's model in one piece, once it is loaded."""
+def whole_bytes(recipe: Recipe, source: Path, config: dict[str, Any], device: torch.device, seqlen: int) -> int:
+    """Bytes that a run on a dense folder takes beside the process itself, in one piece: the weights, and what measuring or packing adds."""
     headers = shards.read_headers(source, checkpoint.weight_files(source)).values()
-    return BASE + sum(t.numel() * (4 if device.type == "cpu" and t.is_floating_point() else t.element_size()) for t in headers)
+    size = 4 if device.type == "cpu" else 2
+    weights = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in headers)
+    hidden, widest = int(config.get("hidden_size") or 0), max((int(t.shape[-1]) for t in headers if t.dim() == 2), default=0)
+    logits = max(evaluate.LOGIT_BYTES, seqlen * int(config.get("vocab_size") or 0) * size)
+    packing = recipe.data.nsamples * seqlen * hidden * size + 5 * 4 * widest * widest if needs(recipe.quant) else 0
+    return weights + max(packing, 3 * logits)
 
 
 def shell(folder: Path) -> nn.Module:

@@ -19,6 +19,7 @@ from compressor.export import conversions, shards
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.packed import Affine, PackedWeight, zeros_as_floats
 from compressor.pipelines import checkpoint, compress, estimate, formats, load, tools, write
+from compressor.pipelines.blockwise import stage as blockwise
 from compressor.pipelines.job import plain, source_name
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.methods import check_zeros_stay
@@ -41,6 +42,7 @@ class Retune(Run):
             raise ModelError(f"{self.source} has an adapter beside its packed weights: export it with --to compressed-tensors, and tune that")
 
     def read(self) -> load.Loaded:
+        blockwise.wanted(self)  # which says so where it is asked for
         with self.stage("load"):
             loaded = load.load(self.recipe.model, self.recipe.device)
         write.round_to_folder(loaded, set())

@@ -28,8 +28,9 @@ from compressor.pipelines import (
     tasks,
     write,
 )
-from compressor.pipelines.blockwise import opening, peaks
+from compressor.pipelines.blockwise import stage as blockwise
 from compressor.pipelines.blockwise.blocks import Blocks
+from compressor.pipelines.blockwise.hidden import Spool
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
@@ -74,6 +75,7 @@ class Run(Job):
         self.domain = data.load("python" if recipe.data.data is None else recipe.data.data)
         self.outside = data.load_text("python-source" if recipe.data.outside is None else recipe.data.outside)
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
+        self.base = stages.resident_bytes()  # before any model
         self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
         self.origin = checkpoint.digest(self.source)
         self._fingerprints(self.origin[:16])
@@ -112,7 +114,7 @@ class Run(Job):
         with open_work(self.work) as journal, self.safe_report():
             loaded = self.read()
             calibration, windows = self.texts(loaded.tokenizer)
-            self.expect(loaded, calibration)
+            blockwise.announce(self, loaded, calibration)
             self.dense(loaded, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
@@ -140,7 +142,7 @@ class Run(Job):
     def read(self) -> load.Loaded:
         after = pruning.shell_after(self.source, self.recipe.prune) if self.prunes else None  # whatever cannot be is said before any work
         with self.stage("load"):
-            loaded = self._open()
+            loaded = blockwise.open_model(self)
         found = self.targets(loaded.model if after is None else after)
         if self.recipe.choose.active and after is None:
             choosing.check_size(self.recipe, loaded.model, choosing.fixed_bytes(self.recipe, loaded, 1), loaded.dtype)
@@ -155,33 +157,6 @@ class Run(Job):
         for note in dict.fromkeys(target.note for target in found if target.note):
             self.show.say(note)
         return loaded
-
-    def _open(self) -> load.Loaded:
-        """The dense model, in one piece or block by block."""
-        whole = estimate.whole_bytes(self.source, self.device)
-        if not opening.wanted(self.recipe, self.config, whole, self.device):
-            loaded = load.load(self.recipe.model, self.recipe.device)
-            compress.check_finite(loaded.model)
-            return loaded
-        self.base = stages.resident_bytes()
-        loaded, blocks = opening.load_blocks(self.recipe.model, self.recipe.device)
-        blocks.scratch, blocks.keeping = self.work / "activations", self.recipe.data.activations
-        self.show.say(f"one block at a time is in memory; in one piece the model takes {whole / 1e9:.1f} GB")
-        return loaded
-
-    def expect(self, loaded: load.Loaded, calibration: torch.Tensor | None) -> None:
-        """Says, and reports, the peak memory of a run of which one block at a time is in memory."""
-        if Blocks.of(loaded.model) is None:
-            return
-        shape = (0, 0) if calibration is None else tuple(calibration.shape)
-        count = max(1, (self.recipe.eval.max_tokens or 1 << 20) // self.window)
-        found = peaks.peaks(
-            self.recipe, loaded.model, self.device, checkpoint.stored_dtype(self.source), loaded.dtype,
-            peaks.Tokens(shape[0], shape[1], count, self.window), self.base,
-        )  # fmt: skip
-        self.report.expected = found
-        stage, most = max(found.items(), key=lambda item: item[1])
-        self.show.say(f"peak memory will be about {most / 1e9:.1f} GB, in {stage}")
 
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
         """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""
@@ -233,8 +208,9 @@ class Run(Job):
         self.report.protocol["domain"]["split"] = self.domain.rule
         ids, labels = evaluate.cut(*self._domain_text(loaded), self.window, self.recipe.eval.max_tokens)
         few = slice(max(1, COMPARED // self.window))
-        most = None if Blocks.of(loaded.model) is None else evaluate.LOGIT_BYTES // 4  # numbers
-        self.near = divergence.Sample(loaded.model, ids[few], labels[few], most)
+        store = None if Blocks.of(loaded.model) is None else Spool(self.work / "activations" / "logits")
+        with self.stage("evaluate dense"):
+            self.near = divergence.Sample(loaded.model, ids[few], labels[few], store)
 
     def _prune(self, loaded: load.Loaded, windows: data.Windows, journal: Journal) -> None:
         options, seed, objective = self.recipe.prune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
@@ -304,11 +280,13 @@ class Run(Job):
                 found["tasks"] = questions.measure(loaded, self.recipe.eval.tasks, self.recipe.eval.task_limit, seed=self.recipe.seed)
             if self.near is not None:
                 found["divergence"] = self.near.compare(loaded.model)
-            pays = self._samples() and Blocks.of(loaded.model) is None
-            prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if pays else []
+            prompts = evaluate.prompts(self.domain.test, loaded.tokenizer) if self._samples() else []
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
     def _samples(self) -> bool:
+        if self.report.expected:  # of one state alone they would compare with nothing
+            self.report.notes = sorted({*self.report.notes, "no samples: one block at a time was in memory, and each token needs all of them"})
+            return False
         if evaluate.samples_pay(self.device, self.report.model["packed_parameters"]):
             return True
         note = "no samples: without numba, decoding token by token on a CPU takes too long for a model of this size; pip install numba"
@@ -350,8 +328,10 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     encoder = encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model)))
     check_alone(recipe, encoder)
     if encoder:
-        if recipe.save != "folder":
-            raise RecipeError(f"save={recipe.save} is for causal language models, and {recipe.model} is an encoder: leave --save out")
+        if strange := next(
+            (f"{key}={getattr(recipe, key)}" for key, usual in (("save", "folder"), ("memory", "auto")) if getattr(recipe, key) != usual), None
+        ):
+            raise RecipeError(f"{strange} is for causal language models, and {recipe.model} is an encoder: leave it out")
         return encoder_run.run(recipe, output, overwrite, show, command)
     job = _kind(recipe)(recipe, output or default_output(recipe), show, command)
     done = world.first(lambda: job.done(job.key_written, overwrite))
@@ -385,6 +365,8 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
         step=recipe.tune.batch * job.seqlen, evaluation=sum(min(cap, count) for count in read), pruning=tokens, prune_steps=heals,
     )  # fmt: skip
     found = job.cost(model, counts, before if job.prunes else None)
+    if blockwise.wanted(job):
+        found |= {"peak_bytes": blockwise.expected(job, before, ids), "memory": "blocks"}
     if job.prunes:
         found |= {"pruning": pruning.plan(before, recipe.prune).facts()}
         show.say(f"{found['pruning']['ratio']:.1%} of the {found['pruning']['prunable']:,} prunable weights go")

@@ -87,7 +87,7 @@ def trim() -> None:
 
     glibc keeps what lies between living pieces, which grows to gigabytes where tensors of megabytes come and go.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems
         ctypes.CDLL(None).malloc_trim(0)
 
 

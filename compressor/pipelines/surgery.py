@@ -22,6 +22,7 @@ from compressor.prune.unit_masks import UnitMasks
 from compressor.prune.units import Family, families
 from compressor.prune.widths import Widths
 from compressor.recipe import Prune
+from compressor.stored import compute_dtype
 from compressor.tune.batches import CausalLM
 from compressor.tune.gradients import Gradients
 
@@ -71,7 +72,7 @@ def whole_units(model: nn.Module, options: Prune, widths: Widths, objective: Cau
     with torch.no_grad():
         for name in {part.name for f in units for part in f.parts}:
             model.get_submodule(name).get_parameter("weight").copy_(tensors[name])
-    slicing.cut(model, units, {f.key: tensors[f"mask.{f.key}"] for f in units}, next(model.parameters()).dtype)
+    slicing.cut(model, units, {f.key: tensors[f"mask.{f.key}"] for f in units}, compute_dtype(model))
     return notes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor import linear
 from compressor.errors import CompressorError
@@ -74,8 +74,8 @@ def _write_base(loaded: Loaded, folder: Path, sparse: bool) -> dict[str, Any]:
     packed = formats.stored(native, packed)
 
     def stream() -> Iterator[tuple[str, Tensor | PackedWeight]]:
-        yield from ((name, t.to(loaded.dtype) if t.is_floating_point() else t) for name, t in dense.items())
-        yield from packed.items()
+        for name, value in by_block(loaded.model, {**dense, **packed}):
+            yield name, value.to(loaded.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     native.write(folder, config_of(loaded), stream(), sorted([*linear.linears(loaded.model), *experts.routers(loaded.model)]))
     copy_companions(loaded.folder, folder)
@@ -90,6 +90,13 @@ def alike(one: PackedWeight, other: PackedWeight) -> bool:
     mine, back = one.tensors(), other.tensors()
     same = mine.keys() == back.keys() and all(torch.equal(mine[k].cpu(), back[k]) and mine[k].dtype == back[k].dtype for k in mine)
     return same and (one.bits, one.group) == (other.bits, other.group)
+
+
+def by_block(model: nn.Module, weights: dict[str, Tensor | PackedWeight]) -> Iterator[tuple[str, Tensor | PackedWeight]]:
+    """The weights in the order of a folder: what lies outside the blocks, then block by block, of each what is dense before what is packed."""
+    prefix = linear.find_blocks(model)[0] + "."
+    places = {name: int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else -1 for name in weights}
+    yield from sorted(weights.items(), key=lambda item: (places[item[0]], isinstance(item[1], PackedWeight)))
 
 
 def write_adapter(loaded: Loaded, folder: Path, base: str) -> int:

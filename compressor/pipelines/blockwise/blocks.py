@@ -106,17 +106,19 @@ class Blocks:
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Callable[[slice], Tensor]:
         """Windows int64 [count, window] through all blocks; the function returned gives the logits [.., window, vocab] of some of them."""
+        if self.keeping == "recompute":  # nothing may be kept: every block once for each part
+            return lambda part: self.model(input_ids=rows[part].to(self.device), use_cache=False).logits
         walk = self.calibration(rows)
         for index in range(len(self.list)):
             with self.visit(index) as block:
                 walk.run(block, index, keep=True)
-        size = len(walk.batches[0])
-        if isinstance(walk.hidden, Recomputed):
-            return lambda part: self.model(input_ids=rows[part].to(self.device), use_cache=False).logits
+        size, held = len(walk.batches[0]), dict[int, Tensor]()  # the batches that the last part needed
 
         def tail(part: slice) -> Tensor:
             places = range(len(rows))[part]
-            needed = {at: walk.hidden[at] for at in sorted({place // size for place in places})}
+            needed = {at: held[at] if at in held else walk.hidden[at] for at in sorted({place // size for place in places})}
+            held.clear()
+            held.update(needed)
             states = torch.stack([needed[place // size][place % size] for place in places])
             with self.skipping(states.to(self.device)):
                 out: Any = self.model(input_ids=rows[part].to(self.device), use_cache=False)
@@ -168,6 +170,7 @@ class Blocks:
         def after(_m: nn.Module, _args: Any, _out: Any) -> None:
             if not self._skipping and index not in self._visited:
                 self._drop(block)
+                stages.trim()
 
         return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
 

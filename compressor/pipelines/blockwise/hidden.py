@@ -5,6 +5,8 @@ written as a whole: a mapped one would count as memory of this process. Computed
 and each block is read as often; that is for machines on which neither memory nor disk holds the states.
 """
 
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +28,13 @@ class Hidden(Protocol):
 
 
 class Spool:
-    """One file a batch in `folder`, which is made; raises OSError where it cannot be written."""
+    """One file a batch in `folder`, which is made, and goes with the object; raises OSError where it cannot be written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
+        self.folder.mkdir(parents=True)
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
 
     def append(self, value: Tensor) -> None:

@@ -16,6 +16,7 @@ from compressor.pipelines import checkpoint, load
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks, place
 from compressor.pipelines.blockwise.source import Source
 from compressor.pipelines.packers import PACKERS
+from compressor.prune import slicing
 from compressor.recipe import Recipe
 from compressor.stored import keep_stored, stored_names
 
@@ -28,6 +29,8 @@ def why_not(recipe: Recipe, config: dict[str, Any]) -> str | None:
         return f"models of type {config.get('model_type')} are not known to run block by block"
     if world.size() > 1:
         return "several processes each hold the model in one piece"
+    if config.get(slicing.WIDTHS):
+        return "its blocks differ in width"
     if recipe.prune.method != "none":
         return "pruning trains the whole model"
     if recipe.choose.active:
@@ -47,17 +50,32 @@ def wanted(recipe: Recipe, config: dict[str, Any], whole: int, device: torch.dev
     return recipe.memory == "blocks" or (recipe.memory == "auto" and reason is None and whole > SHARE * free_bytes(device))
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still take: of the GPU, or of the host as the kernel and the control group say. A large number if neither says."""
+def free_bytes(device: torch.device, root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process can still take: of the GPU, or of the host as the kernel and the control groups say. A large number if none says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = 1 << 62
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit, used = (next(iter(_lines(group / name)), "max") for name in ("memory.max", "memory.current"))
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+    return min([free, *(_left(group) for group in _groups(root))])
+
+
+def _groups(root: Path) -> list[Path]:
+    """The control groups that this process is in, from its own to the outermost; those of version one beside them."""
+    own = next((line.rpartition(":")[2].strip("/") for line in _lines(Path("/proc/self/cgroup")) if line.startswith("0::")), "")
+    inner = root / own
+    return [group for group in (inner, *inner.parents) if group == root or root in group.parents] + [root / "memory"]
+
+
+def _left(group: Path) -> int:
+    """Bytes that a control group has left, a large number if it has no limit; what it holds of files can be taken back and does not count."""
+    for most, now, stat in (("memory.max", "memory.current", "file"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")):
+        limit, used = (next(iter(_lines(group / name)), "") for name in (most, now))
+        if limit.isdigit() and used.isdigit():
+            files = next((int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[0] == stat), 0)
+            return int(limit) - max(int(used) - files, 0)
+    return 1 << 62
 
 
 def _lines(path: Path) -> list[str]:
@@ -80,7 +98,7 @@ def load_blocks(name: str, device: str = "auto") -> tuple[load.Loaded, Blocks]:
     if lacking := [key for key in names if source.key(key) is None]:
         raise ModelError(f"{folder} lacks weights, they would be random: {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}")
     dtype = load.folder_dtype(stored, config)
-    if _largest(source) > torch.finfo(dtype).max:
+    if _largest(source, names) > torch.finfo(dtype).max:
         dtype = stored
     compute = torch.float32 if where.type == "cpu" else dtype
     if where.type == "cpu":
@@ -115,10 +133,10 @@ def _shell(folder: Path) -> Any:
     return model
 
 
-def _largest(source: Source) -> float:
+def _largest(source: Source, names: list[str]) -> float:
     """The largest magnitude of all weights; ModelError names a tensor with NaN or infinity."""
     most = 0.0
-    for name, value in source.largest():
+    for name, value in source.largest(names):
         if value == float("inf"):
             raise ModelError(f"{name} holds NaN or infinite weights; the checkpoint is damaged, fetch it again")
         most = max(most, value)

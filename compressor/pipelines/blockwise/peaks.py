@@ -4,11 +4,12 @@ Every stage holds `base`, what the process takes before the model is opened, and
 that the device computes in, beside the tensor that is being read, mapped and copied. Hidden states on disk count one batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor import linear
 from compressor.export import shards
@@ -34,6 +35,13 @@ class Tokens:
     calibrated: int
     windows: int
     window: int
+
+    @classmethod
+    def of(cls, ids: Tensor | None, characters: Sequence[int], most: int, window: int) -> "Tokens":
+        """Of calibration windows, and of texts of so many characters of which `most` tokens are read (0: all); a token is a character at least."""
+        longest = max(characters)
+        count, length = (0, 0) if ids is None else (int(ids.shape[0]), int(ids.shape[1]))
+        return cls(count, length, max(1, min(most or longest, longest) // window), window)
 
 
 def peaks(
@@ -62,8 +70,9 @@ def peaks(
         forward, kept = _walk(config, tokens.calibration, tokens.calibrated, size, recipe.data.activations)
         compress = block * size + kept + max(packing, forward)
     forward, kept = _walk(config, tokens.windows, tokens.window, size, recipe.data.activations)
-    logits = min(evaluate.LOGIT_BYTES, tokens.windows * tokens.window * config.vocab_size * size)
-    tail = 2 * logits + 3 * evaluate.CHUNK_BYTES + min(evaluate.LOGIT_BYTES, logits * 2)
+    one = tokens.window * config.vocab_size * size
+    logits = max(one, min(evaluate.LOGIT_BYTES, tokens.windows * one))
+    tail = 2 * logits + 3 * evaluate.CHUNK_BYTES
     compiled = COMPILER if device.type == "cpu" and cpu.available() else 0
     held = sum(count * folder.itemsize for count in beside)
     out = {

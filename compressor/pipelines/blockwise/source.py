@@ -35,7 +35,7 @@ class Source:
         return next((key for key in (name, short, name.replace("lm_head.", "embed_out.")) if key in self.where), None)  # the last is GPT-NeoX's
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) in the stored dtype. ModelError for one that is not there or not finite."""
+        """(name, tensor) in the stored dtype. ModelError for one that is not there."""
         keys = {name: self.key(name) for name in names}
         if lacking := sorted(name for name, key in keys.items() if key is None):
             raise ModelError(f"{self.folder} lacks weights, they would be random: {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}")
@@ -48,12 +48,10 @@ class Source:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.folder} cannot be read: {error}") from None
 
-    def largest(self) -> Iterator[tuple[str, float]]:
-        """(name in the file, its largest magnitude), tensor by tensor; infinite where a tensor holds NaN or infinity."""
-        for key, path in self.where.items():
-            with safe_open(path, "pt") as file:
-                tensor = file.get_tensor(key)
-                if tensor.is_floating_point() and tensor.numel():
-                    low, high = tensor.aminmax()  # NaN comes through
-                    most = torch.maximum(-low, high).float()
-                    yield key, float(most) if bool(most.isfinite()) else float("inf")
+    def largest(self, names: Iterable[str]) -> Iterator[tuple[str, float]]:
+        """(name, its largest magnitude), tensor by tensor; infinite where a tensor holds NaN or infinity."""
+        for name, tensor in self.read(names):
+            if tensor.is_floating_point() and tensor.numel():
+                low, high = tensor.aminmax()  # NaN comes through
+                most = torch.maximum(-low, high).float()
+                yield name, float(most) if bool(most.isfinite()) else float("inf")

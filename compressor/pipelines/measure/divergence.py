@@ -33,7 +33,9 @@ from torch import Tensor, nn
 
 from compressor.errors import DataError, NumericError
 from compressor.pipelines import evaluate
+from compressor.pipelines.blockwise.hidden import Hidden
 from compressor.pipelines.data import IGNORE
+from compressor.stored import compute_dtype
 
 SAMPLE_LOGITS = 2**28  # that a Sample keeps: 1 GiB of host memory in float32
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
@@ -114,20 +116,22 @@ def compare(
 class Sample:
     """Logits of a model on a few windows, kept so that what becomes of the same model can be compared with what it was."""
 
-    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None, most: int | None = None) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor, labels: Tensor | None = None, store: Hidden | None = None) -> None:
         """ids int64 [count, window], labels of the same shape, -100 where a token does not count.
 
-        Of the windows that predict something the first are taken whose logits together are at most `most` (None: SAMPLE_LOGITS), one at least; they
-        lie in host memory in the dtype that the model computes in. Raises DataError if nothing is predicted.
+        Of the windows that predict something the first are taken whose logits together are at most SAMPLE_LOGITS, one at least; they lie in `store`,
+        a list in host memory if none is given, in the dtype that the model computes in. Raises DataError if nothing is predicted.
         """
         rows, targets = evaluate.cut(ids, labels, ids.shape[1])
         useful = (targets[:, 1:] != IGNORE).any(1)  # [count]
         config: Any = model.config
-        fit = max(1, (SAMPLE_LOGITS if most is None else most) // (rows.shape[1] * config.vocab_size))
-        rows, targets, kept = rows[useful][:fit], targets[useful][:fit], list[Tensor]()
+        fit = max(1, SAMPLE_LOGITS // (rows.shape[1] * config.vocab_size))
+        rows, targets = rows[useful][:fit], targets[useful][:fit]
+        kept: Hidden = [] if store is None else store
         with evaluate.evaluating(model):
             for _, logits in evaluate.each_logits(model, rows, next(model.parameters()).device):  # [batch, window, vocab]
-                kept += logits.cpu().unbind()
+                for window in logits.cpu().unbind():
+                    kept.append(window)
         self.rows, self.targets, self.logits = rows, targets, kept  # [count, window] each, count of [window, vocab]
 
     def compare(self, model: nn.Module) -> dict[str, Any]:
@@ -135,7 +139,7 @@ class Sample:
         sums, device = Sums(), next(model.parameters()).device
         with evaluate.evaluating(model):
             for part, logits in evaluate.each_logits(model, self.rows, device):  # [batch, window, vocab]
-                add(sums, torch.stack(self.logits[part]).to(device), logits, self.targets[part, 1:].to(device))
+                add(sums, torch.stack([self.logits[i] for i in range(len(self.rows))[part]]).to(device), logits, self.targets[part, 1:].to(device))
         return sums.result()
 
 
@@ -169,7 +173,7 @@ def floor(model: nn.Module, stored: torch.dtype, rows: Tensor, targets: Tensor, 
     `stored`: the dtype of the folder's weights.
     """
     parameter = next(model.parameters())
-    forward, device, compute = forward_of(model), parameter.device, parameter.dtype
+    forward, device, compute = forward_of(model), parameter.device, compute_dtype(model)
     order = compare(forward, _otherwise(forward), rows, targets, device, progress)
     out = {"order": {"how": "the same weights, fewer windows at a time and each without its last token: another order of sums"} | order}
     if compute == torch.float32:

@@ -1,5 +1,6 @@
 """A model of which one block at a time is in memory computes, packs and writes what the same model does in one piece."""
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -12,10 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor import linear, stored
 from compressor.errors import ModelError, RecipeError
-from compressor.pipelines import load
+from compressor.export import shards
+from compressor.pipelines import estimate, load
 from compressor.pipelines import run as pipeline
 from compressor.pipelines.blockwise import opening
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks
+from compressor.pipelines.measure import divergence
+from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
 from tests.pipelines.conftest import make_tokenizer
 
@@ -70,7 +74,11 @@ def test_hidden_states_may_wait_anywhere(llama: Path, tmp_path: Path, keeping: s
     blocks.scratch, blocks.keeping = tmp_path / "states", keeping
     rows = ids(600)  # more than a batch
     assert torch.equal(blocks.logits(rows)(slice(500, 600)), load.load(str(llama), "cpu").model(input_ids=rows[500:], use_cache=False).logits)
-    assert any((tmp_path / "states").glob("walk-1/*")) == (keeping == "disk")
+    walk = blocks.calibration(rows)
+    assert any((tmp_path / "states").glob("walk-*/*")) == (keeping == "disk") and len(walk.hidden) == 2
+    del walk
+    gc.collect()
+    assert not list((tmp_path / "states").glob("walk-*"))  # hidden states go with who kept them
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -85,7 +93,8 @@ def recipe(model: Path, **changes: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("packer", ["rtn", "gptq", "sketch"])
-def test_a_run_writes_the_same_bytes(llama: Path, tmp_path: Path, packer: str) -> None:
+def test_a_run_writes_the_same_bytes(llama: Path, tmp_path: Path, packer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "HELD", 4096)  # so that tensors are written as they come
     done = {}
     for memory in ("whole", "blocks"):
         changes: dict[str, Any] = {"quant__group": 128} if packer == "sketch" else {}
@@ -93,6 +102,11 @@ def test_a_run_writes_the_same_bytes(llama: Path, tmp_path: Path, packer: str) -
             changes = {"data__activations": "disk"}
         done[memory] = pipeline.run(recipe(llama, memory=memory, quant__packer=packer, **changes), tmp_path / memory)
     assert sums(tmp_path / "whole") == sums(tmp_path / "blocks") and not (tmp_path / "blocks.partial").exists()
+    report = json.loads((tmp_path / "blocks" / "report.json").read_text())
+    assert report["expected"]["compress"] > 0 and any("no samples" in note for note in report["notes"])
+    assert (
+        report["packed"]["divergence"]["windows"] == json.loads((tmp_path / "whole" / "report.json").read_text())["packed"]["divergence"]["windows"]
+    )
     for state in ("dense", "packed"):
         one, other = (done[memory][state]["domain"]["perplexity"] for memory in ("whole", "blocks"))
         assert one == pytest.approx(other, rel=1e-6)
@@ -121,6 +135,48 @@ def test_what_cannot_go_block_by_block_is_said(llama: Path, tmp_path: Path, monk
     assert opening.wanted(recipe(llama), config, 1 << 60, torch.device("cpu"))
     assert not opening.wanted(recipe(llama), config | {"model_type": "strange"}, 1 << 60, torch.device("cpu"))
     assert not opening.wanted(recipe(llama, memory="whole"), config, 1 << 60, torch.device("cpu"))
+
+
+def test_whether_it_fits_counts_what_the_run_adds(llama: Path) -> None:
+    config, cpu = json.loads((llama / "config.json").read_text()), torch.device("cpu")
+    weights = sum(t.numel() * 4 for t in load_file(llama / "model.safetensors").values())
+    few, many = (estimate.whole_bytes(recipe(llama, data__nsamples=count), llama, config, cpu, 32) for count in (1, 1 << 24))
+    assert weights < few < many and many >= weights + (1 << 24) * 32 * 32 * 4
+
+
+def test_free_memory_heeds_control_groups_but_not_what_they_hold_of_files(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    most = opening.free_bytes(cpu, tmp_path)
+    for name, text in (("memory.max", "5000000\n"), ("memory.current", "4000000\n"), ("memory.stat", "anon 1000000\nfile 3000000\n")):
+        (tmp_path / name).write_text(text)
+    assert opening.free_bytes(cpu, tmp_path) == 4_000_000 < most
+    (tmp_path / "memory.max").write_text("max\n")
+    assert opening.free_bytes(cpu, tmp_path) > 4_000_000
+
+
+def test_a_dry_run_tells_the_memory_of_blocks_and_what_cannot_be(llama: Path, tmp_path: Path) -> None:
+    found = {memory: pipeline.dry_run(recipe(llama, memory=memory), tmp_path / "out", Show()) for memory in ("whole", "blocks")}
+    assert "export" in found["blocks"]["peak_bytes"] and "export" not in found["whole"]["peak_bytes"]
+    pipeline.run(recipe(llama, quant__packer="rtn"), tmp_path / "packed")
+    tuned = Recipe(model=str(tmp_path / "packed"), memory="blocks").with_(quant__packer="kept", tune__method="peqa", tune__steps=1)
+    with pytest.raises(RecipeError, match="packs none"):
+        pipeline.run(tuned, tmp_path / "out")
+
+
+def test_tensors_that_the_model_does_not_know_do_not_count(llama: Path) -> None:
+    tensors = load_file(llama / "model.safetensors") | {"model.layers.0.self_attn.masked_bias": torch.tensor([-torch.inf])}
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    assert opening.load_blocks(str(llama), "cpu")[0].dtype == load.load(str(llama), "cpu").dtype
+
+
+def test_the_floor_of_a_model_with_16_bit_embeddings_is_that_of_float32(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.run(recipe(llama, quant__packer="rtn"), tmp_path / "packed")
+    rows = ids(2)
+    with torch.no_grad():
+        plain = divergence.floor(load.load(str(tmp_path / "packed"), "cpu").model, torch.float16, rows, rows)["rounding"]
+        monkeypatch.setattr(stored, "LARGE", 1000)
+        found = divergence.floor(load.load(str(tmp_path / "packed"), "cpu").model, torch.float16, rows, rows)["rounding"]
+    assert found["how"] == plain["how"] and found["mean"] == pytest.approx(plain["mean"], rel=0.2) and found["mean"] > 0
 
 
 @pytest.mark.parametrize("damage", ["nan", "absent"])
