@@ -352,6 +352,10 @@ def _check(r: Recipe) -> None:
     for fine, message in rules:
         if not fine:
             raise RecipeError(message)
+    for section, values in asdict(r).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{section}.{key}={value} must be finite")
     for pattern in (*q.ignore, *(key[3:] for key in q.layers if key.startswith("re:"))):
         try:
             re.compile(pattern)

@@ -236,6 +236,13 @@ def test_any_recipe_or_grid_ends_in_one_or_in_a_sentence(tmp_path: Path, values:
             assert 0 < len(str(error)) <= 500
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_a_recipe_of_numbers_that_are_none(tmp_path: Path, value: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"tune: {{dropout: {value}}}")
+    with pytest.raises(RecipeError, match=r"tune.dropout=\w+ must be finite"):
+        cli.read_recipe(tmp_path / "r.yaml")
+
+
 def test_patterns_that_take_for_ever(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text('quant: {ignore: ["(a+)+$"]}')
     with pytest.raises(RecipeError, match="could take for ever"):
