@@ -136,12 +136,11 @@ def json_file(content: bytes, rng: Random) -> bytes:
         return raw(content, rng)
     try:
         value = json.loads(content)
-        json.dumps(value)
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            value = change(value, rng)
+        return dumps(value, rng).encode("utf-8", "surrogatepass")
     except (ValueError, RecursionError):  # damaged so already
         return raw(content, rng)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        value = change(value, rng)
-    return dumps(value, rng).encode("utf-8", "surrogatepass")
 
 
 def lines_file(content: bytes, rng: Random) -> bytes:
