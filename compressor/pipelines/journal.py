@@ -86,7 +86,7 @@ def kept_facts(path: Path) -> Any:
 
 def _facts(path: Path) -> Any:
     with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["facts"])
+        return strict.parse(file.metadata()["facts"])
     return None
 
 

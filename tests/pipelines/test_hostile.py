@@ -18,7 +18,7 @@ from safetensors.torch import save, save_file
 from compressor.errors import CompressorError, DataError, ModelError, RecipeError
 from compressor.export import compressed_tensors, shards
 from compressor.pipelines import checkpoint, cli, data, encoder_data, estimate, limits, load, sources
-from compressor.pipelines.journal import Journal
+from compressor.pipelines.journal import Journal, kept
 from compressor.pipelines.measure import protocols, task_files
 from compressor.pipelines.sweeps.grid import Grid
 
@@ -328,6 +328,11 @@ def test_tokenizers(folder: Path, key: str, part: dict[str, Any]) -> None:
 def test_a_journal_that_is_damaged_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "journal.json").write_text(text)
     assert Journal(tmp_path).get("pack", "f") is None
+
+
+def test_kept_facts_that_are_damaged_are_none(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"facts": "[" * 100_000})
+    assert kept(tmp_path / "a.safetensors") is None
 
 
 def test_tensors_of_kinds_that_nobody_computes_in(folder: Path) -> None:
