@@ -13,9 +13,14 @@ CompressorError
 Messages say what is wrong, where, and what to do, in one sentence.
 """
 
+LONGEST = 500  # characters of a message; what strangers' files made it say beyond that helps nobody
+
 
 class CompressorError(Exception):
     """Base of all errors raised on purpose."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 103]} … {message[-100:]}")
 
 
 class UserError(CompressorError):

@@ -12,6 +12,7 @@ import re
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, get_type_hints
 
+from compressor import strict
 from compressor.errors import RecipeError
 from compressor.specs import means, parse_quant, parse_share, parse_size
 
@@ -351,11 +352,17 @@ def _check(r: Recipe) -> None:
     for fine, message in rules:
         if not fine:
             raise RecipeError(message)
+    for section, values in asdict(r).items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"{section}.{key}={value} must be finite")
     for pattern in (*q.ignore, *(key[3:] for key in q.layers if key.startswith("re:"))):
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise RecipeError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise RecipeError(f"the pattern {pattern[:60]!r} is not a regular expression: {error}") from None
+        if why := strict.tame(pattern):
+            raise RecipeError(f"the pattern {pattern[:60]!r} could take for ever to match: {why}")
     for kind in (*q.kinds()[1:], *(q.but(spec) for spec in r.choose.candidates)):
         if kind.bits not in (2, 3, 4, 8) or (kind.group != -1 and kind.group < 1):
             raise RecipeError(f"w{kind.bits}g{kind.group} of quant.layers or choose.candidates cannot be: choose 2, 3, 4 or 8 bits and a group size")

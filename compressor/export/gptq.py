@@ -23,7 +23,6 @@ GPTQModel.load refuses asymmetric V1 folders of other makers; transformers with 
 Source: the readers named; specs of others were checked by running them (bench/interop).
 """
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -36,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import __version__
+from compressor import __version__, strict
 from compressor.errors import ModelError
 from compressor.export import foreign, shards
 from compressor.export.shards import SHARD_BYTES
@@ -210,7 +209,7 @@ def unlabelled(folder: Path, files: Iterable[Path]) -> dict[str, Any] | None:
     if not path.exists():
         return {"quant_method": METHOD, "checkpoint_format": LABELS[2], "sym": False}
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = strict.read(path)
     except (ValueError, OSError) as error:
         raise ModelError(f"{path} is damaged: {error}") from None
     if not isinstance(config, dict):

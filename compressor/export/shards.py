@@ -215,6 +215,6 @@ def read_headers(folder: Path | str, files: Iterable[Path | str]) -> dict[str, T
                     entry = file.get_slice(key)
                     dtype = DTYPES.get(entry.get_dtype(), torch.complex128)  # any dtype that nobody accepts
                     out[key] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder} cannot be read: {error}") from None
+    except (SafetensorError, OSError, TypeError, RuntimeError) as error:  # the latter of sizes beyond 63 bits
+        raise ModelError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return out

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compressor import strict
 from compressor.errors import ModelError
 from compressor.integrations.experts import own_names
 from compressor.linear import packed_linears, swap, targeted
@@ -222,10 +223,10 @@ def state(model: Any) -> dict[str, Tensor]:
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors) of an adapter's folder; ModelError for anything but a whole one in safetensors."""
     try:
-        config, tensors = json.loads((folder / CONFIG).read_text("utf-8")), load_file(folder / WEIGHTS)
+        config, tensors = strict.read(folder / CONFIG), load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} holds no whole adapter ({CONFIG} and {WEIGHTS}): {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(config, dict) or not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+    if not isinstance(config, dict) or not all(bool(torch.isfinite(t.float()).all()) for t in tensors.values() if t.is_floating_point()):
         raise ModelError(f"{folder} is damaged: its configuration is no mapping, or its numbers are not finite")
     return config, tensors
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compressor import strict
 from compressor.errors import UserError
 
 SHIPPED = Path(__file__).parent / "tuned"
@@ -128,7 +129,7 @@ def _files(where: Chip) -> tuple[tuple[Path, Table], ...]:
 def load(path: Path) -> Table:
     """Read and check a file."""
     try:
-        raw = json.loads(path.read_text())
+        raw = strict.read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): correct or delete it") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("tiles", {}), dict):

@@ -5,15 +5,18 @@ causal language model each end in one sentence.
 """
 
 import hashlib
-import json
+import math
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compressor import strict
 from compressor.errors import ModelError
+from compressor.export import shards
 from compressor.pipelines import formats
 
 TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -41,6 +44,9 @@ ALIASES = {
     "pythia-410m": "EleutherAI/pythia-410m",
 }
 FILES = ["model*.safetensors", "gptq_model*.safetensors", "adapter/*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+KINDS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".gguf")  # ends of names of files that are read
+SIZES = re.compile(r"_(size|dim|layers?|heads?|experts|rank|labels|positions|embeddings|groups|inner|ctx|embd|model|ff)$")
+COUNTS, MANY = re.compile(r"_(layers?|experts|labels|heads?)$"), 1 << 16  # of which no model has so many
 COMPANIONS = (
     "tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
 )  # fmt: skip
@@ -78,19 +84,45 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def any_config(folder: Path) -> dict[str, Any]:
     """config.json of whatever model, with `architectures` as a list."""
+    check_places(folder)
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = strict.read(folder / "config.json")
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json, so it is not a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{folder}/config.json is damaged: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json is damaged: it holds no mapping")
     for key in ("vocab_size", "hidden_size", "max_position_embeddings"):
-        if key in config and (not isinstance(config[key], int) or config[key] < 1):
-            raise ModelError(f"{folder}/config.json is damaged: {key} is {config[key]!r}")
+        if key in config and (type(config[key]) is not int or config[key] < 1):
+            raise ModelError(f"{folder}/config.json is damaged: {key} is {str(config[key])[:40]!r}")
+    _check_sizes(config, folder)
     kinds, packed = config.get("architectures") or [], formats.described(folder, config)
     return config | {"architectures": kinds if isinstance(kinds, list) else [kinds]} | ({"quantization_config": packed} if packed else {})
+
+
+def check_places(folder: Path) -> None:
+    """ModelError for a file of the folder that is none, such as a pipe, or a link to what lies elsewhere, which a stranger's folder would have read
+    and copied into what is written. Links of the hub's cache, from snapshots/REVISION to the blobs beside, are files.
+    """
+    roots = [os.path.realpath(folder)]
+    revisions = Path(roots[0]).parent
+    roots += [str(revisions.parent / "blobs")] if revisions.name == "snapshots" else []
+    for path in [path for place in (folder, folder / "adapter") if place.is_dir() for path in place.iterdir() if path.suffix in KINDS]:
+        if path.is_symlink() and not (path.exists() and os.path.realpath(path).startswith(tuple(root + os.sep for root in roots))):
+            raise ModelError(f"{path} is a link that leads out of its folder, or nowhere: put the file itself there")
+        if not (path.is_file() or path.is_dir() or path.is_symlink()):
+            raise ModelError(f"{path} is no regular file: take it out of the folder")
+
+
+def _check_sizes(config: dict[str, Any], folder: Path) -> None:
+    """ModelError for a size or a count, at any depth of a config.json, that no model has, before anybody makes room for it."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value, folder)
+        size = isinstance(value, int | float) and SIZES.search(str(key)) is not None
+        if size and not abs(value) < (MANY if COUNTS.search(str(key)) else 1 << 31):
+            raise ModelError(f"{folder}/config.json is damaged: {key[:60]} is {value}, which no model has")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -111,37 +143,54 @@ def _indexed(index: Path) -> list[str]:
     if not index.exists():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        strange = [n for n in names if Path(n).name != n or n in ("", ".", "..")]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        names = sorted(set(strict.read(index, 4 * strict.LARGEST)["weight_map"].values()))
+        strange = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index} is damaged: it maps no tensor names to files") from None
     if strange:
-        raise ModelError(f"{index} names {strange[0]!r}, which is no file of this folder")
+        raise ModelError(f"{index} names {strange[0][:200]!r}, which is no safetensors file of this folder")
     return names
 
 
 def _check_whole(path: Path) -> None:
     try:
         entries, begin = header(path)
-        end = max((v["data_offsets"][1] for v in entries.values()), default=0)
+        end = _filled(entries)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing although the index names it") from None
     except IsADirectoryError:
         raise ModelError(f"{path} is a folder, where a file of weights should be") from None
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise ModelError(f"{path} is damaged or truncated: its header cannot be read") from None
+    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        why = f" ({error})" if type(error) is ValueError else ""
+        raise ModelError(f"{path} is damaged or truncated: its header cannot be read{why}") from None
     size = path.stat().st_size
     if begin + end != size:
         raise ModelError(f"{path} is truncated or damaged: {size} bytes where its header promises {begin + end}")
 
 
+def _filled(entries: dict[str, Any]) -> int:
+    """Bytes of the tensors of a header; ValueError unless they follow each other without a gap, each as large as its shape."""
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if not all(type(size) is int and 0 <= size < 1 << 48 for size in (*entry["shape"], begin, end)) or begin != at or end < begin:
+            raise ValueError(f"{name[:60]!r} does not begin where the tensor before it ends, or has no shape")
+        width = math.prod(entry["shape"]) * shards.DTYPES[entry["dtype"]].itemsize if entry["dtype"] in shards.DTYPES else end - begin
+        if width != end - begin:
+            raise ValueError(f"{name[:60]!r} has {end - begin} bytes, and its shape wants others")
+        at = end
+    return at
+
+
 def header(path: Path) -> tuple[dict[str, Any], int]:
     """Tensor entries of a safetensors file, and where its data begins."""
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise ValueError("it is no regular file")
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
-        if length > min(path.stat().st_size - 8, 100_000_000):
-            raise ValueError(length)
-        entries = json.loads(file.read(length))
+        if length > min(path.stat().st_size - 8, 2 * strict.LARGEST):
+            raise ValueError("its length is not that of a header")
+        entries = strict.parse(file.read(length))
     entries.pop("__metadata__", None)
     return entries, 8 + length
 

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from safetensors import SafetensorError
 
-from compressor import disk, stopping
+from compressor import disk, stopping, strict
 from compressor.errors import CompressorError, RecipeError, UserError
 from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks, cli_world
 from compressor.pipelines import cli_flags as flags
@@ -28,6 +28,7 @@ console = Console(stderr=True)
 Text = str | None
 Count = int | None
 Number = float | None
+YAML_BYTES, YAML_VALUES = 1 << 18, 10_000  # of a recipe or a grid; far beyond what people write
 
 
 def main() -> None:
@@ -59,6 +60,10 @@ def _serve() -> None:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         _give_up("failed: out of memory; try a smaller --batch or --seqlen, or --gradient-checkpointing", 1)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries in Rust, such as tokenizers
+            raise
+        _give_up(f"failed: {one_line(error)}", 1)
 
 
 def _give_up(sentence: str, code: int) -> NoReturn:
@@ -228,7 +233,10 @@ def read_recipe(path: Path) -> Recipe:
 def read_yaml(path: Path, what: str) -> Any:
     """What a recipe or grid file holds. RecipeError if it is missing, empty or no YAML."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        text = strict.read_bytes(path, YAML_BYTES).decode("utf-8")
+        if sum(map(text.count, ",\n")) + text.count(": ") > YAML_VALUES:  # PyYAML reads some ten thousand a second
+            raise ValueError(f"it holds more than {YAML_VALUES} values")
+        values = strict.bounded(yaml.safe_load(text), YAML_VALUES)
     except FileNotFoundError:
         raise RecipeError(f"there is no {what} {path}") from None
     except OSError as error:

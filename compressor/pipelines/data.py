@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import DataError
+from compressor.pipelines import limits
+from compressor.pipelines.load import unbroken
 from compressor.pipelines.shapes import Document, Message, Span, plain_chat
 from compressor.pipelines.sources import Corpus, Splits, load, load_text
 
@@ -84,7 +86,9 @@ def tokenise(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     """Token ids of every text, without special tokens and without warnings about length."""
     texts = iter(texts)
     while batch := list(islice(texts, BATCH)):
-        yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        with unbroken("the tokenizer breaks on a text"):
+            found = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        yield from found
 
 
 def encode(corpus: Corpus, tokenizer: Any, train_on_prompt: bool = False) -> Iterator[Row]:
@@ -161,15 +165,16 @@ def _render_chat(messages: Sequence[Message], tokenizer: Any, name: str) -> tupl
     turns = [{"role": role, "content": content} for role, content in messages]
     spans = []
     try:
-        full = tokenizer.apply_chat_template(turns, tokenize=False)
-        for i, (role, content) in enumerate(messages):
-            if role != "assistant":
-                continue
-            asked = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True) if i else ""
-            upto = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
-            start, end = _common(asked, full), len(upto)
-            if full.startswith(upto) and content.strip() in full[start:end]:
-                spans.append((start, end))
+        with limits.bounded():
+            full = tokenizer.apply_chat_template(turns, tokenize=False)
+            for i, (role, content) in enumerate(messages):
+                if role != "assistant":
+                    continue
+                asked = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True) if i else ""
+                upto = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+                start, end = _common(asked, full), len(upto)
+                if full.startswith(upto) and content.strip() in full[start:end]:
+                    spans.append((start, end))
     except Exception as error:  # templates raise what they like
         raise DataError(f"the tokenizer's chat template refuses a chat of {name}: {str(error).splitlines()[0] if str(error) else error!r}") from None
     if not spans:

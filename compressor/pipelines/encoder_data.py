@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compressor import strict
 from compressor.errors import DataError
 from compressor.pipelines.sources import BUILTIN, HELD_OUT_EVERY, tables
 
@@ -214,7 +215,7 @@ def _read_tagged(row: dict[str, Any], where: str) -> list[Example]:
 def _read_question(row: dict[str, Any], where: str) -> list[Example]:
     found = row["answers"]
     if isinstance(found, str):
-        found = json.loads(found)
+        found = strict.parse(found, unique=False)
     if isinstance(found, dict):
         texts, starts = found["text"], found["answer_start"]
         texts, starts = ([texts], [starts]) if isinstance(texts, str) else (texts, starts)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from compressor.errors import DataError, ModelError, RecipeError
-from compressor.pipelines import checkpoint, load
+from compressor.pipelines import checkpoint, load, promises
 from compressor.pipelines.encoder_data import Task
 from compressor.prune import slicing
 
@@ -98,14 +98,15 @@ def load_encoder(name: str, device: str, task: Task, seed: int) -> Encoder:
 def _dense(name: str, config: dict[str, Any], device: str, task: Task, seed: int, fresh: bool) -> Encoder:
     """A dense folder in float32, whatever it is stored in: all of it may be trained."""
     folder, where = checkpoint.resolve(name), load.pick_device(device)
-    checkpoint.weight_files(folder)
     wanted = config | _head(config, task) if fresh else config
+    promises.alone(folder)
+    promises.check(folder, wanted)
     labels = {key: wanted[key] for key in ("id2label", "label2id") if fresh and key in wanted}
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model, info = load.auto_class(wanted).from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **labels
+                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **labels
             )
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot load {folder}: {load.first_line(error)}") from None

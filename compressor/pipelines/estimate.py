@@ -17,14 +17,12 @@ import torch
 from torch import nn
 
 from compressor import linear
-from compressor.errors import ModelError
 from compressor.export import shards
 from compressor.integrations import experts
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
-from compressor.pipelines import calibrate, checkpoint, compress, evaluate, load
+from compressor.pipelines import calibrate, checkpoint, compress, evaluate, load, promises
 from compressor.pipelines.packers import PACKERS, needs
-from compressor.prune import slicing
 from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
 from compressor.sketch import kmeans, learned
@@ -70,18 +68,7 @@ def whole_bytes(recipe: Recipe, source: Path, config: dict[str, Any], device: to
 
 def shell(folder: Path) -> nn.Module:
     """The model without weights (meta device): shapes only."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # configurations of strangers raise what they like
-        raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
-    slicing.resize(model)
-    return experts.unfuse(model)
+    return experts.unfuse(promises.check(folder))
 
 
 def estimate(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Counts, source: Path, before: nn.Module | None = None) -> dict[str, Any]:

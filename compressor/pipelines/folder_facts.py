@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
+from compressor import strict
 from compressor.errors import ModelError
 from compressor.export import awq, gptq, hqq, mlx, shards, sparse, table
 from compressor.integrations import experts, peft
@@ -130,7 +131,7 @@ def _adapter(folder: Path) -> tuple[str, int]:
     if not folder.is_dir():
         return "", 0
     try:
-        config = json.loads((folder / peft.CONFIG).read_text("utf-8"))
+        config = strict.read(folder / peft.CONFIG)
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):

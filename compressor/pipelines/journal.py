@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor import disk, world
+from compressor import disk, strict, world
 from compressor.errors import OutputError
 
 LOCK, JOURNAL = "lock", "journal.json"  # of a work folder
@@ -37,10 +37,10 @@ class Journal:
         self._path = folder / JOURNAL
         self._entries: dict[str, dict[str, Any]] = {}
         self.resumed = False
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            entries = json.loads(self._path.read_text("utf-8"))
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            entries = strict.read(self._path)
             if isinstance(entries, dict):
-                self._entries = entries
+                self._entries = {stage: e for stage, e in entries.items() if isinstance(e, dict) and {"fingerprint", "value"} <= e.keys()}
 
     def get(self, stage: str, fingerprint: str) -> Any:
         """The value of a finished stage, or None if it is not finished for this fingerprint."""
@@ -86,7 +86,7 @@ def kept_facts(path: Path) -> Any:
 
 def _facts(path: Path) -> Any:
     with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError, TypeError), safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["facts"])
+        return strict.parse(file.metadata()["facts"])
     return None
 
 

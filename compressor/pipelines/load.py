@@ -5,6 +5,10 @@ truncated file, a model that is no causal LM, or weights that a checkpoint leave
 On a CPU everything computes in float32 (16-bit matmuls are tens of times slower there); on a GPU in the dtype of the folder.
 """
 
+import base64
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import linear
-from compressor.errors import ModelError, RecipeError, UserError
+from compressor import linear, strict
+from compressor.errors import CompressorError, ModelError, RecipeError, UserError
 from compressor.export import conversions, shards
 from compressor.integrations import attach, experts, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import formats
+from compressor.pipelines import formats, promises
 from compressor.pipelines.checkpoint import any_config, read_config, resolve, stored_dtype, weight_files
 from compressor.prune import slicing
 from compressor.stored import keep_stored, stored_names
 
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
 SHAPES = ("num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+TOKENIZER = 256 << 20  # bytes of a tokenizer.json, at most
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
 
 
@@ -97,9 +102,12 @@ def load(name: str, device: str = "auto") -> Loaded:
         return load_packed(folder, config, where, name)
     from transformers import AutoModelForCausalLM
 
+    promises.alone(folder)
+    promises.check(folder)
+    dtype = torch.float32 if where.type == "cpu" else stored
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32 if where.type == "cpu" else stored, output_loading_info=True, trust_remote_code=False
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}") from None
@@ -173,6 +181,7 @@ def empty_model(folder: Path) -> Any:
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
+    promises.check(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
@@ -220,10 +229,30 @@ def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with unbroken(f"the tokenizer of {folder} cannot be loaded"):
+        _check_maps(folder / "tokenizer.json")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizer files of strangers raise what they like
-        raise ModelError(f"the tokenizer of {folder} cannot be loaded: {first_line(error)}") from None
+
+
+def _check_maps(path: Path) -> None:
+    """ValueError for a precompiled map of characters that is longer than its own text: the tokenizers library makes room for what it says it is."""
+    for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)', strict.read_bytes(path, TOKENIZER) if path.exists() else b""):
+        begin = base64.b64decode(found[1][:8])
+        if found[1] and (len(begin) < 4 or int.from_bytes(begin[:4], "little") > len(found[1])):
+            raise ValueError("its precompiled_charsmap is damaged")
+
+
+@contextlib.contextmanager
+def unbroken(what: str) -> Iterator[None]:
+    """ModelError, beginning with `what`, for whatever tokenizers of strangers raise inside; Rust's panics are no Exceptions."""
+    try:
+        yield
+    except CompressorError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(f"{what}: {first_line(error)}") from None
+        raise
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:

@@ -1,6 +1,5 @@
 """The output folder as a place: whether it is ours, whether it is finished, whether the disk will hold it, and how it gets its name."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from compressor import disk
+from compressor import disk, strict
 from compressor.errors import ModelError, OutputError
 from compressor.export import task
 from compressor.integrations import peft
@@ -37,7 +36,7 @@ def task_only(report: dict[str, Any]) -> bool:
 def read_report(folder: Path) -> dict[str, Any]:
     """report.json of a finished run as a plain dict; empty if the folder has none of ours."""
     try:
-        report = json.loads((folder / "report.json").read_text("utf-8"))
+        report = strict.read(folder / "report.json")
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) and "compressor" in report and "keys" in report else {}

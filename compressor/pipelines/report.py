@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compressor import __version__, disk
+from compressor import __version__, disk, strict
 from compressor.errors import ModelError, OutputError
 
 STATES = ("dense", "pruned", "packed", "tuned")  # the models a run measures, in this order
@@ -90,13 +90,11 @@ class Report:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":
         try:
-            values = json.loads(Path(path).read_text("utf-8"), parse_constant=lambda _: None)
+            values = strict.read(Path(path), blank=True)
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror}); give a report.json that a run wrote") from None
         except ValueError as error:
             raise ModelError(f"{path} is not JSON ({error}); give a report.json that a run wrote") from None
-        except RecursionError:
-            raise ModelError(f"{path} is nested too deeply for a report; give a report.json that a run wrote") from None
         return cls.from_dict(values, str(path))
 
 

@@ -28,9 +28,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from compressor import strict
 from compressor.errors import DataError, MissingExtra
 from compressor.pipelines import builtin
 from compressor.pipelines.shapes import Document, documents
@@ -42,6 +44,8 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COLUMN_SUFFIXES = (".conll", ".iob", ".bio")  # a word and its tag on each line
 BUILTIN = ("python", "python-source")
 
+EXPANSION = 50  # a compressed file may grow so many times, and by SPARE bytes more
+SPARE = 16 << 20
 _SEPARATOR = re.compile(r"<\|end_?of_?text\|>")
 _SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval"), "validation"
@@ -143,8 +147,13 @@ def _path(source: str) -> Path | None:
         raise DataError(f"there is no file or folder {source[:200]!r}…")
     if not source.strip():
         raise DataError("the name of the data is empty; give a file, a folder, a builtin name or the name of a dataset")
-    if path.is_dir() or path.is_file():
-        return path
+    try:
+        if path.is_dir() or path.is_file():
+            return path
+        if path.exists():
+            raise DataError(f"{source!r} is neither a file nor a folder: pipes and devices are not read")
+    except (OSError, ValueError):  # names that no file can have
+        raise DataError(f"there is no file or folder {source!r}") from None
     if path.suffix in SUFFIXES or source[:1] in "./~" or source.count("/") > 1 or "\\" in source:
         raise DataError(f"there is no file or folder {source!r}")
     return None
@@ -226,19 +235,21 @@ def _jsonl(path: Path) -> Iterator[Any]:
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path.name} line {number} is not JSON: {error.msg}") from None
+                yield strict.parse(line, unique=False)
+            except ValueError as error:
+                raise DataError(f"{path.name} line {number} is not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def _json(path: Path) -> Iterable[Any]:
     """A list of rows, an object that holds one list of rows, or JSON lines under the wrong name."""
     try:
-        value = json.loads(_read(path))
+        value = strict.parse(_read(path), unique=False)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             return _jsonl(path)
         raise DataError(f"{path.name} is not JSON: {error.msg} (line {error.lineno})") from None
+    except ValueError as error:
+        raise DataError(f"{path.name} is not JSON: {error}") from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list)]
         value = lists[0] if len(lists) == 1 and "messages" not in value and "conversations" not in value else [value]
@@ -266,13 +277,37 @@ def _table(path: Path) -> Iterator[dict[str, str]]:
         csv.field_size_limit(limit)
 
 
+def expanded(path: Path) -> int:
+    """Bytes that a compressed file may grow to: texts shrink some ten times, and what grows more is made to fill the memory."""
+    return EXPANSION * path.stat().st_size + SPARE
+
+
 def _parquet(path: Path) -> Iterator[Any]:
-    parquet = _extra("pyarrow.parquet", path.name)
+    """Rows; texts stay in the file's dictionaries until a row is made, so that a small file cannot have gigabytes decoded at once."""
+    parquet, room = _extra("pyarrow.parquet", path.name), expanded(path)
+    grown = DataError(f"{path.name} grows to more than {room} bytes, {EXPANSION} times its size: write it without that much compression")
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        schema = parquet.ParquetFile(path).schema
+        texts = [schema.column(i).path for i in range(len(schema)) if schema.column(i).physical_type == "BYTE_ARRAY"]
+        file = parquet.ParquetFile(path, read_dictionary=texts)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > room or file.metadata.num_rows > room:
+            raise grown
+        for batch in file.iter_batches(batch_size=1024):
+            for row in chain.from_iterable(batch.slice(start, 16).to_pylist() for start in range(0, batch.num_rows, 16)):
+                room -= _characters(row)
+                if room < 0:
+                    raise grown
+                yield row
+    except (OSError, ValueError, MemoryError, KeyError) as error:  # of which pyarrow's own errors are kinds
         raise DataError(f"{path.name} is not a parquet file: {_first_line(error)}") from None
+
+
+def _characters(value: Any) -> int:
+    """Those of all texts in a row."""
+    if isinstance(value, dict | list):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str | bytes) else 1
 
 
 _READERS: dict[str, Callable[[Path], Iterable[Any]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}

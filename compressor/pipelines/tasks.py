@@ -6,7 +6,6 @@ in floats, and an adapter of another shape, come in new tensors (integrations/at
 layers change one after the other; a forward pass meanwhile sees some of both.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from compressor import strict
 from compressor.errors import ModelError, OutputError, RecipeError
 from compressor.export import merge, task
 from compressor.integrations import attach, peft
@@ -113,8 +113,8 @@ def about(folder: Path, name: str) -> dict[str, Any]:
 def applied(folder: Path) -> list[dict[str, Any]]:
     """The headers of the tasks that `apply` put into a folder; none for other folders."""
     try:
-        record = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = strict.read(folder / RECORD)
+    except (OSError, ValueError):
         return []
     found = record.get("tasks") if isinstance(record, dict) and record.get("to") == "apply" else None
     return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else []

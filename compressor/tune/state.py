@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compressor import strict
 from compressor.errors import ModelError, OutputError
 from compressor.prune import Pruner
 from compressor.tune.optimizers import AdamW, Maker
@@ -144,7 +145,7 @@ def resume(path: Path, fingerprint: str, state: State, fresh: TrainLog) -> Train
     """Load the checkpoint into `state` and return its log; one of another run, or a damaged one, leaves the state and is noted in `fresh`."""
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["state"])
+            record = strict.parse(file.metadata()["state"])
             if record["fingerprint"] != fingerprint:
                 fresh.notes.append(f"the tuning checkpoint {path} is of another run (fingerprint {record['fingerprint']}) and was not used")
                 return fresh

@@ -248,15 +248,15 @@ def test_fingerprint_sees_every_byte_of_weights_and_tokenizer_and_nothing_else(d
     [
         ("{}", "damaged"),
         ("not json", "damaged"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "no file of this folder"),
-        ('{"weight_map": {"a": ".."}}', "no file of this folder"),
-        ('{"weight_map": {"a": "model-folder"}}', "is a folder, where a file of weights should be"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "no safetensors file of this folder"),
+        ('{"weight_map": {"a": ".."}}', "no safetensors file of this folder"),
+        ('{"weight_map": {"a": "model-folder.safetensors"}}', "is a folder, where a file of weights should be"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "missing although the index names it"),
     ],
 )
 def test_hostile_indexes(dense: Path, index: str, words: str) -> None:
     (dense / "model.safetensors").unlink()
-    (dense / "model-folder").mkdir()
+    (dense / "model-folder.safetensors").mkdir()
     (dense / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=words):
         load.load(str(dense), "cpu")

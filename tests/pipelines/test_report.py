@@ -79,7 +79,7 @@ def test_load_names_the_file(tmp_path: Path) -> None:
 
 def test_a_report_nested_too_deeply_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    with pytest.raises(ModelError, match=r"deep.json is nested too deeply"):
+    with pytest.raises(ModelError, match=r"deep.json is not JSON \(it nests deeper than 64 levels\)"):
         Report.load(tmp_path / "deep.json")
 
 

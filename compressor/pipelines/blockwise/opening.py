@@ -12,7 +12,7 @@ import torch
 from compressor import world
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import experts
-from compressor.pipelines import checkpoint, load
+from compressor.pipelines import checkpoint, load, promises
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks, place
 from compressor.pipelines.blockwise.source import Source
 from compressor.pipelines.packers import PACKERS
@@ -120,6 +120,7 @@ def _shell(folder: Path) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    promises.check(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):

@@ -16,16 +16,17 @@ another text, with rare words as <unk>: results on it compare with nothing that 
 
 import gzip
 import io
-import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from compressor import strict
 from compressor.errors import DataError, MissingExtra, RecipeError
 from compressor.pipelines.data import Corpus, Document, load_text
-from compressor.pipelines.sources import tables
+from compressor.pipelines.sources import EXPANSION, expanded, tables
 
 TOKENS_NOTE = "the text has <unk> for rare words, so it is the tokens variant of WikiText, not the raw one of this protocol"
 
@@ -181,7 +182,10 @@ def _rows(path: Path) -> Iterable[Any]:
         return tables(str(path))[1]["train"]
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+            text = file.read((room := expanded(path)) + 1)
+        if len(text) > room:
+            raise DataError(f"{path.name} grows to more than {room} characters, {EXPANSION} times its size: unpack it first")
+        return [strict.parse(line[0], unique=False) for line in re.finditer(r"[^\n]+", text) if not line[0].isspace()]
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path.name} holds no gzipped JSON lines: {error}") from None
 

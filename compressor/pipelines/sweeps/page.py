@@ -4,13 +4,13 @@ It reads the sweep's folder as docs/sweeps.md describes it, and the reports of t
 everything, and the same folder always gives the same bytes.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from compressor import strict
 from compressor.errors import CompressorError, ModelError
 from compressor.pipelines.pages import figures, quality_parts
 from compressor.pipelines.pages.figures import Panel
@@ -74,18 +74,16 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     plan: Any = {}
     where = folder / "plan.json"
     try:
-        plan = json.loads(where.read_text("utf-8")) if where.exists() else {}
+        plan = strict.read(where) if where.exists() else {}
         where = folder / "rows.jsonl"
         rows = []
         for i, line in enumerate(where.read_text("utf-8").splitlines(), start=1):
             where = folder / f"rows.jsonl, line {i},"
-            rows.append(json.loads(line))
+            rows.append(strict.parse(line))
     except OSError as error:
         raise ModelError(f"{where} cannot be read ({error.strerror}); give the folder of a sweep") from None
     except ValueError as error:
         raise ModelError(f"{where} is not JSON ({error}); run the sweep's command again, which writes it anew") from None
-    except RecursionError:
-        raise ModelError(f"{where} is nested too deeply; run the sweep's command again, which writes it anew") from None
     if not isinstance(plan, dict) or not all(isinstance(row, dict) for row in rows):
         raise ModelError(f"{folder} holds no sweep: its plan and each line of rows.jsonl must be JSON objects; run the sweep's command again")
     for i, row in enumerate(rows, start=1):

@@ -8,7 +8,6 @@ one model, and its axes should not be its texts.
 
 import csv
 import io
-import json
 import math
 import socket
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from compressor import strict
 from compressor.errors import CompressorError
 from compressor.pipelines.report import SCORES, Report, duration, fixed, number, short_names, size
 from compressor.pipelines.sweeps.grid import Experiment
@@ -104,7 +104,7 @@ def mark_front(rows: Iterable[Row]) -> list[Row]:
 def read(path: Path) -> Row | None:
     """The row of a file, or None if there is none; a file that is no row is as good as none, for its work can be done again."""
     try:
-        row = json.loads(path.read_text("utf-8"))
+        row = strict.read(path)
     except (OSError, ValueError):
         return None
     return row if isinstance(row, dict) and {"id", "status", "attempts", "folder_bytes"} <= row.keys() else None

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from compressor import strict
 from compressor.errors import OutputError
 from compressor.pipelines.journal import unlockable
 from compressor.pipelines.report import write_text
@@ -77,7 +78,7 @@ class Folder:
 
     def _plan(self) -> dict[str, Any] | None:
         try:
-            plan = json.loads((self.path / "plan.json").read_text("utf-8"))
+            plan = strict.read(self.path / "plan.json")
         except (OSError, ValueError):
             return None
         return plan if isinstance(plan, dict) else None

@@ -113,7 +113,7 @@ def test_labels_tell_targets_and_layers_apart() -> None:
 
 def test_a_grid_that_holds_itself_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("quant: &q [3bit, *q]\n")
-    with pytest.raises(RecipeError, match="holds itself"):
+    with pytest.raises(RecipeError, match="nests deeper"):
         experiments(read_yaml(tmp_path / "grid.yaml", "grid"))
 
 
