@@ -13,6 +13,7 @@ Its `codes_differ` are words by block, and it trains nothing.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -84,9 +85,9 @@ def killed(processes: int, file: Path, out: Path, victim: int) -> dict[str, Any]
 def member(launcher: int, rank: int) -> int:
     """The process of this rank that a launcher started."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        if int(stat.read_text().rpartition(")")[2].split()[1]) == launcher:
-            variables = (stat.parent / "environ").read_bytes().split(b"\0")
-            if f"RANK={rank}".encode() in variables:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others come and go
+            own = int(stat.read_text().rpartition(")")[2].split()[1]) == launcher
+            if own and f"RANK={rank}".encode() in (stat.parent / "environ").read_bytes().split(b"\0"):
                 return int(stat.parent.name)
     raise RuntimeError(f"the launcher {launcher} has no process {rank}")
 

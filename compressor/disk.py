@@ -1,6 +1,5 @@
 """Disks: what must be on one, and not only in the memory of the operating system, before a name promises it; and when one is full."""
 
-import contextlib
 import errno
 import os
 import re
@@ -17,8 +16,10 @@ def sync(path: Path) -> None:
     """Wait until a file, or the list of names of a folder, is on the disk. OSError if the disk fails; some file systems cannot do it for folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(*([OSError] if path.is_dir() else [])):
-            os.fsync(handle)
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compressor import errors
 from compressor.errors import CompressorError, LostProcess
+from compressor.stopping import held
 
 TIMEOUT = timedelta(minutes=30)  # the longest wait for another process that is alive: it may be measuring, or reading a large model
 PATIENCE = 5.0  # seconds for the others to answer the roll
@@ -71,6 +72,13 @@ def share(value: Any) -> Any:
 def gather(value: Any) -> list[Any]:
     """Everybody's values, JSON, in order."""
     return [_send(value, each) for each in range(size())] if size() > 1 else [value]
+
+
+def some(flag: bool) -> bool:
+    """Whether it is so in any process."""
+    count = torch.tensor([float(flag)])
+    add([count])
+    return bool(count)
 
 
 def first(work: Callable[[], Any]) -> Any:
@@ -137,7 +145,8 @@ def _guarded() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcess(lost() or f"the processes of this run lost each other ({str(error).splitlines()[0]})") from None
+        with held():  # the launcher asks to end when one is gone, and who it is should be said first
+            raise LostProcess(lost() or f"the processes of this run lost each other ({str(error).splitlines()[0]})") from None
 
 
 def broken(error: BaseException) -> bool:
@@ -153,6 +162,13 @@ def tell(key: str, text: str) -> bool:
     return True
 
 
+def left(key: str, text: str) -> bool:
+    """Whether any process has left this word."""
+    with suppress(RuntimeError, IndexError):
+        return bool(_board[0].check([f"{key}/{text}"]))
+    return False
+
+
 def told(key: str, source: int) -> bool:
     """Whether process `source` leaves such word within PATIENCE."""
     end = time.monotonic() + PATIENCE
@@ -166,16 +182,16 @@ def told(key: str, source: int) -> bool:
 
 def lost() -> str:
     """A sentence about who does not answer when the roll is called, empty if all do. Every process calls the roll once something is wrong."""
-    absent, count, me, told = list(range(size())), size(), rank(), ""
+    absent, count, me, why = list(range(size())), size(), rank(), ""
     with suppress(RuntimeError, IndexError):
         board, end = _board[0], time.monotonic() + PATIENCE
         board.set(f"here/{me}", "here")
-        while absent and time.monotonic() < end:
+        while absent and not left("stopped", "asked") and time.monotonic() < end:
             time.sleep(0.05)
             absent = [each for each in absent if not board.check([f"here/{each}"])]
-        told = next((board.get(f"failed/{each}").decode() for each in absent if board.check([f"failed/{each}"])), "")
+        why = next((board.get(f"failed/{each}").decode() for each in absent if board.check([f"failed/{each}"])), "")
     absent = [each for each in absent if each != me]
     if not absent:
         return ""
     who = f"process {absent[0]} of {count} was lost" if len(absent) == 1 else f"processes {', '.join(map(str, absent))} of {count} were lost"
-    return f"{who} ({told or 'killed, out of memory, or its machine went away'}): the same command goes on from the last checkpoint"
+    return f"{who} ({why or 'killed, out of memory, or its machine went away'}): the same command goes on from the last checkpoint"

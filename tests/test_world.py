@@ -80,8 +80,8 @@ def test_a_checkpoint_of_two_holds_no_pickle_and_goes_on_in_one(two, tmp_path) -
 
 def test_linears_go_to_whoever_has_least_to_do(monkeypatch) -> None:
     monkeypatch.setattr(world, "size", lambda: 2)
-    shapes = {"q": (8, 8), "k": (2, 8), "v": (2, 8), "down": (8, 24)}
-    assert parallel.owners(shapes) == {"down": 0, "q": 1, "k": 1, "v": 1}
+    assert parallel.owners({"q": 512, "k": 128, "v": 128, "down": 4608}) == {"down": 0, "q": 1, "k": 1, "v": 1}
+    assert parallel.owners({"q": 64, "k": 16, "v": 16, "down": 80}) == {"down": 0, "q": 1, "k": 1, "v": 0}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from compressor.recipe import OPTIMIZERS
 from compressor.tune.optimizers import LEAST, Maker
 
 EXTRA = "pip install 'compressor[optim]'"
+PAGED = 392 * 256  # numbers of a tensor that is paged: the library leaves those of fewer than 100,000 where they are
 TABLES = ("qmap1", "qmap2")  # the values of codes, the same for all
 
 
@@ -71,7 +72,7 @@ def maker(name: str, device: torch.device) -> Maker:
 
 def _try(make: Maker, name: str, device: torch.device) -> None:
     """RecipeError where one small step fails."""
-    p = nn.Parameter(torch.zeros(2 * LEAST, device=device))
+    p = nn.Parameter(torch.zeros(PAGED if name.startswith("paged-") else 2 * LEAST, device=device))
     p.grad = torch.ones_like(p)
     try:
         make([p], 0.0).step(0.5)

@@ -122,7 +122,7 @@ def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -
     finally:
         for h in hooks:
             h.remove()
-    return world.share(order + [[name] for name in names if name not in last])  # one order for all processes, whatever their windows reached
+    return world.share(order + [[name] for name in names if name not in last])  # one order for all processes: other windows may reach other experts
 
 
 def collect(block: nn.Module, index: int, leaves: list[str], needs: tuple[str, ...], calibration: Calibration, name: str) -> LayerStats:

@@ -33,9 +33,12 @@ YAML_BYTES, YAML_VALUES = 1 << 18, 10_000  # of a recipe or a grid; far beyond w
 
 def main() -> None:
     """Entry point: one sentence for errors, never a traceback for a user's mistake; SIGTERM is heard as in `stopping`."""
-    with stopping.listening(), cli_world.one_voice():
+    with stopping.listening():
         try:
-            _serve()
+            with cli_world.one_voice():
+                _serve()
+        except CompressorError as error:  # of the launcher's variables
+            _give_up(f"error: {one_line(error)}", 2)
         except (KeyboardInterrupt, SystemExit):  # typer makes the first the second
             if stopping.asked():
                 sys.exit(stopping.CODE)
@@ -68,6 +71,7 @@ def _serve() -> None:
 
 def _give_up(sentence: str, code: int) -> NoReturn:
     console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)
+    cli_world.aloud(sentence)
     sys.exit(code)
 
 

@@ -1,8 +1,9 @@
 """Several processes of one command, as `torchrun` and `accelerate launch` start them: they meet, one of them speaks, and they end together.
 
-The launcher says in the environment who a process is (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Process 0 speaks; the others are
-silent until they have to say something that nobody said yet. A lost process ends the others with one sentence and code 1; a signal that reaches
-all (preemption) ends them with 143.
+The launcher says in the environment who a process is (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Process 0 speaks;
+the others are silent until they have to say something that nobody said yet, but that the first of each machine says why it cannot join the others.
+A lost process ends the others with one sentence and code 1 (143 where the launcher sent SIGTERM meanwhile). SIGTERM to one or all (preemption) is heard as in `stopping` and ends all with 143: who
+stops leaves word, so that the others do not take it for lost.
 """
 
 import os
@@ -11,16 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from types import FrameType
 
+from compressor import stopping
 from compressor.errors import CompressorError, LostProcess, RecipeError
 
 LINGER = 3.0  # seconds that a silent process waits with its error, for the launcher ends the others at the first that is gone
 COMMANDS = ("run", "tune")  # that several processes do together
 
 
-class Stopped(BaseException):
-    """SIGTERM."""
+STOPPED = "stopped by a signal; the same command goes on from the last checkpoint"
+_first_here = False  # a silent process that speaks for its machine until all have met
 
 
 def number(name: str, usual: int) -> int:
@@ -42,7 +43,9 @@ def one_voice() -> Iterator[None]:
     if count() < 2:
         yield
         return
+    global _first_here
     if number("RANK", 0):
+        _first_here = number("LOCAL_RANK", 0) == 0
         try:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
                 yield
@@ -52,6 +55,12 @@ def one_voice() -> Iterator[None]:
             raise
         return
     yield
+
+
+def aloud(sentence: str) -> None:
+    """Say why this process ends, if nobody else on its machine would: before all have met the first process knows nothing of it."""
+    if _first_here:
+        print(sentence, file=sys.__stderr__, flush=True)
 
 
 def check(command: str | None) -> None:
@@ -69,19 +78,24 @@ def joined(device: str) -> Iterator[None]:
         return
     from compressor import world
 
+    global _first_here
     _join(device, size)
-    before = signal.signal(signal.SIGTERM, _stop)
+    _first_here, before = False, signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except Stopped:
+    except stopping.Stopped as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher may send more
-        told = world.lost()
-        _end(told or "stopped by a signal; the same command goes on from the last checkpoint", 1 if told else 143)
+        if (loss := _loss(error)) is not None and not world.left("stopped", "asked"):
+            _end(f"failed: {loss}", 1)
+        world.tell("stopped", "asked")
+        _end(STOPPED, stopping.CODE)
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if world.broken(error):
             error = LostProcess(world.lost() or str(error).splitlines()[0])
         if isinstance(error, LostProcess):
+            if world.left("stopped", "asked"):
+                _end(STOPPED, stopping.CODE)
             _end(f"failed: {error}", 1)
         world.tell("failed", " ".join(str(error).split())[:300])
         if not isinstance(error, CompressorError) or world.rank() == 0 or not world.told("failed", 0):
@@ -102,15 +116,19 @@ def _join(device: str, size: int) -> None:
     if place.index is not None:
         raise RecipeError(f"--device {device} would put all {size} processes on one GPU: leave it out, each takes one of its own")
     if place.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise RecipeError(f"process {local} of this machine finds no GPU of its own, there are {torch.cuda.device_count()}: start as many")
+        here, found = max(local + 1, number("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if found < here:
+            raise RecipeError(f"{here} processes of this machine find {found} GPUs, and each needs one of its own: start as many as there are")
         torch.cuda.set_device(local)
     address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), number("MASTER_PORT", 29500)
     world.join(number("RANK", 0), size, place, address, port, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise Stopped
+def _loss(error: BaseException | None) -> LostProcess | None:
+    """The loss that the launcher's signal came upon, if that is why it was sent."""
+    while error is not None and not isinstance(error, LostProcess):
+        error = error.__context__
+    return error
 
 
 def _end(text: str, code: int) -> None:

@@ -11,6 +11,7 @@ the dense weight is gone afterwards. What comes after a layer is calibrated on w
 """
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -212,7 +213,7 @@ def _pack_block(
     todo = [[[leaf] for leaf in by_leaf]]
     if calibration is not None:
         groups = shared_inputs(block, list(by_leaf), lambda: calibration.run(block, index, keep=False, batches=1))
-        todo = steps(block, world.share(groups))  # other windows may reach other experts
+        todo = steps(block, groups)
     rows: list[dict[str, Any]] = []
     paths: dict[str, LowRank] = {}
     for step in todo:
@@ -225,7 +226,7 @@ def _pack_block(
                 found = {leaf: stats for group, stats in seen for leaf in group}
         spent = (time.perf_counter() - start) / len(leaves)
         made: dict[str, dict[str, Any]] = {}
-        whose = parallel.owners({leaf: by_leaf[leaf].shape for leaf in leaves})
+        whose = parallel.owners({leaf: _cost(by_leaf[leaf]) for leaf in leaves})
         with parallel.together():
             for leaf in (each for each in leaves if whose[each] == world.rank()):
                 stats = found.pop(leaf, None)  # the last of a group frees its sums
@@ -241,11 +242,18 @@ def _pack_block(
     return rows, paths
 
 
+def _cost(target: Target) -> int:
+    """Of packing a linear [n, k], beside others: n k**2 with statistics, as of GPTQ, n k without."""
+    return math.prod(target.shape) * (target.shape[-1] if PACKERS[target.quant.packer].needs else 1)
+
+
 def _exchange(block: nn.Module, prefix: str, leaf: str, owner: int, made: dict[str, dict[str, Any]], paths: dict[str, LowRank]) -> dict[str, Any]:
     """What process `owner` packed, row, weight and path, in all processes; returns the row."""
     own = {}
     if owner == world.rank():
-        own = {key: t for key, t in _packed_tensors(block).items() if key.rpartition(".")[0] == leaf}
+        layer = block.get_submodule(leaf)
+        assert isinstance(layer, linear.PackedLinear)
+        own = _tensors_of(leaf, layer)
         own |= {f"{leaf}.{key}": t for key, t in zip("ab", paths.get(leaf, ()), strict=False)}
     row: dict[str, Any] = world.gather(made.get(leaf))[owner]
     tensors = world.send(own, owner, next(block.parameters()).device)
@@ -312,7 +320,11 @@ def _block_path(work: Path, index: int) -> Path:
 
 
 def _packed_tensors(block: nn.Module) -> dict[str, Tensor]:
-    return {f"{leaf}.{key}": t for leaf, layer in linear.packed_linears(block).items() for key, t in layer.packed().tensors().items()}
+    return {key: t for leaf, layer in linear.packed_linears(block).items() for key, t in _tensors_of(leaf, layer).items()}
+
+
+def _tensors_of(leaf: str, layer: linear.PackedLinear) -> dict[str, Tensor]:
+    return {f"{leaf}.{key}": t for key, t in layer.packed().tensors().items()}
 
 
 def _paths_of(tensors: dict[str, Tensor]) -> dict[str, LowRank]:

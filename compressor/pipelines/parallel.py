@@ -9,7 +9,6 @@ Refused: pruning, encoders, choosing bits, and absorbing adapters, which would n
 are at most three in LLaMA, and blocks wait for each other, so that GPTQ's part of packing goes at most 1.4 times as fast (docs/scale.md).
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from compressor import world
 from compressor.errors import NumericError, RecipeError
 from compressor.pipelines import journal
 from compressor.pipelines.journal import Journal
+from compressor.pipelines.packers import needs
 from compressor.recipe import Recipe
 
 
@@ -32,7 +32,7 @@ def check_alone(recipe: Recipe, encoder: bool) -> None:
     }  # fmt: skip
     if found := next((name for name, asked in alone.items() if asked), None):
         raise RecipeError(f"{found} works in one process: start it without torchrun, which is for packing and tuning causal language models")
-    if recipe.data.nsamples < world.size():
+    if needs(recipe.quant) and recipe.data.nsamples < world.size():
         raise RecipeError(f"{recipe.data.nsamples} calibration windows do not keep {world.size()} processes busy: raise --nsamples")
 
 
@@ -64,17 +64,13 @@ def open_work(folder: Path) -> Iterator[Journal]:
         yield Shared(folder)
 
 
-def owners(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Which process packs which of some linears [n, k], dearest first to whoever has least to do; the cost is taken as n k**2, as of GPTQ."""
+def owners(costs: Mapping[str, int]) -> dict[str, int]:
+    """Which process packs which of some linears, by what each costs: dearest first to whoever has least to do."""
     load, out = [0] * world.size(), {}
-    for name, shape in sorted(shapes.items(), key=lambda item: -_cost(item[1])):
+    for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
         out[name] = load.index(min(load))
-        load[out[name]] += _cost(shape)
+        load[out[name]] += cost
     return out
-
-
-def _cost(shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * shape[-1]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ RECORD = "record.json"
 
 def latest(folder: Path) -> Path | None:
     """The checkpoint of several processes that is furthest on, if there is one."""
-    return max((p for p in folder.glob("tune-*.dcp") if (p / RECORD).is_file()), default=None)
+    return max((p for p in folder.glob(f"tune-{'[0-9]' * 8}.dcp") if (p / RECORD).is_file()), default=None)
 
 
 def save(folder: Path, fingerprint: str, state: State, log: TrainLog, step: int) -> None:
@@ -53,7 +53,7 @@ def save(folder: Path, fingerprint: str, state: State, log: TrainLog, step: int)
 
 def _by_key(state: State) -> dict[str, Tensor]:
     """The good state with names that say whose; numbers alone as rows of one, as slices of a file have at least one axis."""
-    return {key: t.reshape(1) if t.dim() == 0 else t for key, t in state.good.items()}
+    return {key: t.reshape(1) if t.dim() == 0 else t for key, t in state.settled().items()}
 
 
 def _write(place: Path, tensors: dict[str, Tensor]) -> None:
@@ -84,7 +84,10 @@ def _plain_errors() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except CheckpointException as error:
-        raise ValueError(str(next(iter(error.failures.values()))[0]).partition("\n")[0]) from None
+        cause = next(iter(error.failures.values()))[0]
+        if world.broken(cause):
+            raise cause from None
+        raise ValueError(str(cause).partition("\n")[0]) from None
 
 
 def _fresh(work: Path) -> None:
@@ -109,8 +112,8 @@ def _finish(work: Path, place: Path, record: dict[str, Any]) -> None:
 
 
 def _clean(folder: Path, but: Path | None = None) -> None:
-    """Remove the checkpoints that another one has taken the place of."""
-    for old in folder.glob("tune-*.dcp"):
+    """Remove the checkpoints that another one has taken the place of, and what was never finished."""
+    for old in (*folder.glob("tune-*.dcp"), *folder.glob("tune-*.tmp")):
         if old != but:
             shutil.rmtree(old, ignore_errors=True)
     if but is not None:
@@ -120,7 +123,7 @@ def _clean(folder: Path, but: Path | None = None) -> None:
 
 def resume(folder: Path, fingerprint: str, state: State, fresh: TrainLog) -> TrainLog:
     """Load what checkpoint there is into `state` and return its log; one of another run, or a damaged one, leaves the state and is noted."""
-    place = world.first(lambda: None if (found := latest(folder)) is None else str(found))
+    place = world.first(lambda: _furthest(folder))
     if place is None:
         return _resume_single(folder / CHECKPOINT, fingerprint, state, fresh)
     try:
@@ -132,8 +135,16 @@ def resume(folder: Path, fingerprint: str, state: State, fresh: TrainLog) -> Tra
         _read(Path(place), tensors)
         return single.adopt(record, {key: t.reshape(state.good[key].shape) for key, t in tensors.items()}, state, fresh)
     except (OutputError, SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if world.broken(error):
+            raise
         fresh.notes.append(f"the tuning checkpoint {place} is damaged or does not fit ({error}) and was not used")
         return fresh
+
+
+def _furthest(folder: Path) -> str | None:
+    """The checkpoint of several processes to go on from; None if there is none, or that of one process is further on."""
+    found = latest(folder)
+    return None if found is None or single.reached(folder / CHECKPOINT) > int(found.stem.removeprefix("tune-")) else str(found)
 
 
 def _record(place: Path) -> Any:
@@ -151,7 +162,7 @@ def _resume_single(path: Path, fingerprint: str, state: State, fresh: TrainLog) 
     if world.size() == 1:
         return log
     told = world.share([asdict(log), state.multiplier, state.strikes])
-    for key, t in world.send(state.good, 0, state.device).items():
+    for key, t in world.send(state.settled(), 0, torch.device("cpu")).items():
         state.good[key].copy_(t)
     state.restore(state.good)
     state.multiplier, state.strikes = told[1], told[2]

@@ -89,7 +89,7 @@ def train(
             record: dict[str, Any] = {}
             if fault is None:
                 state.keep()
-                stop = asked()
+                stop = world.some(asked())
                 if stop or step % options.checkpoint_every == 0:
                     put_down(step)
                 if stop:
@@ -253,7 +253,7 @@ def _evaluate(
     model.eval()
     value, fault = math.nan, None
     try:
-        with let_through():
+        with let_through() if world.size() == 1 else nullcontext():  # several end together, at the next step
             value = float(evaluate())
     except Stopped:
         if put_down is not None and not state.strikes["evaluations"]:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from compressor import linear, world
+from compressor.errors import NumericError
 
 LEAST = 1 << 16  # numbers of a parameter that is worth an exchange
 
@@ -50,14 +51,14 @@ class _Place(nn.Module):
 def sharded(model: nn.Module, wanted: bool) -> Iterator[int]:
     """Meanwhile the large parameters outside the blocks lie in parts; yields the bytes that each process was relieved of, 0 for one process.
 
-    All processes enter and leave together. After an error the parameters stay where they are: others may be gone.
+    All processes enter and leave together. After an error other than NumericError, which all raise, the parameters stay where they are: others may
+    be gone.
     """
     if not wanted or world.size() == 1:
         yield 0
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
-    from torch.distributed.tensor import DTensor
 
     taken: list[tuple[dict[str, nn.Module], _Together]] = []  # modules by name, and what works in their place
     away = 0
@@ -74,7 +75,18 @@ def sharded(model: nn.Module, wanted: bool) -> Iterator[int]:
             away += p.numel() * p.element_size() * (world.size() - 1) // world.size()
             p.data = p.data.new_empty(0)
         taken.append((group, copies))
-    yield away
+    try:
+        yield away
+    except NumericError:  # which all raise
+        _whole_again(model, taken)
+        raise
+    _whole_again(model, taken)
+
+
+def _whole_again(model: nn.Module, taken: list[tuple[dict[str, nn.Module], _Together]]) -> None:
+    """All processes put the modules back, with their values."""
+    from torch.distributed.tensor import DTensor
+
     release(model)
     for group, copies in taken:
         for part_of, (name, module) in zip(copies.parts, group.items(), strict=True):

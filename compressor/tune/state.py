@@ -141,6 +141,15 @@ def save(path: Path, fingerprint: str, state: State, log: TrainLog, step: int) -
             temporary.unlink()
 
 
+def reached(path: Path) -> int:
+    """The step of a checkpoint; -1 if there is none, or none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(json.loads(file.metadata()["state"])["step"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return -1
+
+
 def resume(path: Path, fingerprint: str, state: State, fresh: TrainLog) -> TrainLog:
     """Load the checkpoint into `state` and return its log; one of another run, or a damaged one, leaves the state and is noted in `fresh`."""
     try:

@@ -1,7 +1,9 @@
 """`torchrun -m compressor run` with two processes: one is killed, the rest say so, and the same command ends where one process would have."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,9 +33,10 @@ def started(place: Path) -> subprocess.Popen[str]:
 def worker(launcher: int, rank: int) -> int:
     """The process of this rank that torchrun started."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        own = int(stat.read_text().rpartition(")")[2].split()[1]) == launcher
-        if own and f"RANK={rank}".encode() in (stat.parent / "environ").read_bytes().split(b"\0"):
-            return int(stat.parent.name)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others come and go
+            own = int(stat.read_text().rpartition(")")[2].split()[1]) == launcher
+            if own and f"RANK={rank}".encode() in (stat.parent / "environ").read_bytes().split(b"\0"):
+                return int(stat.parent.name)
     raise AssertionError(f"there is no process {rank}")
 
 
@@ -80,3 +83,19 @@ def test_the_same_command_goes_on_to_what_one_process_makes(broken, tmp_path) ->
     curves = [[row["loss"] for row in report["training"]["curve"]] for report in reports]
     assert len(curves[0]) == 16 and curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert {row["reduced_bytes"] for row in reports[1]["training"]["curve"]} == {4 * (1 + reports[1]["training"]["trainable"])}
+
+
+def test_sigterm_to_all_ends_with_a_checkpoint_of_all_and_is_no_loss(tmp_path) -> None:
+    slow = RECIPE | {"tune": RECIPE["tune"] | {"steps": 4000, "checkpoint_every": 40}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(slow), "utf-8")
+    job = started(tmp_path)
+    while not list(tmp_path.glob("out.partial/tune-*/tune-*.dcp/record.json")):
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.02)
+    for rank in (1, 0):
+        os.kill(worker(job.pid, rank), signal.SIGTERM)
+    stderr = job.communicate(timeout=90)[1]
+    assert stderr.count("stopped by a signal; the same command goes on") == 1 and "was lost" not in stderr and "Traceback" not in stderr, stderr
+    assert re.search(r"exitcode *: 143", stderr), stderr
+    kept = [json.loads(path.read_text("utf-8"))["step"] for path in tmp_path.glob("out.partial/tune-*/tune-*.dcp/record.json")]
+    assert len(kept) == 1 and kept[0] > 40 and kept[0] % 40, kept
