@@ -2,8 +2,8 @@
 
 The launcher says in the environment who a process is (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Process 0 speaks;
 the others are silent until they have to say something that nobody said yet, but that the first of each machine says why it cannot join the others.
-A lost process ends the others with one sentence and code 1 (143 where the launcher sent SIGTERM meanwhile). SIGTERM to one or all (preemption) is heard as in `stopping` and ends all with 143: who
-stops leaves word, so that the others do not take it for lost.
+A lost process ends the others with one sentence and code 1 (143 where the launcher sent SIGTERM meanwhile). SIGTERM to
+one or all (preemption) is heard as in `stopping` and ends all with 143: who stops leaves word, so that the others do not take it for lost.
 """
 
 import os

@@ -86,7 +86,7 @@ def test_the_same_command_goes_on_to_what_one_process_makes(broken, tmp_path) ->
 
 
 def test_sigterm_to_all_ends_with_a_checkpoint_of_all_and_is_no_loss(tmp_path) -> None:
-    slow = RECIPE | {"tune": RECIPE["tune"] | {"steps": 4000, "checkpoint_every": 40}}
+    slow = RECIPE | {"tune": RECIPE["tune"] | {"steps": 4000, "checkpoint_every": 20}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(slow), "utf-8")
     job = started(tmp_path)
     while not list(tmp_path.glob("out.partial/tune-*/tune-*.dcp/record.json")):
@@ -95,7 +95,7 @@ def test_sigterm_to_all_ends_with_a_checkpoint_of_all_and_is_no_loss(tmp_path) -
     for rank in (1, 0):
         os.kill(worker(job.pid, rank), signal.SIGTERM)
     stderr = job.communicate(timeout=90)[1]
-    assert stderr.count("stopped by a signal; the same command goes on") == 1 and "was lost" not in stderr and "Traceback" not in stderr, stderr
-    assert re.search(r"exitcode *: 143", stderr), stderr
+    assert stderr.count("stopped by a signal; the same command goes on") == 1 and "was lost" not in stderr, stderr
+    assert len(re.findall(r"exitcode *: 143", stderr)) == 2, stderr
     kept = [json.loads(path.read_text("utf-8"))["step"] for path in tmp_path.glob("out.partial/tune-*/tune-*.dcp/record.json")]
-    assert len(kept) == 1 and kept[0] > 40 and kept[0] % 40, kept
+    assert len(kept) == 1 and kept[0] > 20 and kept[0] % 20, kept
