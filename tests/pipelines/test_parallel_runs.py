@@ -96,6 +96,6 @@ def test_sigterm_to_all_ends_with_a_checkpoint_of_all_and_is_no_loss(tmp_path) -
         os.kill(worker(job.pid, rank), signal.SIGTERM)
     stderr = job.communicate(timeout=90)[1]
     assert stderr.count("stopped by a signal; the same command goes on") == 1 and "was lost" not in stderr, stderr
-    assert len(re.findall(r"exitcode  : 143", stderr)) == 2, stderr
+    assert set(re.findall(r"exitcode  : (\S+)", stderr)) == {"143"}, stderr  # torchrun lists those that it saw end
     kept = [json.loads(path.read_text("utf-8"))["step"] for path in tmp_path.glob("out.partial/tune-*/tune-*.dcp/record.json")]
     assert len(kept) == 1 and kept[0] > 20 and kept[0] % 20, kept
