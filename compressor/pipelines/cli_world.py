@@ -2,7 +2,7 @@
 
 The launcher says in the environment who a process is (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Process 0 speaks;
 the others are silent until they have to say something that nobody said yet, but that the first of each machine says why it cannot join the others.
-A lost process ends the others with one sentence and code 1 (143 where the launcher sent SIGTERM meanwhile). SIGTERM to
+A lost process ends the others with one sentence and code 1. SIGTERM to
 one or all (preemption) is heard as in `stopping` and ends all with 143: who stops leaves word, so that the others do not take it for lost.
 """
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import NoReturn
 
 from compressor import stopping
 from compressor.errors import CompressorError, LostProcess, RecipeError
@@ -131,10 +132,12 @@ def _loss(error: BaseException | None) -> LostProcess | None:
     return error
 
 
-def _end(text: str, code: int) -> None:
-    """Say it, unless another process did, and exit at once: what waits for lost processes would wait long."""
+def _end(text: str, code: int) -> NoReturn:
+    """Say it, unless another process did, and exit at once: what waits for lost processes would wait long, and the launcher's next signal would
+    find no handler any more and change the code."""
     from compressor import world
 
     if world.tell("said", text):
         print(text, file=sys.__stderr__, flush=True)
-    raise SystemExit(code)
+    sys.stdout.flush()
+    os._exit(code)
