@@ -9,6 +9,7 @@ from compressor.tune import loop
 from compressor.tune.loss import loss_function
 from compressor.tune.offload import words_on_host
 from compressor.tune.peqa import Peqa
+from compressor.tune.state import TrainLog
 from tests.tune.helpers import run, same
 
 LAYERS = 5
@@ -42,7 +43,7 @@ def passed(model, windows, recompute):
     """Gradients of one pass both ways on a model whose words wait elsewhere, the stand-in for the device, and the bytes left on it."""
     options, device = Tune(method="peqa", gradient_checkpointing=recompute), Device()
     parameters = Peqa(options).attach(model)
-    with loop._training(model, options, torch.device("cpu")), words_on_host(model, torch.device("cpu"), device.fetch):
+    with loop._training(model, options, torch.device("cpu"), TrainLog(1)), words_on_host(model, torch.device("cpu"), device.fetch):
         loss_function(model, windows[0][:1, :8])(*windows).backward()
         resident = device.look()
     return {name: p.grad for name, p in parameters.items()}, device, resident
