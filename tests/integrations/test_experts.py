@@ -106,6 +106,15 @@ def test_a_class_that_does_something_else_than_it_says_stays_fused(monkeypatch: 
     assert "do not give what it gives" in experts.reason(model.model.layers[0].mlp.experts)
 
 
+def test_experts_whose_names_on_disk_nobody_tells_stay_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise TypeError("another signature")
+
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", refuse)
+    model = experts.unfuse(mixtures.model("mixtral"))
+    assert all("names in checkpoints" in experts.reason(m) for m in experts.fused(model).values()) and len(experts.fused(model)) == 2
+
+
 def test_a_folder_with_fused_experts_is_loaded_fused() -> None:
     model = mixtures.model("gpt_oss")
     experts.unfuse(model, {"model.layers.0.mlp.experts.down_proj"})
