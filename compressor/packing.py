@@ -1,14 +1,15 @@
 """What packers share: their interface, rows in panels that bound the memory, and the error of a packed weight as one number for the report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.errors import NumericError
+from compressor.errors import ModelError, NumericError
 from compressor.kernels import layout, reference
 from compressor.packed import PackedWeight
 from compressor.recipe import Quant
@@ -51,6 +52,15 @@ def require_finite(w: Tensor) -> None:
     bad = w.numel() - int(torch.isfinite(w).sum())
     if bad:
         raise NumericError(f"{bad} of {w.numel()} weights are NaN or infinite")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts the name of a layer before what an error says of its weight."""
+    try:
+        yield
+    except (ModelError, NumericError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def check_range(w: Tensor, group: int, steps: int, dtype: torch.dtype, finest: float) -> str:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor import linear, world
-from compressor.errors import ModelError, NumericError, RecipeError
+from compressor.errors import ModelError, RecipeError
 from compressor.integrations import experts
 from compressor.packed import PackedWeight
-from compressor.packing import relative_error
+from compressor.packing import naming, relative_error
 from compressor.pipelines import journal, parallel
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
@@ -286,13 +286,11 @@ def _pack_layer(
         """Of a weight from which a path was taken; pruned weights stay out of it."""
         return packer(rest.masked_fill(weight == 0, 0) if how.keep_zeros else rest, stats, quant, target.group, how.dtype)
 
-    try:
+    with naming(target.name):
         if not how.beside(target.name):
             packed, facts = packer(weight, stats, quant, target.group, how.dtype)
         else:
             packed, facts, path = STARTS[how.start](weight, pack, stats, how.rank)
-    except NumericError as error:
-        raise NumericError(f"{target.name}: {error}") from None
     linear.swap(block, leaf, linear.to_packed(layer, packed))
     notes = "; ".join(n for n in (target.note, facts.get("note", "")) if n)
     row = {

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from compressor.kernels import cpu
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
 from compressor.pipelines.generate import generate
+from compressor.tune.loop import first_nonfinite
 
 LOGIT_BYTES = 256 << 20
 CHUNK_BYTES = 64 << 20
@@ -53,7 +55,8 @@ def perplexity(
 
     ids int64 [tokens], or [count, window] already cut; labels of the same shape, -100 where a token does not count. `device` None means that
     of the model, `stride` None the window. Returns perplexity, loss (nats a token), tokens (predicted), window, stride, windows,
-    tokens_per_second, seconds (both without the warm-up). Raises DataError if nothing is predicted, NumericError if the loss is not finite.
+    tokens_per_second, seconds (both without the warm-up). Raises DataError if nothing is predicted, NumericError, naming the layer, if the loss is
+    not finite.
     """
     rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
     tokens, count = int((targets[:, 1:] != IGNORE).sum()), len(rows)
@@ -67,7 +70,10 @@ def perplexity(
         for part, logits in each_logits(model, rows, device):  # [batch, window, vocab]
             loss, last = _loss(logits, targets[part].to(device)), min(part.stop, len(rows))
             if not math.isfinite(loss) and world.size() == 1:
-                raise NumericError(f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict")
+                where = first_nonfinite(model, partial(next, each_logits(model, rows[part], device)))
+                raise NumericError(
+                    f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict; first seen in {where}"
+                )
             total += loss
             if progress:
                 progress(min(last * world.size(), count), count)
