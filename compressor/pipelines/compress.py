@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from compressor import linear, world
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import experts
+from compressor.kernels import layout
 from compressor.packed import PackedWeight
 from compressor.packing import naming, relative_error
 from compressor.pipelines import journal, parallel
@@ -112,7 +113,9 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_keep_zeros(quant: Quant) -> None:
-    """RecipeError if the packer cannot keep a pruned weight at exactly zero."""
+    """RecipeError if the packer cannot keep a pruned weight at exactly zero, or the format that stores these cannot hold its codes."""
+    if wide := [kind.bits for kind in quant.kinds() if kind.bits not in layout.BITS]:
+        raise RecipeError(f"{wide[0]} bits are not stored beside single weights that were pruned: use 2, 3 or 4 bits")
     if tables := [kind for kind in quant.kinds() if PACKERS[kind.packer].table]:
         instead = f"--quant {tables[0].bits}bit:gptq or {tables[0].bits}bit:rtn"
         raise RecipeError(f"{tables[0].packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")

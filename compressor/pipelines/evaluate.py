@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import world
-from compressor.errors import DataError, NumericError
+from compressor.errors import DataError, ModelError, NumericError
 from compressor.kernels import cpu
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
@@ -60,6 +60,7 @@ def perplexity(
     """
     rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
     tokens, count = int((targets[:, 1:] != IGNORE).sum()), len(rows)
+    check_ids(rows, _vocabulary(model))
     rows, targets = _dealt(rows, targets)
     device = next(model.parameters()).device if device is None else device
     total = 0.0
@@ -93,6 +94,18 @@ def _dealt(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     at = torch.arange(each * world.rank(), each * (world.rank() + 1))  # [each]
     own = at.clamp(max=len(rows) - 1)
     return rows[own], targets[own].masked_fill((at >= len(rows))[:, None], IGNORE)
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else 1 << 62
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """ModelError for token ids that the model has no embedding for."""
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise ModelError(f"the tokenizer gives token {int(ids.max())}, and the model knows {vocabulary}: its tokenizer files are not its own")
 
 
 def tokens_of(corpus: Corpus, tokenizer: Any, window: int) -> tuple[Tensor, Tensor | None, dict[str, int]]:

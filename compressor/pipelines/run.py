@@ -192,6 +192,9 @@ class Run(Job):
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
             if self.tunes:
                 Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
+        for each in (ids, None if windows is None else windows.ids):
+            if each is not None:
+                evaluate.check_ids(each, self.config.get("vocab_size", 1 << 31))
         return ids, windows
 
     def dense(self, loaded: load.Loaded, journal: Journal) -> None:
