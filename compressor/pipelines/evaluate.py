@@ -72,9 +72,7 @@ def perplexity(
             loss, last = _loss(logits, targets[part].to(device)), min(part.stop, len(rows))
             if not math.isfinite(loss) and world.size() == 1:
                 where = first_nonfinite(model, partial(next, each_logits(model, rows[part], device)))
-                raise NumericError(
-                    f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict; first seen in {where}"
-                )
+                raise NumericError(f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict; first seen in {where}")
             total += loss
             if progress:
                 progress(min(last * world.size(), count), count)
