@@ -34,6 +34,7 @@ FIXED = {"model", "device", "data.data", "data.outside", "data.calib", "eval.tas
 LAYERS = ({}, {"re:(down_proj|dense_4h_to_h|output.dense)$": "w4g32"}, {"re:mlp|intermediate": "2bit:rtn"}, {"re:nothing": "3bit"})
 VALUES: dict[str, tuple[Any, ...]] = {
     "seed": (0, 1, 42, 2**31 - 1), "save": ("folder", "folder", "folder", "task"),
+    "memory": ("auto", "whole", "blocks"), "data.activations": ("auto", "memory", "disk", "recompute"),
     "quant.bits": (2, 3, 4, 8), "quant.packer": (*PACKERS, "none"), "quant.group": (-1, 16, 32, 64, 128), "quant.symmetric": (True, False),
     "quant.scale_dtype": ("auto", "float16", "bfloat16", "float32"), "quant.shrink": (True, False), "quant.damp": (1e-3, 0.01, 0.1, 1.0),
     "quant.act_order": (True, False), "quant.gpr": (None, 1, 2, 4), "quant.start": ("kmeans", "uniform"), "quant.exponent": (0.0, 1.0, 2.0, 4.0),
@@ -117,6 +118,9 @@ def draw(rng: random.Random, kind: str, model: Path | str, place: Path, kept: bo
     else:
         out["data"]["outside"] = str(place / "notes.txt")
         out["eval"] = {"max_tokens": _any(rng, "eval.max_tokens")} | _changed(rng, "eval", {"window"})
+        if not prunes and "choose" not in out and rng.random() < 0.3:
+            out["memory"] = _any(rng, "memory")
+            out["data"] |= _changed(rng, "data", {"activations"})
         if rng.random() < 0.08:
             out["eval"] |= {"tasks": [str(place / "questions.jsonl")], "task_limit": 2}
     if rng.random() < STRAY:
