@@ -69,22 +69,23 @@ def check_range(w: Tensor, group: int, steps: int, dtype: torch.dtype, finest: f
     NumericError where they would be beyond the range of `dtype`, or below its normal numbers at the price of more than LOST of the norm of w:
     there a weight moves by up to half of `finest`. So an absolute error of that size is all that small groups beside large ones suffer.
     """
-    limits, unit = torch.finfo(dtype), _unit(w)
-    kind, lost, whole = str(dtype).removeprefix("torch."), 0.0, 0.0
+    limits, unit, kind = torch.finfo(dtype), _unit(w), str(dtype).removeprefix("torch.")
+    lost, whole, largest = (torch.zeros((), dtype=torch.float64, device=w.device) for _ in range(3))
     for rows in panels(*w.shape):
-        for part in w[rows].split(group, 1):  # [r, group]
-            size, energy = part.abs().amax(1) / steps, (part / unit).square().sum(1, dtype=torch.float64)
-            if bool((size > limits.max).any()):
-                what = f"weights up to {float(w.abs().max()):.3g} need values beyond the range of {kind}"
-                raise NumericError(f"{what}: {_instead(dtype, 'bfloat16')}")
-            moved = torch.tensor(part.shape[1] * (finest / unit) ** 2 / 12, dtype=torch.float64, device=w.device)
-            lost += float(torch.minimum(energy, moved)[size < limits.tiny].sum())
-            whole += float(energy.sum())
-    share = math.sqrt(lost / whole) if whole > 0 else 0.0
+        part = torch.nn.functional.pad(w[rows], (0, -w.shape[1] % group)).unflatten(1, (-1, group))  # [r, G, group]
+        size, energy = part.abs().amax(-1) / steps, (part / unit).square_().sum(-1, dtype=torch.float64)  # [r, G]
+        lost += energy.clamp(max=group * (finest / unit) ** 2 / 12)[size < limits.tiny].sum()
+        whole += energy.sum()
+        largest = torch.maximum(largest, size.max())
+    if float(largest) > limits.max:
+        what = f"weights up to {float(largest) * steps:.3g} need values beyond the range of {kind}"
+        raise NumericError(f"{what}: {_instead(dtype, 'bfloat16')}")
+    share = math.sqrt(float(lost) / float(whole)) if float(whole) > 0 else 0.0
     if share > LOST:
-        largest = float(w.abs().max())
-        other = "float32" if largest > FAINT else ""
-        raise NumericError(f"weights of at most {largest:.3g} are below what {kind} values resolve: {_instead(dtype, other)}")
+        most = float(largest) * steps
+        raise NumericError(
+            f"weights of at most {most:.3g} are below what {kind} values resolve: {_instead(dtype, 'float32' if most > FAINT else '')}"
+        )
     return f"{share:.1%} of its norm is below what {kind} values resolve" if share > NOTED else ""
 
 
