@@ -1,18 +1,20 @@
 """Many short runs in a row in one process, each of a random recipe on a random tiny model: every one succeeds or gives the one expected error.
 
-Recipes and models come from soak_recipes.py, run i from seed i alone. An outcome is
+Recipes and models come from soak_recipes.py, run i from seed i, but for the folders that a run may tune again. An outcome is
 
     ok          the folder was loaded again, and measures what the report says of the model that was in memory; its bits are counted anew
                 from the headers of its files; it was exported to a random format, or refused by that format in one sentence
     expected    a CompressorError, one sentence, before anything was measured, pruned or packed, and nothing was left behind
     FAILURE     anything else: another exception, an error after work was done, a folder that measures otherwise, bits that differ
 
-A packed folder is now and then tuned again as it is. Resident memory after every run is in its row. Rows go to bench/results/soak.csv.
+A packed folder of an earlier run is now and then tuned as it is. Resident memory after every run is in its row. Rows go to bench/results/soak.csv;
+those of runs that are not done now stay there, so --first and --runs repeat some, or do them in several processes.
 
     python bench/soak.py [--runs 200] [--first 0] [--work FOLDER] [--out bench/results/soak.csv]
 """
 
 import argparse
+import csv
 import gc
 import json
 import math
@@ -85,8 +87,7 @@ def one(number: int, work: Path, kept: list[Path]) -> dict[str, Any]:
     """The row of a run."""
     rng, place, start = random.Random(number), work / "now", time.perf_counter()
     shutil.rmtree(place, ignore_errors=True)
-    again = bool(kept) and rng.random() < 0.07
-    kind = kind_of(rng)
+    again, kind = rng.random() < 0.1 and bool(kept), kind_of(rng)
     model: Path | str = rng.choice(kept) if again else make(rng, kind, place / "model")
     recipe = draw(rng, "llama" if again else kind, TINY if kind == TINY and not again else model, work / "texts", again)
     row: dict[str, Any] = {"run": number, "model": "packed folder" if again else kind, "asked": asked(recipe), "outcome": "ok"}
@@ -96,7 +97,7 @@ def one(number: int, work: Path, kept: list[Path]) -> dict[str, Any]:
         done = run(Recipe.from_dict(recipe), out, show=show)
         if recipe.get("save") != "task":
             row |= checked(out, done, recipe, kind == ENCODER) | exported(rng, out, place / "export")
-            keep(rng, out, work, kept)
+            keep(rng, out, work / f"kept-{number}", kept)
     except CompressorError as error:
         clean = not show.stages and not out.exists() and not out.with_name("out.partial").exists()
         row |= {"outcome": "expected" if clean else "FAILURE", "sentence": f"{type(error).__name__}: {error}".replace(str(work), "WORK")}
@@ -165,11 +166,11 @@ def exported(rng: random.Random, out: Path, place: Path) -> dict[str, Any]:
     return {"export": to, "export_outcome": "ok"}
 
 
-def keep(rng: random.Random, out: Path, work: Path, kept: list[Path]) -> None:
+def keep(rng: random.Random, out: Path, place: Path, kept: list[Path]) -> None:
     """Now and then a packed folder stays, to be tuned as it is later."""
     config = checkpoint.any_config(out)
     if config.get("quantization_config") and "Bert" not in config["architectures"][0] and rng.random() < 0.3 and len(kept) < 8:
-        kept.append(Path(shutil.copytree(out, work / f"kept-{len(kept)}")))
+        kept.append(Path(shutil.copytree(out, place, dirs_exist_ok=True)))
 
 
 def resident() -> int:
@@ -189,13 +190,16 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     evaluate.SAMPLE_TOKENS = 4
-    rows: list[dict[str, Any]] = []
+    numbers, rows, others = range(options.first, options.first + options.runs), list[dict[str, Any]](), list[dict[str, Any]]()
+    if options.out.exists():
+        with options.out.open(newline="", encoding="utf-8") as file:
+            others = [row for row in csv.DictReader(file) if int(row["run"]) not in numbers]
     with tempfile.TemporaryDirectory(dir=options.work) as place:
         work, kept = Path(place), list[Path]()
         texts(work / "texts")
-        for number in range(options.first, options.first + options.runs):
+        for number in numbers:
             rows.append(one(number, work, kept))
-            write_rows(options.out, FIELDS, rows)
+            write_rows(options.out, FIELDS, sorted(others + rows, key=lambda row: int(row["run"])))
             told = " ".join(str(rows[-1].get(key, "")) for key in ("run", "model", "asked", "outcome", "export", "seconds", "rss_mb", "sentence"))
             print(told, file=sys.stderr, flush=True)
     counts = Counter(row["outcome"] for row in rows)
