@@ -33,6 +33,7 @@ from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.blockwise.hidden import Spool
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
+from compressor.pipelines.choose.choice import ways
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.measure import divergence
@@ -161,9 +162,12 @@ class Run(Job):
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
         """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""
         prune, quant = self.recipe.prune, self.recipe.quant
+        kinds = (*quant.kinds(), *(ways(quant, self.recipe.choose).values() if self.recipe.choose.active else ()))
         if self.packs and self.prunes and not prune.uniform:  # any multiple may come out
-            for kind in quant.kinds():
+            for kind in kinds:
                 PACKERS[kind.packer].resolve(pruning.multiple(model, prune), kind, "an FFN of uneven width")
+        for kind in kinds[len(quant.kinds()) :]:
+            compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
         if self.tunes:
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
