@@ -23,7 +23,7 @@ from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.tuners import OWN, TUNERS
 from compressor.prune.obert import SCORES
 from compressor.quant.starts import STARTS
-from compressor.recipe import KEPT, Prune, Recipe
+from compressor.recipe import KEPT, OPTIMIZERS, Prune, Recipe
 from compressor.tune.kgrid import GRIDS
 
 CHANGED, STRAY = 0.3, 0.06
@@ -60,6 +60,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "tune.weight_decay": (0.0, 0.1), "tune.clip": (0.0, 1.0), "tune.checkpoint_every": (1, 50), "tune.eval_every": (0, 1),
     "tune.gradient_checkpointing": (True, False), "tune.rank": (1, 2, 8), "tune.alpha": (1.0, 16.0), "tune.dropout": (0.0, 0.1),
     "tune.targets": (None, "q_proj", "q_proj,down_proj", "query,value"), "tune.start": ("zero", *STARTS), "tune.adapter": ("keep", "absorb"),
+    "tune.optimizer": ("adamw", "adamw", *OPTIMIZERS), "tune.offload": ("none", "none", "cpu"), "tune.shard": (False, False, False, True),
     "tune.grid": ("none", *GRIDS), "tune.absorb_limit": (0.02, 100.0),
     "eval.window": (None, 32, 64), "eval.max_tokens": (100, 257), "eval.task_limit": (0, 2),
 }  # fmt: skip

@@ -33,7 +33,6 @@ from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.blockwise.hidden import Spool
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
-from compressor.pipelines.choose.choice import ways
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.measure import divergence
@@ -162,11 +161,11 @@ class Run(Job):
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
         """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""
         prune, quant = self.recipe.prune, self.recipe.quant
-        kinds = (*quant.kinds(), *(ways(quant, self.recipe.choose).values() if self.recipe.choose.active else ()))
+        kinds = choosing.kinds(self.recipe)
         if self.packs and self.prunes and not prune.uniform:  # any multiple may come out
             for kind in kinds:
                 PACKERS[kind.packer].resolve(pruning.multiple(model, prune), kind, "an FFN of uneven width")
-        for kind in kinds[len(quant.kinds()) :]:
+        for kind in kinds if self.recipe.choose.active else ():
             compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
         if self.tunes:
@@ -196,9 +195,8 @@ class Run(Job):
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
             if self.tunes:
                 Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
-        for each in (ids, None if windows is None else windows.ids):
-            if each is not None:
-                evaluate.check_ids(each, self.config.get("vocab_size", 1 << 31))
+        for each in ([] if ids is None else [ids]) + ([] if windows is None else [windows.ids]):
+            evaluate.check_ids(each, self.config.get("vocab_size", 1 << 31))
         return ids, windows
 
     def dense(self, loaded: load.Loaded, journal: Journal) -> None:
