@@ -211,6 +211,8 @@ def _outside_blocks(model: nn.Module, blocks_name: str) -> list[dict[str, Any]]:
 def _pack_block(
     block: nn.Module, index: int, targets: list[Target], how: How, calibration: Calibration | None, prefix: str, fisher: dict[str, Tensor]
 ) -> tuple[list[dict[str, Any]], dict[str, LowRank]]:
+    if not targets:
+        return [], {}
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
     todo = [[[leaf] for leaf in by_leaf]]
     if calibration is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,11 @@ def test_formats_hold_hard_weights_or_say_why(to: str) -> None:
             assert "choose" in str(caught)
             continue
         assert 0 <= error < 0.35
+
+
+def test_a_block_of_which_all_linears_stay_dense(damaged: Callable[..., Path]) -> None:
+    for packer in ("rtn", "gptq"):
+        model = damaged(DOWN, lambda w: w)
+        _, report = go(model, {"packer": packer, "group": 32, "ignore": [r"layers\.0\."]})
+        assert {row["name"].split(".")[2] for row in report["layers"]} == {"1"}
+        shutil.rmtree(model.with_name("out"))
