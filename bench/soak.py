@@ -87,9 +87,10 @@ def one(number: int, work: Path, kept: list[Path]) -> dict[str, Any]:
     """The row of a run."""
     rng, place, start = random.Random(number), work / "now", time.perf_counter()
     shutil.rmtree(place, ignore_errors=True)
-    again, kind = rng.random() < 0.1 and bool(kept), kind_of(rng)
+    again = rng.random() < 0.1 and bool(kept)
+    kind = CAUSAL[0] if again else kind_of(rng)
     model: Path | str = rng.choice(kept) if again else make(rng, kind, place / "model")
-    recipe = draw(rng, "llama" if again else kind, TINY if kind == TINY and not again else model, work / "texts", again)
+    recipe = draw(rng, kind, TINY if kind == TINY else model, work / "texts", again)
     row: dict[str, Any] = {"run": number, "model": "packed folder" if again else kind, "asked": asked(recipe), "outcome": "ok"}
     row["recipe"] = json.dumps(recipe | {"model": row["model"]}).replace(str(work) + "/", "")
     show, out = Recorded(), place / "out"
