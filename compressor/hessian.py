@@ -25,6 +25,12 @@ def living(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return hessian, dead
 
 
+def unread(dead: Tensor) -> str:
+    """A note on inputs that were always zero, dead bool [k]: what their weights do elsewhere, the packed ones do not."""
+    count = int(dead.sum())
+    return f"{count} of {dead.numel()} inputs were always zero in the calibration text" if count else ""
+
+
 def damped(hessian: Tensor, extra: Tensor) -> Tensor:
     """H + extra I, in place."""
     hessian.diagonal().add_(extra)

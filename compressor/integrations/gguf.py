@@ -149,7 +149,7 @@ def write(
             if (factors := families.rope_factors(config)) is not None:
                 writer.add_tensor("rope_freqs.weight", factors.numpy())
             rows += _add_tensors(writer, config, weights, kind, embeddings or (kind if kind in FLOATS else "f16"))
-            most = Counter(row["type"] for row in rows[1:] if row["type"] != "f32" or kind == "f32").most_common(1)
+            most = Counter(row["type"] for row in rows[1:] if row["type"] != "f32").most_common(1) or [("f32", 0)]
             writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind if kind != "auto" else most[0][0]]])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

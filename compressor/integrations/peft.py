@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from compressor import strict
 from compressor.errors import ModelError
 from compressor.integrations.experts import own_names
+from compressor.kernels import layout
 from compressor.linear import packed_linears, swap, targeted
+from compressor.packed import PackedWeight
+from compressor.packing import dense_rows, panels
 from compressor.recipe import Tune
 
 NAME = "default"  # peft's name of an adapter that got none
@@ -96,12 +99,16 @@ class Adapters:
         """Freeze the model, put adapters beside its packed linears, and return their float32 parameters by their name in it.
 
         starts: A [r, k] and B [n, r] of a path's product by the linear's name, found while packing; steps: how long the run will be, for AdaLoRA.
-        ModelError if there is no packed linear, RecipeError for targets that name none.
+        ModelError if there is no packed linear, or one with rows of zeros for DoRA; RecipeError for targets that name none.
         """
         names = packed_linears(model)
         if not names:
             raise ModelError(f"{type(model).__name__} has no packed linear layers: compress it before tuning adapters beside them")
-        parameters = self.wrap(model, targeted(names, self.options.targets), steps)
+        chosen = targeted(names, self.options.targets)
+        if self.kind.name == "dora":
+            for name in chosen:
+                _check_rows(name, names[name].packed())
+        parameters = self.wrap(model, chosen, steps)
         if starts:
             self._start(model, starts)
         return parameters
@@ -195,6 +202,14 @@ class Ranks:
 def named(targets: str | None) -> set[str] | None:
     """The last parts of the names of the linears that get an adapter; None for all."""
     return None if targets is None else {part.strip() for part in targets.split(",")}
+
+
+def _check_rows(name: str, weight: PackedWeight) -> None:
+    """ModelError for rows of zeros, by whose size DoRA divides: wherever the adapter is loaded its outputs would be NaN."""
+    zero = sum(int((dense_rows(weight, rows) == 0).all(1).sum()) for rows in panels(*weight.shape, multiple=layout.ROWS))
+    if zero:
+        rest = "train another adapter, such as lora, or leave this layer out with --targets"
+        raise ModelError(f"{zero} of the {weight.shape[0]} rows of {name} are zero, and dora divides by their size: {rest}")
 
 
 def _task(model: nn.Module) -> str | None:

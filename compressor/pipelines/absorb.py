@@ -22,7 +22,7 @@ from compressor import linear
 from compressor.errors import ModelError, NumericError, RecipeError
 from compressor.linear import PackedLinear
 from compressor.packed import PackedWeight
-from compressor.packing import relative_error
+from compressor.packing import naming, relative_error
 from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
 from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Quant
@@ -106,7 +106,8 @@ def _absorb_block(
         for leaf, stats in ((leaf, stats) for group, stats in zip(step, seen, strict=True) for leaf in group):
             layer, start = layers[leaf], time.perf_counter()
             merged = _merged(layer, deltas[leaf], prefix + leaf)
-            weight, row = _best(layer.packed(), merged, stats, quant, ways)
+            with naming(prefix + leaf):
+                weight, row = _best(layer.packed(), merged, stats, quant, ways)
             linear.swap(block, leaf, PackedLinear(weight, layer.bias).train(layer.training))
             rows.append({"name": prefix + leaf} | row | {"seconds": round(time.perf_counter() - start, 4)})
     return rows

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor import linear, world
-from compressor.errors import ModelError, NumericError, RecipeError
+from compressor.errors import ModelError, RecipeError
 from compressor.integrations import experts
+from compressor.kernels import layout
 from compressor.packed import PackedWeight
-from compressor.packing import relative_error
+from compressor.packing import naming, relative_error
 from compressor.pipelines import journal, parallel
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
@@ -113,7 +114,9 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_keep_zeros(quant: Quant) -> None:
-    """RecipeError if the packer cannot keep a pruned weight at exactly zero."""
+    """RecipeError if the packer cannot keep a pruned weight at exactly zero, or the format that stores these cannot hold its codes."""
+    if wide := [kind.bits for kind in quant.kinds() if kind.bits not in layout.BITS]:
+        raise RecipeError(f"{wide[0]} bits are not stored beside single weights that were pruned: use 2, 3 or 4 bits")
     if tables := [kind for kind in quant.kinds() if PACKERS[kind.packer].table]:
         instead = f"--quant {tables[0].bits}bit:gptq or {tables[0].bits}bit:rtn"
         raise RecipeError(f"{tables[0].packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")
@@ -209,6 +212,8 @@ def _outside_blocks(model: nn.Module, blocks_name: str) -> list[dict[str, Any]]:
 def _pack_block(
     block: nn.Module, index: int, targets: list[Target], how: How, calibration: Calibration | None, prefix: str, fisher: dict[str, Tensor]
 ) -> tuple[list[dict[str, Any]], dict[str, LowRank]]:
+    if not targets:
+        return [], {}
     by_leaf = {t.name.removeprefix(prefix): t for t in targets}
     todo = [[[leaf] for leaf in by_leaf]]
     if calibration is not None:
@@ -294,13 +299,11 @@ def _pack_layer(
         """Of a weight from which a path was taken; pruned weights stay out of it."""
         return packer(rest.masked_fill(weight == 0, 0) if how.keep_zeros else rest, stats, quant, target.group, how.dtype)
 
-    try:
+    with naming(target.name):
         if not how.beside(target.name):
             packed, facts = packer(weight, stats, quant, target.group, how.dtype)
         else:
             packed, facts, path = STARTS[how.start](weight, pack, stats, how.rank)
-    except NumericError as error:
-        raise NumericError(f"{target.name}: {error}") from None
     linear.swap(block, leaf, linear.to_packed(layer, packed))
     notes = "; ".join(n for n in (target.note, facts.get("note", "")) if n)
     row = {

@@ -15,6 +15,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from compressor.errors import DataError, NumericError
 from compressor.pipelines.encoder_data import Question
 from compressor.pipelines.encoder_tokens import Encoded
 from compressor.tune.encoder import answering
+from compressor.tune.loop import first_nonfinite
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 ANSWER = 30  # tokens of an answer
@@ -36,7 +38,7 @@ def measure(
 ) -> dict[str, Any]:
     """The numbers above, shares from 0 to 1 (percent for questions), with examples, cut, seconds. `names`: of the classes.
 
-    NumericError if a logit is not finite.
+    NumericError, naming the first layer, if a logit is not finite.
     """
     rows = encoded.rows
     if not len(rows):
@@ -50,9 +52,11 @@ def measure(
     model.eval()
     try:
         for which in rows.sorted_batches(BATCH_TOKENS["cpu" if device.type == "cpu" else "cuda"]):
-            out, wanted = forward(*(t.to(device) for t in rows.padded(which)))  # [m, c], [m]
+            batch = tuple(t.to(device) for t in rows.padded(which))
+            out, wanted = forward(*batch)  # [m, c], [m]
             if not bool(torch.isfinite(out).all()):
-                raise NumericError(f"the logits of held-out examples are not finite: {type(model).__name__} does not predict")
+                where = first_nonfinite(model, partial(forward, *batch))
+                raise NumericError(f"the logits of held-out examples are not finite: {type(model).__name__} does not predict; first seen in {where}")
             logits.append(_spans(out.cpu(), encoded, which) if rows.kind == "question" else out.cpu())
             targets.append(wanted.cpu())
             order.append(which)

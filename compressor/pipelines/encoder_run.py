@@ -33,7 +33,7 @@ from compressor.pipelines.job import Job, default_output, digest, plain, source_
 from compressor.pipelines.journal import Journal, open_work
 from compressor.pipelines.methods import check_methods, check_zeros_stay
 from compressor.pipelines.output import check_output, check_room, contract
-from compressor.pipelines.packers import needs
+from compressor.pipelines.packers import PACKERS, needs
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.prune import slicing
@@ -207,6 +207,8 @@ def check(recipe: Recipe) -> None:
     check_methods(recipe)
     if recipe.prune.method != "none":
         encoder_prune.resolved(recipe.prune, 12)
+    if recipe.quant.packer in PACKERS and any(PACKERS[kind.packer].fisher for kind in recipe.quant.kinds()):
+        raise RecipeError("squeezellm weighs by gradients of a causal model's loss, which an encoder has none of: use sketch or gptq")
     if recipe.choose.active:
         raise RecipeError("choosing bits by layer is for causal language models: leave the target out, or say it by hand with --layer")
     if recipe.eval.tasks:

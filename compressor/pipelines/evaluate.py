@@ -18,17 +18,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor import world
-from compressor.errors import DataError, NumericError
+from compressor.errors import DataError, ModelError, NumericError
 from compressor.kernels import cpu
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.data import IGNORE, Corpus, ends, token_stream, tokenise, windows
 from compressor.pipelines.generate import generate
+from compressor.tune.loop import first_nonfinite
 
 LOGIT_BYTES = 256 << 20
 CHUNK_BYTES = 64 << 20
@@ -53,10 +55,12 @@ def perplexity(
 
     ids int64 [tokens], or [count, window] already cut; labels of the same shape, -100 where a token does not count. `device` None means that
     of the model, `stride` None the window. Returns perplexity, loss (nats a token), tokens (predicted), window, stride, windows,
-    tokens_per_second, seconds (both without the warm-up). Raises DataError if nothing is predicted, NumericError if the loss is not finite.
+    tokens_per_second, seconds (both without the warm-up). Raises DataError if nothing is predicted, NumericError, naming the layer, if the loss is
+    not finite.
     """
     rows, targets = cut(ids, labels, window, max_tokens, stride)  # [count, window]
     tokens, count = int((targets[:, 1:] != IGNORE).sum()), len(rows)
+    check_ids(rows, _vocabulary(model))
     rows, targets = _dealt(rows, targets)
     device = next(model.parameters()).device if device is None else device
     total = 0.0
@@ -67,7 +71,8 @@ def perplexity(
         for part, logits in each_logits(model, rows, device):  # [batch, window, vocab]
             loss, last = _loss(logits, targets[part].to(device)), min(part.stop, len(rows))
             if not math.isfinite(loss) and world.size() == 1:
-                raise NumericError(f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict")
+                where = first_nonfinite(model, partial(next, each_logits(model, rows[part], device)))
+                raise NumericError(f"the loss of windows {part.start} to {last - 1} is not finite: the model does not predict; first seen in {where}")
             total += loss
             if progress:
                 progress(min(last * world.size(), count), count)
@@ -87,6 +92,18 @@ def _dealt(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     at = torch.arange(each * world.rank(), each * (world.rank() + 1))  # [each]
     own = at.clamp(max=len(rows) - 1)
     return rows[own], targets[own].masked_fill((at >= len(rows))[:, None], IGNORE)
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else 1 << 62
+
+
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """ModelError for token ids that the model has no embedding for."""
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise ModelError(f"the tokenizer gives token {int(ids.max())}, and the model knows {vocabulary}: its tokenizer files are not its own")
 
 
 def tokens_of(corpus: Corpus, tokenizer: Any, window: int) -> tuple[Tensor, Tensor | None, dict[str, int]]:

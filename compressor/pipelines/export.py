@@ -122,7 +122,8 @@ def write_as(
     proof.read_back(writer, folder, kept, {name: loaded.model.get_submodule(name) for name in packed})
     stored = load.packed_weights(loaded.model)
     if notes:
-        return {"format": writer.NAME, "verified": True, "bits_per_weight": writers.bits_of(notes, packed), "types": notes}
+        bits = writers.bits_of(notes, packed) if packed else float(torch.finfo(loaded.dtype).bits)  # a sparse folder may have nothing packed
+        return {"format": writer.NAME, "verified": True, "bits_per_weight": bits, "types": notes}
     return {"format": writer.NAME, "verified": True, "bits_per_weight": write.folder_bits(folder, packed | stored)}
 
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from compressor.errors import RecipeError
+from compressor.kernels import layout
 from compressor.pipelines.packers import PACKERS
 from compressor.pipelines.tuners import TUNERS
 from compressor.recipe import KEPT, Prune, Quant, Recipe
@@ -80,6 +81,8 @@ def check_methods(recipe: Recipe) -> None:
         return
     if (grid := recipe.tune.grid) != "none" and (not recipe.quant.symmetric or recipe.quant.bits > GRIDS[grid][2]):
         raise RecipeError(f"grid={grid} holds symmetric weights of at most {GRIDS[grid][2]} bits: give fewer bits and --sym, or another grid")
+    if tuner == "qalora" and any(kind.bits not in layout.BITS for kind in recipe.quant.kinds()):
+        raise RecipeError("tuner qalora leaves zeros that are no integers, which are stored beside codes of 2, 3 or 4 bits: give fewer bits")
     if tuner == "none" or TUNERS[tuner].table in (None, PACKERS[packer].table):
         return
     made, tuned = ("tables", "scales") if PACKERS[packer].table else ("scales", "tables")

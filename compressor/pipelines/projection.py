@@ -17,7 +17,7 @@ from compressor import linear
 from compressor.errors import DataError, ModelError, RecipeError, UserError
 from compressor.export import conversions, dense, integers, sparse
 from compressor.packed import PackedWeight
-from compressor.packing import relative_error
+from compressor.packing import naming, relative_error
 from compressor.pipelines import adapters, data, evaluate, load, writers
 from compressor.pipelines.output import read_report
 from compressor.pipelines.show import Show
@@ -27,6 +27,7 @@ from compressor.recipe import Quant, Recipe
 
 ENOUGH = 1 << 14  # tokens that a rounding is measured on, unless --max-tokens says otherwise: the same before and after
 LARGE = 0.05  # growth of perplexity that deserves a warning
+NOTHING = 0.9  # relative error of a layer of which a format keeps nothing
 GRID, MEASURING = ("bits", "group", "symmetric"), ("data", "window", "max_tokens", "max_loss")  # fields of Target
 
 
@@ -115,15 +116,18 @@ def _widen(loaded: load.Loaded, bits: int, source: str) -> None:
 def settled(loaded: load.Loaded, target: Target, writer: writers.Writer, done: dict[str, Any], show: Show) -> dict[str, Any]:
     """Puts what the format holds in the place of every weight, measured before and after if any changes; the record so far, `done`, with that.
 
-    UserError if the loss is too large. What is to be written are the weights from before.
+    UserError if the loss is too large, ModelError for a layer of which nothing is left. What is to be written are the weights from before.
     """
     layers, changed = linear.packed_linears(loaded.model), dict[str, nn.Module]()
     rows = {row["name"]: row for row in done.get("layers", [])}
     with show.task(f"fit to {writer.NAME}", len(layers)) as advance:
         for name, layer in layers.items():
             weight = layer.packed()
-            held = writer.held(weight)
+            with naming(name):
+                held = writer.held(weight)
             error = writers.loss(weight, held)
+            if error > NOTHING:
+                raise ModelError(f"{name}: its weights are below what {writer.NAME} resolves, and nothing is left of them: choose another --to")
             if error:
                 changed[name] = _as_layer(held, layer)
             rows[name] = {"name": name, "error": error, "note": ""} | rows.get(name, {}) | ({"rounding": error} if error else {})
@@ -218,7 +222,8 @@ def project(loaded: load.Loaded, name: str, target: Target, group: int, bits: in
     if target.keeps(layer):
         weight = integers.with_integers(held)
     else:
-        weight, _ = rtn.pack(exact, None, target.quant(bits or held.bits), group, load.scale_dtype("auto", loaded.dtype))
+        with naming(name):
+            weight, _ = rtn.pack(exact, None, target.quant(bits or held.bits), group, load.scale_dtype("auto", loaded.dtype))
     linear.swap(loaded.model, name, linear.PackedLinear(weight, layer.bias).train(layer.training))
     was = {"table_bits": held.bits, "segment": held.group} if layer.table else {}
     return {"name": name} | was | {"error": relative_error(exact, weight, None)}

@@ -161,9 +161,12 @@ class Run(Job):
     def targets(self, model: torch.nn.Module) -> list[compress.Target]:
         """The linears that will be packed, found before any work, with all that cannot be; those of the model as it will be by then."""
         prune, quant = self.recipe.prune, self.recipe.quant
+        kinds = choosing.kinds(self.recipe)
         if self.packs and self.prunes and not prune.uniform:  # any multiple may come out
-            for kind in quant.kinds():
+            for kind in kinds:
                 PACKERS[kind.packer].resolve(pruning.multiple(model, prune), kind, "an FFN of uneven width")
+        for kind in kinds if self.recipe.choose.active else ():
+            compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
         if self.tunes:
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
@@ -192,6 +195,8 @@ class Run(Job):
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
             if self.tunes:
                 Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
+        for each in ([] if ids is None else [ids]) + ([] if windows is None else [windows.ids]):
+            evaluate.check_ids(each, self.config.get("vocab_size", 1 << 31))
         return ids, windows
 
     def dense(self, loaded: load.Loaded, journal: Journal) -> None:

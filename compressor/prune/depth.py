@@ -99,7 +99,6 @@ def kept_blocks(count: int, ratio: float) -> int:
     """Blocks that stay of `count`; RecipeError when the ratio takes none or all."""
     kept = round(count * (1 - ratio))
     if not 0 < kept < count:
-        raise RecipeError(
-            f"a depth ratio of {ratio:.0%} takes {count - kept} of {count} blocks: choose between {1 / count:.0%} and {1 - 1 / count:.0%}"
-        )
+        choice = f"choose between {1 / count:.0%} and {1 - 1 / count:.0%}" if count > 1 else "a model of one block has none to spare"
+        raise RecipeError(f"a depth ratio of {ratio:.0%} takes {count - kept} of {count} blocks: {choice}")
     return kept

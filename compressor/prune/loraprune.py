@@ -53,7 +53,8 @@ class UnitPruner:
             mask = self.masks.masks[f.key]
             if wanted[f.key] < int(mask.count_nonzero()):
                 if not bool(self.scores[f.key].any()):
-                    raise NumericError(f"no step gave finite scores for {f.key}: prune by loraprune or wanda, or in float32")
+                    why = "its weights are zeros (prune by depth), or gradients overflow (prune by loraprune or wanda, or in float32)"
+                    raise NumericError(f"no step gave {f.key} scores that are finite and not all zero: {why}")
                 mask.copy_(select(self.scores[f.key], wanted[f.key], f.within, self.masks.alive(f.key)))
 
     def _gone(self, family: Family, share: float) -> int:

@@ -11,7 +11,7 @@ section 3.5), with the mask given. Grids need no care: every candidate holds zer
 
 Price: about k**3 for the factor, n k**2 / 2 for the sweep, and what refine.py says; memory, beside the caller's H and some panels of rows:
 what hessian.py says while U is made, two k x k float32 matrices during the sweep, one during refinement. Limits: a layer that saw no tokens, or
-whose H stays indefinite up to DAMP_LIMIT, is rounded to nearest, and its report row says so.
+only zeros, or whose H stays indefinite up to DAMP_LIMIT, is rounded to nearest, and its report row says so.
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.hessian import damped, factorise, living, rounding_order, sweep
+from compressor.hessian import damped, factorise, living, rounding_order, sweep, unread
 from compressor.packed import Affine, PackedWeight
-from compressor.packing import panels, require_finite
+from compressor.packing import joined, panels, require_finite
 from compressor.quant import grid, rtn
 from compressor.quant.refine import refine
 from compressor.recipe import Quant
@@ -35,8 +35,9 @@ ROUNDS = 3  # of refinement; measured in docs/log.md
 def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
     """w float32 [n, k], `group` a divisor of k -> packed weight and its report row.
 
-    The row is {"damp", "note"}, or {"packer": "rtn", "note"} when rounded to nearest. Inputs that were always zero get zero weights. Raises
-    NumericError when w is not finite, ModelError when `stats.keep` is of another shape.
+    The row is {"damp", "note"}, or {"packer": "rtn", "note"} when rounded to nearest. Inputs that were always zero get zero weights, and a note
+    counts them; if all were, it is rounded to nearest. Raises NumericError when w is not finite or beyond what `scale_dtype` holds, ModelError when
+    `stats.keep` is of another shape.
     """
     require_finite(w)
     keep = None if stats is None else stats.keep
@@ -45,11 +46,14 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     if stats is None or stats.hessian is None:
         return _rounded(w, options, group, scale_dtype, UNSEEN if stats is None else stats.why)
     hessian, dead = living(stats.hessian.to(w.device, torch.float32, copy=True))
+    if bool(dead.all()):
+        return _rounded(w, options, group, scale_dtype, "all its calibration inputs were zero")
     order = rounding_order(hessian, options.act_order)
     factor, damp, note = factorise(hessian, order, options.damp)
     if factor is None:
         return _rounded(w, options, group, scale_dtype, note)
     w = w.masked_fill(dead, 0)
+    note = joined(note, unread(dead), grid.check(w, options.bits, group, scale_dtype))
     values = grid.choose(w, options.bits, group, options.symmetric, options.shrink, scale_dtype)
     codes, scale = torch.empty(w.shape, dtype=torch.uint8, device=w.device), values.scale.clone()
     parts = [(rows, Affine(values.scale[rows], _rows(values.zero, rows))) for rows in panels(w.shape[0], w.shape[1], PANEL)]
@@ -64,7 +68,7 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
 
 def _rounded(w: Tensor, options: Quant, group: int, scale_dtype: torch.dtype, why: str) -> tuple[PackedWeight, dict[str, Any]]:
     packed, row = rtn.pack(w, None, options, group, scale_dtype)
-    return packed, row | {"packer": "rtn", "note": f"{why}; rounded to nearest"}
+    return packed, row | {"packer": "rtn", "note": joined(f"{why}; rounded to nearest", row["note"])}
 
 
 def _masked(w: Tensor, keep: Tensor) -> Tensor:

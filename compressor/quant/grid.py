@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.packed import Affine
-from compressor.packing import panels
+from compressor.packing import check_range, panels
 
 SHRINK = tuple(1 - i / 100 for i in range(80))
 
@@ -43,6 +43,11 @@ def choose(w: Tensor, bits: int, group: int, symmetric: bool, shrink: bool, dtyp
         if zero is not None:
             zero[rows] = at.to(torch.uint8)
     return Affine(scale, zero)
+
+
+def check(w: Tensor, bits: int, group: int, dtype: torch.dtype) -> str:
+    """What `packing.check_range` says of w float32 [n, k] and the scales that its grids may want."""
+    return check_range(w, group, midpoint(bits) - 1, dtype, torch.finfo(dtype).tiny)
 
 
 def _search(w: Tensor, bits: int, symmetric: bool, shares: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

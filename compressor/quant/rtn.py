@@ -17,13 +17,14 @@ from compressor.stats import LayerStats
 
 
 def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
-    """w float32 [n, k], `group` a divisor of k -> packed weight and its report row {"note": ""}; `stats` is not used.
+    """w float32 [n, k], `group` a divisor of k -> packed weight and its report row {"note"}; `stats` is not used.
 
-    Raises NumericError when w is not finite.
+    Raises NumericError when w is not finite, or beyond what `scale_dtype` holds (packing.check_range).
     """
     require_finite(w)
+    note = grid.check(w, options.bits, group, scale_dtype)
     values = grid.choose(w, options.bits, group, options.symmetric, options.shrink, scale_dtype)
-    return PackedWeight.pack(nearest(w, values, options.bits, group), values, options.bits), {"note": ""}
+    return PackedWeight.pack(nearest(w, values, options.bits, group), values, options.bits), {"note": note}
 
 
 def nearest(w: Tensor, values: Affine, bits: int, group: int) -> Tensor:

@@ -29,13 +29,14 @@ from torch import Tensor
 
 from compressor.errors import RecipeError
 from compressor.packed import PackedWeight
-from compressor.packing import relative_error
+from compressor.packing import joined, relative_error
 from compressor.stats import UNSEEN, LayerStats
 
 EXACT = 1024
 EXTRA = 24
 PASSES = 8
 ROUNDS = 5
+NOTHING = 1e-5  # of a weight's norm
 
 Path = tuple[Tensor, Tensor]  # A [r, k], B [n, r]
 Found = tuple[PackedWeight, dict[str, Any], Path | None]  # the packed weight, its report row, and where the path starts
@@ -51,7 +52,7 @@ def loftq(w: Tensor, pack: Pack, stats: LayerStats | None, rank: int) -> Found:
     best: Found | None = None
     path, least = None, torch.inf
     for number in range(ROUNDS):
-        packed, facts = pack(w if path is None else w - path[1] @ path[0])
+        packed, facts = pack(w if path is None else _left(w, path))
         path = low_rank(w - packed.dequantize(), _hessian(w, stats), rank)
         error = relative_error(w, packed, stats, path)
         if best is None or error < least:
@@ -62,8 +63,14 @@ def loftq(w: Tensor, pack: Pack, stats: LayerStats | None, rank: int) -> Found:
 
 def principal(w: Tensor, pack: Pack, stats: LayerStats | None, rank: int) -> Found:
     a, b = low_rank(w, None, rank)
-    packed, facts = pack(w - b @ a)
+    packed, facts = pack(_left(w, (a, b)))
     return packed, facts, (a, b)
+
+
+def _left(w: Tensor, path: Path) -> Tensor:
+    """w - B A, of which rounding errors are zeros: a path may hold all of a weight."""
+    left = w - path[1] @ path[0]
+    return left if float(left.norm()) > NOTHING * float(w.norm()) else torch.zeros_like(w)
 
 
 def eva(w: Tensor, pack: Pack, stats: LayerStats | None, rank: int) -> Found:
@@ -134,4 +141,4 @@ def _hessian(w: Tensor, stats: LayerStats | None) -> Tensor | None:
 
 
 def _noted(facts: dict[str, Any], note: str) -> dict[str, Any]:
-    return facts | {"note": "; ".join(filter(None, (facts.get("note", ""), note)))}
+    return facts | {"note": joined(facts.get("note", ""), note)}

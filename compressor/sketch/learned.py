@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.hessian import damped, factorise, living, rounding_order, sweep
+from compressor.hessian import damped, factorise, living, rounding_order, sweep, unread
 from compressor.packed import PackedWeight, Table
-from compressor.packing import panels, require_finite
+from compressor.packing import check_range, joined, panels, require_finite
 from compressor.recipe import Quant
 from compressor.sketch import kmeans, refit
 from compressor.stats import UNSEEN, LayerStats
@@ -40,17 +40,20 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
     """w float32 [n, k], segments of `group` columns -> packed weight with tables in `dtype`, and its report row.
 
     The row is {"damp", "note"}, or {"packer": "kmeans", "note"} where there is no usable H. Inputs that were always zero get weights near zero.
-    Raises NumericError when w is not finite.
+    Raises NumericError when w is not finite, or beyond what `dtype` holds (packing.check_range).
     """
     require_finite(w)
     if stats is None or stats.hessian is None:
         return _unseen(w, options, group, dtype, UNSEEN if stats is None else stats.why)
     raw = stats.hessian.to(w.device, torch.float32)
     hessian, dead = living(raw.clone())
+    if bool(dead.all()):
+        return _unseen(w, options, group, dtype, "all its calibration inputs were zero")
     order = rounding_order(hessian, options.act_order)
     factor, damp, note = factorise(hessian, order, options.damp)
     if factor is None:
         return _unseen(w, options, group, dtype, note)
+    note = joined(note, unread(dead), check(w.masked_fill(dead, 0), group, dtype))
     moments = _Moments(raw, damped(hessian, damp * hessian.diagonal().mean()), factor, order, group)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     table = torch.empty(w.shape[0], -(-w.shape[1] // group), 1 << options.bits, dtype=dtype, device=w.device)
@@ -58,8 +61,6 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype:
         part = w[rows].masked_fill(dead, 0)
         start = start_tables(part, moments.sensitivity(options.exponent), options, group)
         table[rows], codes[rows] = _pack_panel(part, storable(start, dtype), moments, options)
-    if float(w.abs().max()) > torch.finfo(dtype).max:
-        note = "; ".join(filter(None, (note, f"weights beyond the range of {str(dtype).removeprefix('torch.')} were cut to it")))
     return PackedWeight.pack(codes, Table(table), options.bits, group), {"damp": damp, "note": note}
 
 
@@ -86,6 +87,12 @@ def blind(w: Tensor, weight: Tensor, options: Quant, group: int, dtype: torch.dt
     return PackedWeight.pack(codes, Table(table), options.bits, group)
 
 
+def check(w: Tensor, group: int, dtype: torch.dtype) -> str:
+    """What `packing.check_range` says of w float32 [n, k] and table entries, which may be below the normal numbers of `dtype`."""
+    limits = torch.finfo(dtype)
+    return check_range(w, group, 1, dtype, limits.tiny * limits.eps)
+
+
 def storable(table: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest finite entries in `dtype`."""
     limit = torch.finfo(dtype).max
@@ -93,8 +100,8 @@ def storable(table: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unseen(w: Tensor, options: Quant, group: int, dtype: torch.dtype, why: str) -> tuple[PackedWeight, dict[str, Any]]:
-    packed = blind(w, torch.ones(w.shape[1], device=w.device), options, group, dtype)
-    return packed, {"packer": "kmeans", "note": f"{why}; plain k-means"}
+    note = joined(f"{why}; plain k-means", check(w, group, dtype))
+    return blind(w, torch.ones(w.shape[1], device=w.device), options, group, dtype), {"packer": "kmeans", "note": note}
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from compressor.packed import PackedWeight
-from compressor.packing import require_finite
+from compressor.packing import joined, require_finite
 from compressor.recipe import Quant
-from compressor.sketch.learned import blind
+from compressor.sketch.learned import blind, check
 from compressor.stats import LayerStats
 
 
 def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
     """w float32 [n, k], segments of `group` columns -> packed weight with tables in `dtype`, and its report row {"note"}.
 
-    Raises NumericError when w is not finite.
+    Raises NumericError when w is not finite, or beyond what `dtype` holds.
     """
     require_finite(w)
+    note = check(w, group, dtype)
     if stats is None or stats.fisher is None or not bool(stats.fisher.any()):
-        unseen = "no gradient reached this layer; all weights count alike"
+        unseen = joined("no gradient reached this layer; all weights count alike", note)
         return blind(w, torch.ones(w.shape[1], device=w.device), options, group, dtype), {"note": unseen}
-    return blind(w, stats.fisher.to(w.device, torch.float32), options, group, dtype), {"note": ""}
+    return blind(w, stats.fisher.to(w.device, torch.float32), options, group, dtype), {"note": note}

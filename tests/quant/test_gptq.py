@@ -148,11 +148,12 @@ def test_dead_inputs_get_zero_weights_and_do_not_disturb_the_rest() -> None:
     stats.add(x)
     packed, row = pack(w, stats, 32, bits=3)
     dense = packed.dequantize()
-    assert row == {"damp": 0.01, "note": ""} and not dense[:, [3, 40]].any()
+    assert row == {"damp": 0.01, "note": "2 of 64 inputs were always zero in the calibration text"} and not dense[:, [3, 40]].any()
     alive = [j for j in range(64) if j not in (3, 40)]
     assert float((dense - w)[:, alive].norm() / w[:, alive].norm()) < 0.3
-    nothing, _ = pack(w, given(torch.zeros(64, 64)), 32)
-    assert not nothing.dequantize().any()
+    nothing, row = pack(w, given(torch.zeros(64, 64)), 32)
+    assert row == {"packer": "rtn", "note": "all its calibration inputs were zero; rounded to nearest"}
+    assert torch.equal(nothing.dequantize(), PACKERS["rtn"](w, None, Quant(), 32, torch.float16)[0].dequantize())
 
 
 def test_rank_deficient_inputs_work() -> None:

@@ -153,11 +153,14 @@ def _unit(
         exact = weights[leaf].detach().float()
         stats.keep = exact != 0 if keep_zeros else None
         for i, (quant, sizes, _) in enumerate(distinct):
-            packed[i][leaf] = PACKERS[quant.packer](exact, stats, quant, sizes[exact.shape[1]], dtype)[0]
-            errors[i] += relative_error(exact, packed[i][leaf], stats) ** 2
+            try:
+                packed[i][leaf] = PACKERS[quant.packer](exact, stats, quant, sizes[exact.shape[1]], dtype)[0]
+                errors[i] += relative_error(exact, packed[i][leaf], stats) ** 2
+            except NumericError:  # its scales are beyond what the dtype holds
+                errors[i] = math.inf
     options = []
     for (_, _, specs), mine, error in zip(distinct, packed, errors, strict=True):
-        cost = error if damage is None else _with(weights, mine, damage)
+        cost = error if damage is None or error == math.inf else _with(weights, mine, damage)
         if math.isfinite(cost):
             options.append(Option(tuple(specs), sum(w.stored_bits() for w in mine.values()), cost))
         on_option(len(specs) * len(leaves), f"{prefix}{leaves[0]} {specs[0]}")

@@ -44,6 +44,11 @@ def check(recipe: Recipe) -> None:
             compress.check_keep_zeros(way)
 
 
+def kinds(recipe: Recipe) -> tuple[Quant, ...]:
+    """The options that some linear may be packed by, candidates of a choice among them."""
+    return (*recipe.quant.kinds(), *(ways(recipe.quant, recipe.choose).values() if recipe.choose.active else ()))
+
+
 def check_size(recipe: Recipe, model: nn.Module, fixed: int, folder: torch.dtype) -> None:
     """RecipeError, before anything is measured, for a target below what the smallest of the candidates come to; model: a shell will do."""
     plans = [compress.plan(model, way).packed() for way in ways(recipe.quant, recipe.choose).values()]
