@@ -1,4 +1,4 @@
-"""The table of docs/scale.md, from the rows of bench/results/tune_memory.csv."""
+"""The tables of docs/scale.md, from the rows of bench/results/tune_memory.csv and scale.csv."""
 
 NAMES = {"1.1b": "TinyLlama-1.1B", "7b": "LLaMA-7B"}
 
@@ -24,6 +24,24 @@ def section(rows: list[dict[str, str]]) -> str:
     if any(not row["peak_bytes"] for row in rows):
         lines += ["¹ not run: bytes by formula.", ""]
     return "\n".join(lines).rstrip()
+
+
+def runs(rows: list[dict[str, str]]) -> str:
+    """Peaks, estimates and times of runs of which one block at a time is in memory, and of measuring what they left."""
+    names = {"rtn-7b": "pack LLaMA-7B, 3 bits, RTN", "gptq-1.1b": "pack TinyLlama-1.1B, 3 bits, GPTQ", "eval-7b": "measure the packed LLaMA-7B"}
+    lines = [
+        "| | dense, GB | folder, GB | peak, GB | said before | minutes | packing, minutes | of its limit |", "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        sizes = [gigabytes(row[key]) for key in ("dense_bytes", "folder_bytes", "peak_bytes", "expected_bytes")]
+        times = [f"{float(row[key]) / 60:.1f}" if row[key] else "–" for key in ("seconds", "packing_seconds")]
+        share = f"{100 * float(row['share_of_limit']):.0f} %" if row["share_of_limit"] else "–"
+        lines.append(f"| {' | '.join([names[row['arm']], *sizes, *times, share])} |")
+    return "\n".join(lines)
+
+
+def gigabytes(text: str) -> str:
+    return f"{int(text) / 1e9:.2f}" if text else "–"
 
 
 def megabytes(text: str) -> str:

@@ -21,7 +21,7 @@ from compressor.errors import CompressorError, ModelError, RecipeError, UserErro
 from compressor.export import conversions, shards
 from compressor.integrations import attach, experts, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import formats, promises
+from compressor.pipelines import formats, promises, stages
 from compressor.pipelines.checkpoint import any_config, read_config, resolve, stored_dtype, weight_files
 from compressor.prune import slicing
 from compressor.stored import keep_stored, stored_names
@@ -150,9 +150,10 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
         if weight.shape != (layer.out_features, layer.in_features):
             raise ModelError(f"{folder}: {module_name} has shape {weight.shape}, the model wants {(layer.out_features, layer.in_features)}")
         linear.swap(model, module_name, linear.PackedLinear(conversions.positive(weight), bias))
-    _fill(model, tensors, folder)
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
+    _fill(model, tensors, folder)
     compute = torch.float32 if device.type == "cpu" else dtype
+    stages.trim()  # what decoding left between the weights
     loaded = Loaded(cast(model, compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
     if (folder / peft.FOLDER).is_dir():
         loaded.adapter = attach.load(loaded.model, folder / peft.FOLDER)
@@ -211,16 +212,18 @@ def belonging(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy the dense tensors in; every parameter must be given, tied ones once."""
+    """Copy the dense tensors in and forget them; every parameter must be given, tied ones once."""
+    given = list(tensors)
     wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name in given:
+            tensor = tensors.pop(name)
             if name not in wanted or wanted[name].shape != tensor.shape:
                 raise ModelError(f"{folder}: tensor {name} of shape {tuple(tensor.shape)} does not belong to this architecture")
             wanted[name].copy_(tensor)
     model.tie_weights()
     packed = {f"{n}.bias" for n in linear.packed_linears(model)}
-    filled = {p.data_ptr() for n, p in wanted.items() if n in tensors}
+    filled = {p.data_ptr() for n, p in wanted.items() if n in given}
     lacking = [n for n, p in model.named_parameters() if n not in packed and p.data_ptr() not in filled]
     if lacking:
         raise ModelError(f"{folder} lacks weights: {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}")
