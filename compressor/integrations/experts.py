@@ -270,10 +270,10 @@ def _proven(module: nn.Module, parts: list[nn.ModuleDict], leaves: tuple[str, ..
     weight = parts[0][leaves[2]].get_parameter("weight")
     if weight.is_meta:
         return True
-    generator, count = torch.Generator().manual_seed(0), len(parts)
-    x = torch.randn(TOKENS, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
-    index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(TOKENS)]).to(weight.device)
-    share = torch.rand(index.shape, generator=generator).to(weight.device, weight.dtype)
+    generator, count, cpu = torch.Generator().manual_seed(0), len(parts), torch.device("cpu")  # whatever the default is while a model is built
+    x = torch.randn(TOKENS, weight.shape[0], generator=generator, device=cpu).to(weight.device, weight.dtype)
+    index = torch.stack([torch.randperm(count, generator=generator, device=cpu)[: min(2, count)] for _ in range(TOKENS)]).to(weight.device)
+    share = torch.rand(index.shape, generator=generator, device=cpu).to(weight.device, weight.dtype)
     told = getattr(this.config, "_experts_implementation", None)
     try:
         this.config._experts_implementation = "eager"

@@ -161,7 +161,7 @@ def test_a_loss_too_large_is_refused(at: Path, tables: Path, monkeypatch: pytest
         (["export", "TABLES", "--to", "bf16", "-o", "theirs"], "theirs already holds files"),
         (["export", "TABLES", "--to", "bf16", "-o", "text.txt"], "is a file"),
         (["export", "TABLES", "--to", "bf16", "-o", "."], "is the current folder"),
-        (["export", "TABLES", "--to", "bf16", "-o", "/"], "is the current folder or a mount point"),
+        (["export", "TABLES", "--to", "bf16", "-o", "/"], "cannot be an output folder"),
         (["export", "TABLES", "--to", "bf16", "-o", "TABLES"], "already holds files"),
         (["export", "TABLES", "--to", "bf16", "-o", "taken"], "holds files that are not of a run"),
         (["export", "TABLES", "--to", "bf16", "--data", "missing.txt", "-o", "out"], "--data is for the projection of tables"),

@@ -75,7 +75,7 @@ def test_a_folder_computes_what_was_promised(folders: Any, tmp_path: Path, to: s
 def test_a_gguf_file_holds_what_was_promised(folders: Any, tmp_path: Path, to: str) -> None:
     source = folders(4, True)
     document, shown = export.export(str(source), tmp_path / "out", target(to))
-    assert [path.suffix for path in sorted((tmp_path / "out").iterdir())] == [".md", ".json", ".gguf"]
+    assert [path.suffix for path in sorted((tmp_path / "out").iterdir())] == [".md", ".json", ".json", ".gguf"]  # digests and export.json
     assert document["exact"] == (to != "gguf:f16") and shown.row_count == 28
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     assert len(record["types"]) > 28 and all(("no multiple" in row["note"]) == (to == "gguf:q4_k") for row in record["layers"])
