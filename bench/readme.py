@@ -16,7 +16,7 @@ import quality_table
 from compressor.pipelines import capabilities, servers
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"  # around a section, results where a file has one
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -361,11 +361,13 @@ def main() -> None:
         "docs/choosing.md": lambda: measure_tables.choosing(read("choose.csv")), "docs/sweeps.md": lambda: measure_tables.sweeping(read("sweep.csv")),
         "docs/evaluation.md": lambda: measure_tables.harness(read("harness.csv")), "docs/moe.md": lambda: measure_tables.mixtures(read("moe.csv")),
         "docs/scale.md": lambda: memory_table.section(read("tune_memory.csv")),
+        "docs/scale.md runs": lambda: memory_table.runs(read("scale.csv")),
     }  # fmt: skip
     for name, make in sections.items():
-        path, section = ROOT / name, make()
+        path, section = ROOT / name.partition(" ")[0], make()
+        begin, end = (mark.format(name.partition(" ")[2] or "results") for mark in (BEGIN, END))
         old = path.read_text("utf-8")
-        new = old[: old.index(BEGIN)] + f"{BEGIN}\n{section}\n" + old[old.index(END) :]
+        new = old[: old.index(begin)] + f"{begin}\n{section}\n" + old[old.index(end) :]
         if check and new != old:
             sys.exit(f"{path.relative_to(ROOT)} differs from bench/results; run python bench/readme.py")
         if not check:

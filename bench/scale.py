@@ -3,7 +3,8 @@
     python bench/scale.py WORK [--arms rtn-7b gptq-1.1b eval-7b]          WORK: a folder with 25 GB free
 
 Arms: rtn-7b and gptq-1.1b run `compressor run --memory blocks` in a process of its own; eval-7b measures the packed folder that rtn-7b left.
-Peaks are those that the kernel counts (ru_maxrss, mapped pages included). The limit of the packing stage is the longer of two times: reading the
+Peaks are those that the kernel counts,
+mapped pages included: the larger of ru_maxrss and of the stages of the report, which start the count anew. The limit of the packing stage is the longer of two times: reading the
 weights from the disk, as fast as a shard that is in no cache is read, and packing them, as fast as the linears of one block that are in memory
 already are packed.
 """
@@ -86,7 +87,7 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
     report = json.loads((work / name / "report.json").read_text())
     row = {
         "arm": name, "model": model, "parameters": report["model"]["parameters"], "dense_bytes": report["model"]["dense_bytes"],
-        "folder_bytes": document["packed"]["folder_bytes"], "peak_bytes": peak, "expected_bytes": max(report["expected"].values()),
+        "folder_bytes": document["packed"]["folder_bytes"], "peak_bytes": max(peak, *report["peak_bytes"].values()), "expected_bytes": max(report["expected"].values()),
         "seconds": round(seconds, 1), "packing_seconds": round(report["seconds"]["compress"], 1),
         "perplexity": document["packed"]["domain"]["perplexity"],
     }  # fmt: skip

@@ -25,6 +25,7 @@ from compressor.stored import LARGE
 PANELS = 160 << 20  # bytes of the panels of rows that packers work on
 SKETCHED = 60  # bytes a weight of a panel while it is sketched
 COMPILER = 200 << 20  # bytes of numba, LLVM and the kernels they make, on a CPU
+OPENING, WORKING = 190 << 20, 400 << 20  # bytes that the process grows by with the first model and its code, and with the first forward pass
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def peaks(
         "load": reading, "evaluate dense": kept + max(visit + forward, tail), "compress": compress,
         "evaluate packed": compiled + kept + max(forward, tail), "export": 2 * held + shards.HELD + block // 2,
     }  # fmt: skip
-    return {stage: base + outside + value for stage, value in out.items()}
+    return {stage: base + outside + value + (OPENING if stage == "load" else WORKING) for stage, value in out.items()}
 
 
 def _walk(config: Any, windows: int, window: int, size: int, keeping: str) -> tuple[int, int]:
