@@ -3,10 +3,9 @@
     python bench/scale.py WORK [--arms rtn-7b gptq-1.1b eval-7b]          WORK: a folder with 25 GB free
 
 Arms: rtn-7b and gptq-1.1b run `compressor run --memory blocks` in a process of its own; eval-7b measures the packed folder that rtn-7b left.
-Peaks are those that the kernel counts,
-mapped pages included: the larger of ru_maxrss and of the stages of the report, which start the count anew. The limit of the packing stage is the longer of two times: reading the
-weights from the disk, as fast as a shard that is in no cache is read, and packing them, as fast as the linears of one block that are in memory
-already are packed.
+Peaks are those that the kernel counts, mapped pages included: the larger of ru_maxrss and of the stages of the report, which start the count
+anew. The limit of the packing stage is the longer of two times: reading the weights from the disk, as fast as a shard that is in no cache is
+read, and packing them, as fast as the linears of one block that are in memory already are packed.
 """
 
 import argparse
