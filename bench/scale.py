@@ -86,7 +86,8 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
     report = json.loads((work / name / "report.json").read_text())
     row = {
         "arm": name, "model": model, "parameters": report["model"]["parameters"], "dense_bytes": report["model"]["dense_bytes"],
-        "folder_bytes": document["packed"]["folder_bytes"], "peak_bytes": max(peak, *report["peak_bytes"].values()), "expected_bytes": max(report["expected"].values()),
+        "folder_bytes": document["packed"]["folder_bytes"], "peak_bytes": max(peak, *report["peak_bytes"].values()),
+        "expected_bytes": max(report["expected"].values()),
         "seconds": round(seconds, 1), "packing_seconds": round(report["seconds"]["compress"], 1),
         "perplexity": document["packed"]["domain"]["perplexity"],
     }  # fmt: skip
