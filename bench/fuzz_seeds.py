@@ -6,8 +6,8 @@ Every model folder also holds what must never run: code that `auto_map` names, a
 
 import io
 import json
-import pickle
 import struct
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +18,11 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from compressor.export import conversions, gptq, task
+from compressor.export import task
 from compressor.integrations import attach, peft
-from compressor.linear import linears, swap, to_packed
-from compressor.packed import PackedWeight, zeros_as_floats
+from compressor.packed import Affine, PackedWeight, zeros_as_floats
 from compressor.pipelines import checkpoint, load, write
-from compressor.pipelines.formats import FORMATS, NATIVE
-from compressor.quant import rtn
-from compressor.recipe import Quant, Recipe, Tune
+from compressor.recipe import Recipe, Tune
 
 Files = dict[str, bytes]
 CANARY = "canary.ran"
@@ -37,18 +34,12 @@ SHAPE: dict[str, Any] = {
 CODE = f"open({CANARY!r}, 'w').close()\nclass Model:\n    pass\nclass Tokenizer:\n    pass\n"
 
 
-class Bait:
-    """Unpickled, it leaves the canary."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (CANARY, "w")
+PICKLED = f"cbuiltins\nopen\n(V{CANARY}\nVw\ntR.".encode()  # whoever unpickles it calls open(CANARY, "w")
 
 
 def baits() -> Files:
     """What lies in a stranger's folder and must not run."""
-    pickled = io.BytesIO()
-    pickle.dump(Bait(), pickled)
-    return {"modeling_x.py": CODE.encode(), "pytorch_model.bin": pickled.getvalue(), "training_args.bin": pickled.getvalue()}
+    return {"modeling_x.py": CODE.encode(), "pytorch_model.bin": PICKLED, "training_args.bin": PICKLED}
 
 
 def files(folder: Path) -> Files:
@@ -56,25 +47,10 @@ def files(folder: Path) -> Files:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _packed(dense: Path, folder: Path, form: str, bits: int, symmetric: bool, floats: bool = False) -> Path:
-    """The dense folder packed by round-to-nearest in groups of 32, written in a format."""
-    loaded, quant = load.load(str(dense), "cpu"), Quant(packer="rtn", bits=bits, group=32, symmetric=symmetric, shrink=False)
-    model: Any = loaded.model
-    for layer_name, layer in linears(model.model).items():
-        weight = rtn.pack(layer.weight.detach().float(), None, quant, 32, torch.float16)[0]
-        if form == "compressor":
-            weight = conversions.as_tables(weight)
-        if floats:
-            weight = PackedWeight.pack(weight.codes(), type(weight.values)(weight.learned, zeros_as_floats(weight.learned, weight.zero, bits)), bits)
-        swap(model.model, layer_name, to_packed(layer, weight))
-    writer: Any = gptq.V2 if form == "gptq_v2" else FORMATS[form]
-    packed = load.packed_weights(model)
-    packed = packed if form in (*NATIVE, "mlx") else {name: writer.held(weight) for name, weight in packed.items()}
-    folder.mkdir()
-    others = [(name, tensor.to(loaded.dtype)) for name, tensor in write.dense_tensors(loaded).items()]
-    writer.write(folder, loaded.config, iter([*others, *packed.items()]), ["lm_head"])
-    write.copy_companions(dense, folder)
-    return folder
+def _float_zeros(weight: PackedWeight) -> PackedWeight:
+    """The same weight with its zeros as floats, as tuning leaves them."""
+    values = Affine(weight.learned, zeros_as_floats(weight.learned, weight.zero, weight.bits))
+    return PackedWeight.pack(weight.codes(), values, weight.bits)
 
 
 FORMS: dict[str, tuple[str, int, bool, bool]] = {  # seed: format, bits, symmetric, zeros as floats
@@ -93,6 +69,9 @@ FORMS: dict[str, tuple[str, int, bool, bool]] = {  # seed: format, bits, symmetr
 
 def folders() -> dict[str, Files]:
     """Model folders: dense, sharded, encoder, every packed format, and one with an adapter beside it."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from tests.pipelines.foreign_folders import packed_folder
+
     out: dict[str, Files] = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -106,7 +85,7 @@ def folders() -> dict[str, Files]:
         BertForSequenceClassification(bert).save_pretrained(place / "encoder")
         write.copy_companions(place / "dense", place / "encoder")
         for seed, (form, bits, symmetric, floats) in FORMS.items():
-            _packed(place / "dense", place / seed, form, bits, symmetric, floats)
+            packed_folder(place / "dense", place / seed, form, bits, symmetric, edit=_float_zeros if floats else None)
         _adapter(place / "compressed-tensors", place / "adapter")
         for folder in sorted(place.iterdir()):
             out[folder.name] = files(folder) | baits()

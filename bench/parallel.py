@@ -13,7 +13,6 @@ Its `codes_differ` are words by block, and it trains nothing.
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import os
@@ -75,21 +74,14 @@ def killed(processes: int, file: Path, out: Path, victim: int) -> dict[str, Any]
         while not list(work.glob("tune-*/tune-*.dcp/record.json")):
             assert started.poll() is None, log.read_text("utf-8")
             time.sleep(0.05)
+        sys.path.append(str(Path(__file__).resolve().parents[1]))
+        from tests.launched import member
+
         os.kill(member(started.pid, victim), signal.SIGKILL)
         begun = time.perf_counter()
         code = started.wait(timeout=120)
     said = [line for line in log.read_text("utf-8").splitlines() if " was lost (" in line]
     return {"seconds_to_end": round(time.perf_counter() - begun, 1), "exit_code": code, "said": " | ".join(said)}
-
-
-def member(launcher: int, rank: int) -> int:
-    """The process of this rank that a launcher started."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others come and go
-            own = int(stat.read_text().rpartition(")")[2].split()[1]) == launcher
-            if own and f"RANK={rank}".encode() in (stat.parent / "environ").read_bytes().split(b"\0"):
-                return int(stat.parent.name)
-    raise RuntimeError(f"the launcher {launcher} has no process {rank}")
 
 
 def compare(one: Path, other: Path) -> dict[str, Any]:

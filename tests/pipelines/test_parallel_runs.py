@@ -1,6 +1,5 @@
 """`torchrun -m compressor run` with two processes: one is killed, the rest say so, and the same command ends where one process would have."""
 
-import contextlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from compressor.pipelines.run import run
 from compressor.recipe import Recipe
+from tests.launched import member
 
 RECIPE = {
     "model": "tiny", "device": "cpu", "quant": {"bits": 3, "packer": "rtn"}, "data": {"seqlen": 32}, "eval": {"max_tokens": 320},
@@ -30,16 +30,6 @@ def started(place: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(args, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def worker(launcher: int, rank: int) -> int:
-    """The process of this rank that torchrun started."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # others come and go
-            own = int(stat.read_text().rpartition(")")[2].split()[1]) == launcher
-            if own and f"RANK={rank}".encode() in (stat.parent / "environ").read_bytes().split(b"\0"):
-                return int(stat.parent.name)
-    raise AssertionError(f"there is no process {rank}")
-
-
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """A folder in which process 1 of 2 was killed after the first checkpoint; exit code and stderr."""
@@ -49,7 +39,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     while not list(place.glob("out.partial/tune-*/tune-*.dcp/record.json")):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.02)
-    os.kill(worker(job.pid, 1), signal.SIGKILL)
+    os.kill(member(job.pid, 1), signal.SIGKILL)
     stderr = job.communicate(timeout=90)[1]
     return place, job.returncode, stderr
 
@@ -93,7 +83,7 @@ def test_sigterm_to_all_ends_with_a_checkpoint_of_all_and_is_no_loss(tmp_path) -
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.02)
     for rank in (1, 0):
-        os.kill(worker(job.pid, rank), signal.SIGTERM)
+        os.kill(member(job.pid, rank), signal.SIGTERM)
     stderr = job.communicate(timeout=90)[1]
     assert stderr.count("stopped by a signal; the same command goes on") == 1 and "was lost" not in stderr, stderr
     assert set(re.findall(r"exitcode  : (\S+)", stderr)) == {"143"}, stderr  # torchrun lists those that it saw end
