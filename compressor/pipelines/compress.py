@@ -339,6 +339,5 @@ def _apply_block(block: nn.Module, prefix: str, tensors: dict[str, Tensor], rows
         leaf = row["name"].removeprefix(prefix)
         layer = block.get_submodule(leaf)
         assert isinstance(layer, nn.Linear)
-        parts = {key: tensors[f"{leaf}.{key}"] for key in ("words", "scale", "zero", "table") if f"{leaf}.{key}" in tensors}
-        weight = PackedWeight.from_tensors(parts, row["bits"], row["group"], (row["shape"][0], row["shape"][1]))
+        weight = PackedWeight.from_tensors(journal.under(tensors, leaf), row["bits"], row["group"], (row["shape"][0], row["shape"][1]))
         linear.swap(block, leaf, linear.to_packed(layer, weight))

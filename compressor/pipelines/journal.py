@@ -79,6 +79,11 @@ def keep(path: Path, tensors: dict[str, Tensor], facts: Any) -> None:
     os.replace(temporary, path)
 
 
+def under(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors NAME.PART of one module, by PART."""
+    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.rpartition(".")[0] == name}
+
+
 def kept_facts(path: Path) -> Any:
     """The facts of a file that `keep` wrote, or None; a file that cannot be read is as good as none. Several processes ask together."""
     return world.first(lambda: _facts(path))

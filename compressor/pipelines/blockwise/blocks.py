@@ -183,8 +183,8 @@ class Blocks:
             if kept is None:
                 raise ModelError(f"the packed block {index} is gone from the work folder; run the same command again")
             for leaf, layer in packed.items():
-                parts = {key: kept[0][f"{leaf}.{key}"] for key in ("words", "scale", "zero", "table", "columns") if f"{leaf}.{key}" in kept[0]}
-                weight = PackedWeight.from_tensors(parts, layer.bits, layer.group, (layer.out_features, layer.in_features))
+                shape = (layer.out_features, layer.in_features)
+                weight = PackedWeight.from_tensors(journal.under(kept[0], leaf), layer.bits, layer.group, shape)
                 for name, tensor in (("words", weight.words), ("learned", weight.learned), ("zero", weight.zero), ("columns", weight.columns)):
                     setattr(layer, name, None if tensor is None else tensor.to(self.device))
         wanted = {start + name: parameter.shape for name, parameter in block.named_parameters() if parameter.is_meta}
