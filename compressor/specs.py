@@ -13,13 +13,13 @@ def means(key: str, name: str) -> bool:
 
 def parse_quant(text: str) -> dict[str, Any]:
     """ "3bit", "3bit:rtn", "sketch3", "w3g64", "w3g64:asym" or "W3A16" -> keys of Quant."""
-    if m := re.fullmatch(r"(.+):(a?sym)", text, re.IGNORECASE):
+    if (m := re.fullmatch(r"(.+):(a?sym)", text, re.IGNORECASE)) and not re.search(r":a?sym$", m[1], re.IGNORECASE):
         return parse_quant(m[1]) | {"symmetric": m[2].lower() == "sym"}
-    if m := re.fullmatch(r"(\d+)[-_]?bits?(?::(\w+))?", text, re.IGNORECASE):
+    if m := re.fullmatch(r"(\d{1,6})[-_]?bits?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"packer": m[2].lower()} if m[2] else {})
-    if m := re.fullmatch(r"w(\d+)(?:a16)?(?:g(-?\d+))?(?::(\w+))?", text, re.IGNORECASE):
+    if m := re.fullmatch(r"w(\d{1,6})(?:a16)?(?:g(-?\d{1,9}))?(?::(\w+))?", text, re.IGNORECASE):
         return {"bits": int(m[1])} | ({"group": int(m[2])} if m[2] else {}) | ({"packer": m[3].lower()} if m[3] else {})
-    if m := re.fullmatch(r"sketch[-_:]?(\d+)(?:[-_]?bits?)?", text, re.IGNORECASE):
+    if m := re.fullmatch(r"sketch[-_:]?(\d{1,6})(?:[-_]?bits?)?", text, re.IGNORECASE):
         return {"bits": int(m[1]), "packer": "sketch"}
     raise RecipeError(f"{text!r} is not understood as a way to pack; write for example 3bit, 3bit:rtn, 3bit:asym, sketch3, w3g64 or W3A16")
 
@@ -43,7 +43,7 @@ def parse_share(text: str) -> float:
 def parse_prune(text: str) -> dict[str, Any]:
     """ "loraprune:30%", "obert:0.9", "obert:80%:4block" or "obert:2:4" -> keys of Prune; without a pattern that of the method."""
     method, _, rest = text.lower().partition(":")
-    if m := re.fullmatch(r"(\d+):(\d+)", rest):
+    if m := re.fullmatch(r"(\d{1,6}):(\d{1,6})", rest):
         keep, of = int(m[1]), int(m[2])
         if not 0 < keep < of:
             raise RecipeError(f"--prune {text!r} keeps {keep} of {of}: write for example {method}:2:4")

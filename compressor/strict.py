@@ -77,6 +77,8 @@ def tame(pattern: str) -> str | None:
     if re.search(r"\\[1-9]|\(\?P=", plain):
         return "it refers back to its groups"
     plain = re.sub(r"\\.", "e", plain)
+    if re.search(r"\(\?[a-zA-Z-]*x", plain):
+        return "in its verbose mode spaces hide what it repeats"
     if re.search(r"\)(?:[*+]|\{)", plain):
         return "it repeats a group"
     if len(re.findall(r"[*+]|\{\d*,", plain)) > WIDE or plain.count("|") > LONGEST // 10 or len(re.findall(r"\([^()]*\||[^(*+}]\?", plain)) > WIDE:

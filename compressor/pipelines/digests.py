@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from compressor import __version__
+from compressor import __version__, strict
 from compressor.errors import ModelError
 from compressor.export.gguf_types import KINDS
 from compressor.integrations import peft
@@ -31,7 +31,7 @@ CARD, REPORTS = "README.md", ("report.json", RECORD)
 ABOUT = (CARD, *REPORTS, "report.html")  # they tell of the model, with times and places
 PIECE, SHORT = 1 << 20, 8  # bytes; hex digits of a piece that are kept
 ALIGNED = 32  # bytes, of GGUF's tensors
-LONGEST = 1 << 28  # bytes of a digests.json
+LONGEST = 1 << 26  # bytes of a digests.json
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 SECTION = """
 ## Digest
@@ -192,13 +192,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        if not path.is_file() or path.stat().st_size > LONGEST:
-            raise ValueError("no plain file, or too long")
-        found = json.loads(path.read_text("utf-8"))
+        found = strict.read(path, LONGEST)
         _check(found)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path} is damaged: it is no list of digests") from None
     if found["version"] != VERSION:
         raise ModelError(f"{path} has version {str(found['version'])[:40]} of its format, and this compressor reads {VERSION}: update compressor")

@@ -10,6 +10,7 @@ none at all that is said.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from compressor import disk, strict, world
 from compressor.errors import OutputError
 
 LOCK, JOURNAL = "lock", "journal.json"  # of a work folder
+ATTEMPTS = 100  # to make a lock whose folder somebody takes away
 WRITTEN = "written"  # the stage of a run whose result has its name, or is about to
 
 
@@ -117,6 +119,8 @@ def open_work(folder: Path) -> Iterator[Journal]:
     """The journal of a work folder, made if needed, locked against a second run. OutputError if it cannot be, or holds what is not of a run."""
     if _strange(folder):
         raise OutputError(f"{folder}, where this run would keep its work, holds files that are not of a run; choose another output folder with -o")
+    if link := next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None):
+        raise OutputError(f"{link} is a link, and a run writes none: what it points at could be overwritten; take it away, or choose another folder")
     with locked(folder / LOCK, f"another run is writing {folder}; wait for it or choose another output folder with -o"):
         yield Journal(folder)
 
@@ -153,11 +157,13 @@ def unlockable(folder: Path, error: OSError) -> OutputError:
 
 
 def _lock(path: Path) -> IO[str]:
-    while True:
+    for attempt in itertools.count(1):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("w")
-        except FileNotFoundError:  # its holder has just taken the folder away
+            handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")  # no link is followed
+        except FileNotFoundError:  # its holder has just taken the folder away, or there can be none here
+            if attempt == ATTEMPTS:
+                raise
             continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,6 +174,7 @@ def _lock(path: Path) -> IO[str]:
             handle.close()
             raise
         handle.close()
+    raise AssertionError("itertools.count does not end")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ mask stands for 16 weights. Buffers that no file holds, such as masks of attenti
 more, in some tenths of a second for the largest.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,21 @@ def _blocks(config: dict[str, Any]) -> list[int]:
     return inner + [value for key, value in config.items() if BLOCKS.fullmatch(str(key)) and type(value) is int]
 
 
-def shell(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """The architecture without memory, with blocks as narrow as pruning left them; ModelError where transformers cannot build it."""
+def shell(folder: Path, config: dict[str, Any], within: contextlib.AbstractContextManager[Any] | None = None, **told: Any) -> nn.Module:
+    """The architecture without memory, with blocks as narrow as pruning left them; ModelError where transformers cannot build it.
+
+    within: what leaves tensors out (None: the meta device); told: further arguments of transformers' `from_config`.
+    """
     from transformers import AutoConfig
 
     from compressor.pipelines import load
 
     try:
-        told = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(told, "quantization_config"):
-            del told.quantization_config
-        with torch.device("meta"):
-            model = load.auto_class(config).from_config(told, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if hasattr(found, "quantization_config"):
+            del found.quantization_config
+        with torch.device("meta") if within is None else within:
+            model = load.auto_class(config).from_config(found, trust_remote_code=False, **told)
     except Exception as error:  # configurations of strangers raise what they like
         raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
     slicing.resize(model)

@@ -276,11 +276,14 @@ class Run(Job):
         corpora = {"domain": self.domain.test, "outside": self.outside}
         with self.stage(f"evaluate {name}"), self.show.task(f"evaluate {name}", 2) as advance:
 
-            def report(_key: str, done: int, total: int) -> None:
-                if done == total:
-                    advance(1, "")
+            def report(key: str, done: int, total: int) -> None:
+                advance(int(done == total), f"{key} text, {done} of {total} windows")
 
+            if blocks := Blocks.of(loaded.model):
+                blocks.tell = lambda done, total: advance(0, f"block {done} of {total}")
             found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
+            if blocks:
+                blocks.tell = None
             if self.recipe.eval.tasks:
                 found["tasks"] = questions.measure(loaded, self.recipe.eval.tasks, self.recipe.eval.task_limit, seed=self.recipe.seed)
             if self.near is not None:

@@ -10,7 +10,6 @@ not who wrote it; for that, compare with a root noted elsewhere (`--digest`).
 """
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.table import Column, Table
 
+from compressor import strict
 from compressor.errors import ModelError, RecipeError
-from compressor.pipelines import checkpoint, digests
+from compressor.pipelines import checkpoint, digests, yaml_text
 from compressor.pipelines.digests import Span
 from compressor.pipelines.show import Show
 from compressor.pipelines.tasks import cell, line
@@ -68,7 +67,7 @@ def verify(folder: Path, source: str | None = None, digest: str | None = None, s
     if sealed is None:
         faults += [*_unlisted(folder), *_checked(folder, names, show)]
     else:
-        faults += [*_contradictions(sealed), *_compared(folder, sealed, show), *_extra(names, sealed), *_together(folder, sealed)]
+        faults += [*_contradictions(sealed), *_compared(folder, sealed, show, wanted), *_extra(folder, names, sealed), *_together(folder, sealed)]
     faults += _asked(sealed, source, wanted)
     verdict = BROKEN if faults else UNPROVEN if sealed is None else WHOLE
     known = {key: sealed[key] for key in ("root", "model", "weights", "source")} if sealed else {}
@@ -125,8 +124,9 @@ def _contradictions(sealed: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(digests.NAME, "was edited: its digests are not those of its own entries")
 
 
-def _compared(folder: Path, sealed: Mapping[str, Any], show: Show) -> Iterator[Fault]:
-    """Every listed file that is missing or differs."""
+def _compared(folder: Path, sealed: Mapping[str, Any], show: Show, wanted: str | None) -> Iterator[Fault]:
+    """Every listed file that is missing or differs; where the digest of the weights alone is asked for, also tensors that are not as listed."""
+    by_tensor = wanted is not None and wanted == sealed["weights"]  # of tensors it is, and a list made anew could keep theirs
     total = sum(each["bytes"] for each in sealed["files"].values())
     with show.task("verify", max(total, 1)) as advance:
         for name, listed in sorted(sealed["files"].items()):
@@ -137,7 +137,19 @@ def _compared(folder: Path, sealed: Mapping[str, Any], show: Show) -> Iterator[F
                 yield Fault(name, "cannot be read")
             elif found != listed["sha256"]:
                 yield from _changed(path, name, found, sealed["files"])
+            elif by_tensor and digests.weights(name):
+                yield from _listed_otherwise(path, name, listed)
             advance(listed["bytes"], name)
+
+
+def _listed_otherwise(path: Path, name: str, listed: Mapping[str, Any]) -> Iterator[Fault]:
+    try:
+        found = digests.entry(path)
+    except (ModelError, OSError) as error:
+        yield Fault(name, str(error))
+        return
+    if found.get("tensors", {}) != listed.get("tensors", {}):
+        yield Fault(name, f"does not hold the tensors that {digests.NAME} lists of it")
 
 
 def _sha256(path: Path) -> str | None:
@@ -215,8 +227,12 @@ def _renamed(name: str, missing: dict[str, Any], new: dict[str, Any]) -> Iterato
         yield Fault(name, "was not written", key)
 
 
-def _extra(names: list[str], sealed: Mapping[str, Any]) -> Iterator[Fault]:
-    yield from (Fault(name, "was not written with the folder") for name in names if name not in sealed["files"])
+def _extra(folder: Path, names: list[str], sealed: Mapping[str, Any]) -> Iterator[Fault]:
+    """Whatever else lies there, for transformers also reads from folders inside; hidden files are passed over."""
+    own = {name.partition("/")[0] for name in names}
+    beside = sorted(path.name for path in folder.iterdir() if path.name not in own | {digests.NAME} and not path.name.startswith("."))
+    found = [name for name in names if name not in sealed["files"]] + beside
+    yield from (Fault(name, "was not written with the folder") for name in found)
 
 
 def _together(folder: Path, sealed: Mapping[str, Any]) -> Iterator[Fault]:
@@ -248,8 +264,8 @@ def _told(path: Path) -> str | None:
         if path.name == digests.CARD:
             found: Any = (re.findall(r"`sha256:([0-9a-f]{64})`", text) or [None])[-1]
         else:
-            found = json.loads(text)["digests"]["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            found = strict.parse(text)["digests"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
 
@@ -258,10 +274,10 @@ def _differing(folder: Path) -> list[str]:
     """The keys in which recipe.yaml differs from the recipe in report.json; none where either cannot be read."""
     try:
         with (folder / RECIPE).open(encoding="utf-8") as file:
-            mine = _flat(yaml.safe_load(file.read(LONGEST)))
+            mine = _flat(yaml_text.parse(file.read(LONGEST)))
         with (folder / digests.REPORTS[0]).open(encoding="utf-8") as file:
-            theirs = _flat(json.loads(file.read(READ))["recipe"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+            theirs = _flat(strict.parse(file.read(READ))["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
 

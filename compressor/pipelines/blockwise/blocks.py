@@ -38,7 +38,8 @@ class Blocks:
     """The blocks of `model`, and where their weights are.
 
     scratch: a folder for hidden states; keeping: one of KEEPING. packed: the folder of packed blocks, once there is one. rounding: the dtype that
-    everything but the weights of the linears named is rounded to when it is loaded, once the folder's is.
+    everything but the weights of the linears named is rounded to when it is loaded, once the folder's is. tell(done, blocks): is called after each
+    block of a walk that gives logits.
     """
 
     def __init__(self, model: nn.Module, source: Source, device: torch.device, compute: torch.dtype) -> None:
@@ -48,6 +49,7 @@ class Blocks:
         self.keeping = "auto"
         self.packed: Callable[[int], Path] | None = None
         self.rounding: tuple[torch.dtype, Collection[str]] | None = None
+        self.tell: Callable[[int, int], None] | None = None
         self._visited: set[int] = set()
         self._skipping = False
         self._walks = 0
@@ -112,6 +114,8 @@ class Blocks:
         for index in range(len(self.list)):
             with self.visit(index) as block:
                 walk.run(block, index, keep=True)
+            if self.tell is not None:
+                self.tell(index + 1, len(self.list))
         size, held = len(walk.batches[0]), dict[int, Tensor]()  # the batches that the last part needed
 
         def tail(part: slice) -> Tensor:

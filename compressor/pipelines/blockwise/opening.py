@@ -90,9 +90,15 @@ def load_blocks(name: str, device: str = "auto") -> tuple[load.Loaded, Blocks]:
 
     Every tensor is looked at once: ModelError for one that is not finite or not there.
     """
+    from accelerate import init_empty_weights
+
     folder, where = checkpoint.resolve(name), load.pick_device(device)
     config, stored = checkpoint.read_config(folder), checkpoint.stored_dtype(folder)
-    model = _shell(folder)
+    promises.check(folder)
+    built = promises.shell(folder, config, init_empty_weights(include_buffers=False), dtype=torch.float32)  # buffers as the model computes them
+    model: Any = experts.unfuse(built)  # names are those of the files from here on
+    model.tie_weights()
+    model.requires_grad_(False)
     source = Source(folder, str(getattr(model, "base_model_prefix", "")))
     names = [key for key, _ in model.named_parameters()]
     if lacking := [key for key in names if source.key(key) is None]:
@@ -113,25 +119,6 @@ def load_blocks(name: str, device: str = "auto") -> tuple[load.Loaded, Blocks]:
             module, _, leaf = key.rpartition(".")
             setattr(model.get_submodule(module), leaf, buffer.to(where))
     return load.Loaded(model.eval(), load.load_tokenizer(folder), folder, name, config, dtype), blocks
-
-
-def _shell(folder: Path) -> Any:
-    """The architecture: parameters without weights (meta device), buffers as the model computes them."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    promises.check(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # configurations of strangers raise what they like
-        raise ModelError(f"transformers cannot build the model of {folder}: {load.first_line(error)}") from None
-    experts.unfuse(model)  # names are those of the files from here on
-    model.tie_weights()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
 
 
 def _largest(source: Source, names: list[str]) -> float:

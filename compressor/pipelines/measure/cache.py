@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from compressor import __version__
+from compressor import __version__, strict
 from compressor.integrations import peft
 from compressor.kernels import dispatch
 from compressor.pipelines import checkpoint
@@ -43,9 +43,9 @@ class Cache:
         if self.folder is None:
             return None
         try:
-            entry = json.loads((self.folder / f"{digest(key)}.json").read_text("utf-8"))
+            entry = strict.read(self.folder / f"{digest(key)}.json")
             whole = entry["key"] == dict(key) and entry["sha256"] == _seal(entry) and isinstance(entry["result"], dict)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return entry["result"] | {"cached": True, "measured": entry["measured"]} if whole else None
 

@@ -25,11 +25,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from compressor import __version__
 from compressor.errors import RecipeError
-from compressor.pipelines import checkpoint
+from compressor.pipelines import checkpoint, yaml_text
 from compressor.pipelines.choose import stage as choosing
 from compressor.pipelines.cli import FLAGS, value_of
 from compressor.pipelines.job import default_output
@@ -170,8 +168,8 @@ def parse_set(settings: list[str]) -> Keys:
         if not equals or not key:
             raise RecipeError(f"--set {setting!r} is not understood; write for example --set quant.group=64")
         try:
-            out[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            out[key] = yaml_text.parse(text)
+        except ValueError:
             out[key] = text
     return out
 
