@@ -57,11 +57,11 @@ def _slices(weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
-def keep_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+def keep_stored(model: nn.Module, dtypes: dict[str, torch.dtype], values: bool = False) -> None:
     """Embeddings and heads of LARGE weights, stored in 16 bits, become such layers in place.
 
-    dtypes: in what the folder stores each tensor, by its name. Their weights are new, uninitialised, frozen, and tied where they were. Layers of
-    a class of the model's own, which may do more than look up or multiply, stay as they are.
+    dtypes: in what the folder stores each tensor, by its name. Their weights are new, frozen, tied where they were, and uninitialised unless
+    `values` are wanted. Layers of a class of the model's own, which may do more than look up or multiply, stay as they are.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     users: dict[nn.Parameter, list[nn.Module]] = {}
@@ -73,7 +73,8 @@ def keep_stored(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         plain = all(type(m) is nn.Embedding or (type(m) is nn.Linear and m is head) for m in modules)
         if weight.numel() < LARGE or stored.get(weight) not in (torch.float16, torch.bfloat16) or not plain:
             continue
-        new = nn.Parameter(torch.empty(weight.shape, dtype=stored[weight], device=weight.device), requires_grad=False)
+        like = weight.detach()
+        new = nn.Parameter(like.to(stored[weight]) if values else torch.empty_like(like, dtype=stored[weight]), requires_grad=False)
         for module in modules:
             module.__class__ = StoredEmbedding if isinstance(module, nn.Embedding) else StoredLinear
             module.register_parameter("weight", new)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compressor import world
 from compressor.errors import ModelError
 from compressor.linear import expert_of
-from compressor.pipelines.blockwise.hidden import Hidden
+from compressor.pipelines.blockwise.hidden import Hidden, Recomputed, Stop
 from compressor.stats import LayerStats
 
 BATCH_TOKENS = 8192  # tokens of calibration that run through a block at once
@@ -28,21 +28,17 @@ SUMS = 2 << 30  # bytes of sums of experts that one pass gathers
 LEAST = 4  # tokens for each input of an expert, below which it is packed without data
 
 
-class Stop(Exception):
-    """Raise it in a hook: the rest of this forward pass is of no use."""
-
-
 class Calibration:
     """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once a batch size."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Hidden | None = None):
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Hidden | Recomputed | None = None):
         """ids int64 [count, seqlen]; hidden: what hidden states wait in, a list unless something else is given."""
         ids = world.dealt(ids)  # each process runs its own windows; `collect` adds up their sums
         count, seqlen = ids.shape
         size = max(1, min(count, BATCH_TOKENS // seqlen))
         device = next(model.parameters()).device
         self.batches = [part.to(device) for part in ids.split(size)]  # equal ones, and perhaps a smaller last one
-        self.hidden: Hidden = [] if hidden is None else hidden
+        self.hidden: Hidden | Recomputed = [] if hidden is None else hidden
         self.arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]  # by the size of the batch: masks have its shape
         self._record(model, blocks)
 
@@ -87,13 +83,16 @@ class Calibration:
 
         A hook inside the block may raise Stop to end the pass of its batch.
         """
-        device = next(block.parameters()).device
-        for i in range(len(self.hidden))[:batches]:
-            hidden = self.hidden[i]
+        device, waiting = next(block.parameters()).device, self.hidden
+        if keep and isinstance(waiting, Recomputed):
+            waiting.advance()
+            return
+        for i in range(len(waiting))[:batches]:
+            hidden = waiting[i]
             with contextlib.suppress(Stop):
                 out = block(hidden.to(device), **self.arguments[index][len(hidden)])
-                if keep:
-                    self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
+                if keep and not isinstance(waiting, Recomputed):
+                    waiting[i] = (out[0] if isinstance(out, tuple) else out).cpu()
 
 
 def shared_inputs(block: nn.Module, names: list[str], run: Callable[[], None]) -> list[list[str]]:

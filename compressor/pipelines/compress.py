@@ -40,6 +40,8 @@ from compressor.recipe import Quant
 from compressor.specs import means
 from compressor.stats import LayerStats
 
+PLAIN = ("FalconLinear",)  # classes of linears with a forward of their own that gives what nn.Linear's does
+
 
 @dataclass
 class Target:
@@ -83,7 +85,7 @@ def plan(model: nn.Module, quant: Quant) -> Plan:
     out = Plan(name)
     for index, block in enumerate(blocks):
         row = []
-        mixture = any(map(linear.expert_of, linear.linears(block)))
+        mixture = any(map(linear.expert_of, linear.linears(block))) or bool(experts.fused(block))
         for leaf, layer in linear.linears(block).items():
             full = f"{name}.{index}.{leaf}"
             target = Target(full, (layer.out_features, layer.in_features), quant=quant.of(full))
@@ -91,6 +93,8 @@ def plan(model: nn.Module, quant: Quant) -> Plan:
                 target.reason = "named by --ignore"
             elif mixture and experts.routes(leaf):
                 target.reason = "a router stays dense: it chooses the experts, and servers read it so"
+            elif type(layer).forward is not nn.Linear.forward and type(layer).__name__ not in PLAIN:
+                target.reason = f"{type(layer).__name__} computes in a way of its own"
             else:
                 target.group, target.note = PACKERS[target.quant.packer].resolve(layer.in_features, target.quant, full)
             row.append(target)

@@ -57,12 +57,15 @@ class Counts:
 
 def whole_bytes(recipe: Recipe, source: Path, config: dict[str, Any], device: torch.device, seqlen: int) -> int:
     """Bytes that a run on a dense folder takes beside the process itself, in one piece: the weights, and what measuring or packing adds."""
-    headers = shards.read_headers(source, checkpoint.weight_files(source)).values()
+    named = shards.read_headers(source, checkpoint.weight_files(source))
+    headers = named.values()
     size = 4 if device.type == "cpu" else 2
     weights = sum(t.numel() * (size if t.is_floating_point() else t.element_size()) for t in headers)
     hidden, widest = int(config.get("hidden_size") or 0), max((int(t.shape[-1]) for t in headers if t.dim() == 2), default=0)
     logits = max(evaluate.LOGIT_BYTES, seqlen * int(config.get("vocab_size") or 0) * size)
     packing = recipe.data.nsamples * seqlen * hidden * size + 5 * 4 * widest * widest if needs(recipe.quant) else 0
+    if needs(recipe.quant):
+        packing += expert_sums({name.removesuffix(".weight"): int(t.shape[-1]) for name, t in named.items() if t.dim() == 2})
     return weights + max(packing, 3 * logits)
 
 
@@ -253,7 +256,7 @@ def _memory(
     table = any(packer.table for packer in packers)
     if needs(recipe.quant):
         widest = max(m.in_features for m in linear.linears(model).values())
-        out["compress"] += counts.calibration * hidden * size + (5 if table else 4) * widest * widest * 4 + _expert_sums(model)
+        out["compress"] += counts.calibration * hidden * size + (5 if table else 4) * widest * widest * 4 + expert_sums(inputs(model))
     if table:
         largest = max(m.in_features * m.out_features for m in linear.linears(model).values())
         buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
@@ -268,12 +271,17 @@ def _memory(
     return out
 
 
-def _expert_sums(model: nn.Module) -> int:
-    """Bytes of the sums of experts that one pass gathers."""
+def inputs(model: nn.Module) -> dict[str, int]:
+    """In features of the linears of the blocks by name."""
+    return {name: layer.in_features for name, layer in linear.linears(linear.find_blocks(model)[1]).items()}
+
+
+def expert_sums(widths: dict[str, int]) -> int:
+    """Bytes of the sums of experts that one pass gathers, of linears of so many in features by name."""
     places = Counter[str]()
-    for name, layer in linear.linears(linear.find_blocks(model)[1]).items():
+    for name, width in widths.items():
         if expert := linear.expert_of(name):
-            places[f"{expert[0]}.{expert[2]}"] += 4 * layer.in_features**2
+            places[f"{expert[0]}.{expert[2]}"] += 4 * width**2
     return min(calibrate.SUMS, max(places.values(), default=0))
 
 

@@ -124,8 +124,7 @@ class Run(Job):
                 self.pack(loaded, calibration, self.key_compress, journal)
                 self.measured("packed", self.key_packed, loaded, journal)
             if self.tunes and windows is not None:
-                if blocks := Blocks.of(loaded.model):
-                    blocks.settle()
+                blockwise.settle(self, loaded)
                 self._tune(loaded, calibration, windows, journal)
             if self.recipe.save == "task":
                 self.report.notes.append("only the task file was kept; the sizes are those of the folder that it makes with its base")

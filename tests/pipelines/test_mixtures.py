@@ -57,6 +57,19 @@ def test_plan_takes_experts_and_leaves_routers() -> None:
     assert {t.quant.bits for t in some.packed() if t.name.endswith("w2")} == {4} and len(some.packed()) == 2 * (4 + 3 * 3)
     fused = compress.plan(fresh("llama4"), RTN)
     assert any("only its own code knows" in t.reason for row in fused.targets for t in row)
+    routers = [t for row in fused.targets for t in row if t.name.endswith("router")]
+    assert routers and all("router stays dense" in t.reason for t in routers)
+
+
+def test_linears_that_compute_in_a_way_of_their_own_stay_dense() -> None:
+    class Odd(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).relu()
+
+    model = fresh("qwen2_moe")
+    model.model.layers[0].self_attn.o_proj.__class__ = Odd
+    reasons = {t.name: t.reason for row in compress.plan(model, RTN).targets for t in row}
+    assert "Odd computes in a way of its own" in reasons["model.layers.0.self_attn.o_proj"] and not reasons["model.layers.1.self_attn.o_proj"]
 
 
 def test_one_pass_gathers_the_sums_of_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ class Blocks:
         keeping = self.keeping
         if keeping == "auto":
             keeping = "disk" if ids.numel() * config.hidden_size * self.compute.itemsize > HELD and self.scratch is not None else "memory"
-        hidden: Hidden = []
+        hidden: Hidden | Recomputed = []
         if keeping == "disk" and self.scratch is not None:
             self._walks += 1
             hidden = Spool(self.scratch / f"walk-{self._walks}")

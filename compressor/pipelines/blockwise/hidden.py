@@ -1,8 +1,8 @@
 """Where hidden states wait between two blocks: in memory, on disk, or nowhere, being computed again from the tokens each time.
 
 Calibration asks for `hidden[i]`, the input of the next block for batch i, and puts its output there. On disk a batch is a file that is read and
-written as a whole: a mapped one would count as memory of this process. Computed again, the work grows with the square of the number of blocks,
-and each block is read as often; that is for machines on which neither memory nor disk holds the states.
+written as a whole: a mapped one would count as memory of this process. Computed again, the work grows with the square of the number of blocks, and
+a block is read once for every batch of every pass over a later block; that is for machines on which neither memory nor disk holds the states.
 """
 
 import shutil
@@ -13,6 +13,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Stop(Exception):
+    """Raise it in a hook: the rest of this forward pass is of no use."""
 
 
 class Hidden(Protocol):
@@ -64,7 +68,8 @@ class Spool:
 class Recomputed:
     """Nothing is kept: the input of block `at` is made from the tokens of its batch, through all blocks before it, whenever it is asked for.
 
-    forward(i, stop): runs the model on batch i; the hook on block `at` takes what reaches it and raises stop.
+    forward(i, stop): runs the model on batch i; the hook on block `at` takes what reaches it and raises stop. Nothing is put here: `advance` says
+    that the next block is meant from now on.
     """
 
     def __init__(self, blocks: nn.ModuleList, forward: Callable[[int, type[Exception]], None]) -> None:
@@ -74,26 +79,22 @@ class Recomputed:
     def append(self, value: Tensor) -> None:
         self._count += 1
 
-    def __setitem__(self, index: int, value: Tensor) -> None:
-        self.at += index == self._count - 1  # the last batch has left the block
+    def advance(self) -> None:
+        self.at += 1
 
     def __getitem__(self, index: int) -> Tensor:
         found: list[Tensor] = []
 
         def take(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
-            raise Reached
+            raise Stop
 
         hook = self.blocks[self.at].register_forward_pre_hook(take, with_kwargs=True, prepend=True)
         try:
-            self.forward(index, Reached)
+            self.forward(index, Stop)
         finally:
             hook.remove()
         return found[0]
 
     def __len__(self) -> int:
         return self._count
-
-
-class Reached(Exception):
-    """The block in question has its input: the rest of the pass is of no use."""

@@ -11,6 +11,7 @@ import torch
 
 from compressor import world
 from compressor.errors import ModelError, RecipeError
+from compressor.export import shards
 from compressor.integrations import experts
 from compressor.pipelines import checkpoint, load, promises
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks, place
@@ -23,14 +24,16 @@ from compressor.stored import keep_stored, stored_names
 SHARE = 0.9  # of the free memory that a model in one piece may take
 
 
-def why_not(recipe: Recipe, config: dict[str, Any]) -> str | None:
-    """Why a run cannot go block by block, in words; None if it can."""
+def why_not(recipe: Recipe, config: dict[str, Any], source: Path) -> str | None:
+    """Why a run on the folder `source` cannot go block by block, in words; None if it can."""
     if config.get("model_type") not in FAMILIES:
         return f"models of type {config.get('model_type')} are not known to run block by block"
     if world.size() > 1:
         return "several processes each hold the model in one piece"
     if config.get(slicing.WIDTHS):
         return "its blocks differ in width"
+    if any(tensor.dim() == 3 for tensor in shards.read_headers(source, checkpoint.weight_files(source)).values()):
+        return "its files hold the experts of a block in one tensor"
     if recipe.prune.method != "none":
         return "pruning trains the whole model"
     if recipe.choose.active:
@@ -42,9 +45,9 @@ def why_not(recipe: Recipe, config: dict[str, Any]) -> str | None:
     return None
 
 
-def wanted(recipe: Recipe, config: dict[str, Any], whole: int, device: torch.device) -> bool:
+def wanted(recipe: Recipe, config: dict[str, Any], source: Path, whole: int, device: torch.device) -> bool:
     """Whether a run goes block by block; whole: bytes that the model in one piece takes. RecipeError if it is asked for and cannot be."""
-    reason = why_not(recipe, config)
+    reason = why_not(recipe, config, source)
     if recipe.memory == "blocks" and reason:
         raise RecipeError(f"memory=blocks cannot be: {reason}; leave --memory out")
     return recipe.memory == "blocks" or (recipe.memory == "auto" and reason is None and whole > SHARE * free_bytes(device))
@@ -94,6 +97,7 @@ def load_blocks(name: str, device: str = "auto") -> tuple[load.Loaded, Blocks]:
 
     folder, where = checkpoint.resolve(name), load.pick_device(device)
     config, stored = checkpoint.read_config(folder), checkpoint.stored_dtype(folder)
+    promises.alone(folder)
     promises.check(folder)
     built = promises.shell(folder, config, init_empty_weights(include_buffers=False), dtype=torch.float32)  # buffers as the model computes them
     model: Any = experts.unfuse(built)  # names are those of the files from here on

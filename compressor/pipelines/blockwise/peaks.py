@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.export import shards
 from compressor.kernels import cpu
-from compressor.pipelines import evaluate
+from compressor.pipelines import compress, estimate, evaluate
 from compressor.pipelines.blockwise import blocks as walking
 from compressor.pipelines.calibrate import BATCH_TOKENS
 from compressor.pipelines.packers import PACKERS, needs
@@ -23,8 +23,6 @@ from compressor.sketch import learned
 from compressor.stored import LARGE
 
 PANELS = 160 << 20  # bytes of the panels of rows that packers work on
-SKETCHED = 60  # bytes a weight of a panel while it is sketched
-COMPILER = 200 << 20  # bytes of numba, LLVM and the kernels they make, on a CPU
 OPENING, WORKING = 190 << 20, 400 << 20  # bytes that the process grows by with the first model and its code, and with the first forward pass
 
 
@@ -62,25 +60,37 @@ def peaks(
     packer = [PACKERS[kind.packer] for kind in recipe.quant.kinds()]
     packing = PANELS + 2 * largest
     if needs(recipe.quant):
-        packing += 5 * 4 * widest * widest + 3 * 4 * largest
+        packing += 5 * 4 * widest * widest + 3 * 4 * largest + estimate.expert_sums(estimate.inputs(model))
     if any(each.table for each in packer):
-        packing += SKETCHED * min(learned.PANEL, largest)
+        packing += estimate.SKETCHING * min(learned.PANEL, largest)
+    todo = compress.plan(model, recipe.quant)
+    packed = max(_stored(recipe, targets, rows, folder) for targets, rows in zip(todo.targets, list_, strict=True))
+    paths = 0
+    if recipe.tune.start != "zero":
+        paths = 4 * recipe.tune.rank * sum(sum(t.shape) for t in estimate.adapted(recipe.tune, todo.packed()))
     config: Any = model.config
-    compress = visit + packing
+    pack = visit + packing
     if tokens.calibration:
         forward, kept = _walk(config, tokens.calibration, tokens.calibrated, size, recipe.data.activations)
-        compress = block * size + kept + max(packing, forward)
+        pack = block * size + kept + max(packing, forward)
     forward, kept = _walk(config, tokens.windows, tokens.window, size, recipe.data.activations)
     one = tokens.window * config.vocab_size * size
     logits = max(one, min(evaluate.LOGIT_BYTES, tokens.windows * one))
     tail = 2 * logits + 3 * evaluate.CHUNK_BYTES
-    compiled = COMPILER if device.type == "cpu" and cpu.available() else 0
+    compiled = estimate.COMPILER if device.type == "cpu" and cpu.available() else 0
     held = sum(count * folder.itemsize for count in beside)
     out = {
-        "load": reading, "evaluate dense": kept + max(visit + forward, tail), "compress": compress,
-        "evaluate packed": compiled + kept + max(forward, tail), "export": 2 * held + shards.HELD + block // 2,
+        "load": reading, "evaluate dense": kept + max(visit + forward, tail), "compress": pack + paths,
+        "evaluate packed": compiled + paths + kept + max(packed + forward, tail), "export": paths + 2 * held + shards.HELD + packed,
     }  # fmt: skip
     return {stage: base + outside + value + (OPENING if stage == "load" else WORKING) for stage, value in out.items()}
+
+
+def _stored(recipe: Recipe, targets: list[compress.Target], block: nn.Module, folder: torch.dtype) -> int:
+    """Bytes of a block as it is packed, what stays dense included."""
+    packed = [t for t in targets if not t.reason]
+    dense = sum(p.numel() for p in block.parameters()) - sum(t.shape[0] * t.shape[1] for t in packed)
+    return estimate.stored_bits(recipe, packed, folder) // 8 + dense * folder.itemsize
 
 
 def _walk(config: Any, windows: int, window: int, size: int, keeping: str) -> tuple[int, int]:

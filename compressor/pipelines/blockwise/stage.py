@@ -8,6 +8,8 @@ from compressor.errors import RecipeError
 from compressor.pipelines import checkpoint, compress, estimate, load
 from compressor.pipelines.blockwise import opening, peaks
 from compressor.pipelines.blockwise.blocks import Blocks
+from compressor.pipelines.blockwise.source import Source
+from compressor.stored import keep_stored
 
 if TYPE_CHECKING:
     from compressor.pipelines.run import Run
@@ -20,7 +22,7 @@ def wanted(run: "Run") -> bool:
             raise RecipeError("memory=blocks is for packing a dense model, and this run packs none: leave --memory out")
         return False
     whole = estimate.whole_bytes(run.recipe, run.source, run.config, run.device, run.seqlen)
-    return opening.wanted(run.recipe, run.config, whole, run.device)
+    return opening.wanted(run.recipe, run.config, run.source, whole, run.device)
 
 
 def open_model(run: "Run") -> load.Loaded:
@@ -35,12 +37,26 @@ def open_model(run: "Run") -> load.Loaded:
     return loaded
 
 
+def settle(run: "Run", loaded: load.Loaded) -> None:
+    """The packed model in one piece, to be tuned; with the same head, to the last bit of a gradient, whether it was packed so or by blocks."""
+    if blocks := Blocks.of(loaded.model):
+        blocks.settle()
+    elif run.packs and loaded.device.type == "cpu":
+        source = Source(run.source, str(getattr(loaded.model, "base_model_prefix", "")))
+        names = [name for name, _ in loaded.model.named_parameters()]
+        keep_stored(loaded.model, {name: source.headers[key].dtype for name in names if (key := source.key(name)) is not None}, values=True)
+
+
 def expected(run: "Run", model: nn.Module, calibration: Tensor | None) -> dict[str, int]:
     """Peak bytes by stage, of a model with or without weights."""
     stored, tests = checkpoint.stored_dtype(run.source), (run.domain.test, run.outside)
     lengths = [sum(len(document.text) for document in text.documents) for text in tests]
     tokens = peaks.Tokens.of(calibration, lengths, run.recipe.eval.max_tokens, run.window)
-    return peaks.peaks(run.recipe, model, run.device, stored, load.folder_dtype(stored, run.config), tokens, run.base)
+    found = peaks.peaks(run.recipe, model, run.device, stored, load.folder_dtype(stored, run.config), tokens, run.base)
+    if run.tunes:  # in one piece, packed
+        counts = estimate.Counts(calibration=0, tuning=0, step=run.recipe.tune.batch * run.seqlen, evaluation=0)
+        found["tune"] = run.cost(model, counts, None)["peak_bytes"]["tune"]
+    return found
 
 
 def announce(run: "Run", loaded: load.Loaded, calibration: Tensor | None) -> None:

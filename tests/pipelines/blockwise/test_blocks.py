@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compressor import linear, stored
 from compressor.errors import ModelError, RecipeError
 from compressor.export import shards
-from compressor.pipelines import estimate, load
+from compressor.pipelines import calibrate, estimate, load
 from compressor.pipelines import run as pipeline
-from compressor.pipelines.blockwise import opening
+from compressor.pipelines.blockwise import opening, peaks
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.show import Show
@@ -127,14 +127,52 @@ def test_a_run_goes_on_behind_the_last_packed_block_and_may_then_tune(llama: Pat
     assert sums(tmp_path / "whole") == sums(tmp_path / "blocks") and whole["tuned"]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_tuning_gives_the_same_bytes_with_a_large_head(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool) -> None:
+    monkeypatch.setattr(stored, "LARGE", 1)
+    monkeypatch.setattr(stored, "SLICE", 640)
+    asked = recipe(
+        llama, quant__packer="rtn", quant__scale_dtype="float32", tune__method="peqa", tune__steps=6, tune__lr=1e-3, tune__checkpoint_every=2
+    )
+    pipeline.run(asked.with_(memory="whole"), tmp_path / "whole")
+    if resumed:  # a run that began in one piece goes on by blocks
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.Tuning, "finish", lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.run(asked.with_(memory="whole"), tmp_path / "blocks")
+    pipeline.run(asked.with_(memory="blocks"), tmp_path / "blocks")
+    assert sums(tmp_path / "whole") == sums(tmp_path / "blocks")
+
+
+def test_the_peak_that_is_said_counts_experts_and_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = make(tmp_path / "mixture", "qwen3_moe", moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2)
+    found = {}
+    for most in (0, 1 << 40):
+        monkeypatch.setattr(calibrate, "SUMS", most)
+        shell = estimate.shell(mixture)
+        tokens = peaks.Tokens(6, 32, 4, 32)
+        found[most] = peaks.peaks(recipe(mixture), shell, torch.device("cpu"), torch.bfloat16, torch.float16, tokens, 0)["compress"]
+    assert found[1 << 40] - found[0] == 4 * 4 * 48**2  # the downs of four experts
+    monkeypatch.undo()
+    asked = recipe(mixture, memory="blocks", tune__method="peqa", tune__steps=1)
+    found = pipeline.dry_run(asked, tmp_path / "out", Show())["peak_bytes"]
+    assert found["tune"] > 0 and "export" in found
+
+
 def test_what_cannot_go_block_by_block_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="choice of widths measures the whole model"):
         pipeline.run(recipe(llama, memory="blocks", choose__target_bits=3.0), tmp_path / "out")
     config = json.loads((llama / "config.json").read_text())
-    assert not opening.wanted(recipe(llama), config, 1 << 20, torch.device("cpu"))
-    assert opening.wanted(recipe(llama), config, 1 << 60, torch.device("cpu"))
-    assert not opening.wanted(recipe(llama), config | {"model_type": "strange"}, 1 << 60, torch.device("cpu"))
-    assert not opening.wanted(recipe(llama, memory="whole"), config, 1 << 60, torch.device("cpu"))
+    assert not opening.wanted(recipe(llama), config, llama, 1 << 20, torch.device("cpu"))
+    assert opening.wanted(recipe(llama), config, llama, 1 << 60, torch.device("cpu"))
+    assert not opening.wanted(recipe(llama), config | {"model_type": "strange"}, llama, 1 << 60, torch.device("cpu"))
+    save_file({"experts": torch.zeros(2, 2, 2)}, llama / "model-fused.safetensors", metadata={"format": "pt"})
+    assert opening.why_not(recipe(llama), config, llama) is None  # not a file of the model
+    (llama / "model.safetensors").rename(llama / "away")
+    (llama / "model-fused.safetensors").rename(llama / "model.safetensors")
+    assert "in one tensor" in str(opening.why_not(recipe(llama), config, llama))
+    (llama / "away").rename(llama / "model.safetensors")
+    assert not opening.wanted(recipe(llama, memory="whole"), config, llama, 1 << 60, torch.device("cpu"))
 
 
 def test_whether_it_fits_counts_what_the_run_adds(llama: Path) -> None:
