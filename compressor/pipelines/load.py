@@ -212,7 +212,7 @@ def belonging(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy the dense tensors in and forget them; every parameter must be given, tied ones once."""
+    """Put the dense tensors in and forget them, copied only where dtypes differ; every parameter must be given, tied ones once."""
     given = list(tensors)
     wanted = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     with torch.no_grad():
@@ -220,7 +220,10 @@ def _fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
             tensor = tensors.pop(name)
             if name not in wanted or wanted[name].shape != tensor.shape:
                 raise ModelError(f"{folder}: tensor {name} of shape {tuple(tensor.shape)} does not belong to this architecture")
-            wanted[name].copy_(tensor)
+            if (tensor.dtype, tensor.device) == (wanted[name].dtype, wanted[name].device):
+                wanted[name].data = tensor  # no copy, of an embedding hundreds of MB
+            else:
+                wanted[name].copy_(tensor)
     model.tie_weights()
     packed = {f"{n}.bias" for n in linear.packed_linears(model)}
     filled = {p.data_ptr() for n, p in wanted.items() if n in given}
