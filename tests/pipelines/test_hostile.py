@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save, save_file
 from compressor.errors import CompressorError, DataError, ModelError, RecipeError
 from compressor.export import compressed_tensors, shards
 from compressor.pipelines import checkpoint, cli, data, encoder_data, estimate, limits, load, sources
+from compressor.pipelines.blockwise import opening
 from compressor.pipelines.journal import Journal, kept
 from compressor.pipelines.measure import protocols, task_files
 
@@ -133,6 +135,22 @@ def test_any_config_ends_in_a_mapping_or_in_a_sentence(folder: Path, keys: dict[
         assert isinstance(checkpoint.any_config(config(folder, **keys)), dict)
     except ModelError as error:
         assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "jetmoe", "granitemoe"])
+def test_experts_of_next_to_nothing(folder: Path, kind: str) -> None:
+    one = dict.fromkeys(
+        ("intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok"), 1
+    )
+    many = dict.fromkeys(("num_experts", "num_local_experts"), 30_000)  # of 3 numbers or so, and half a millisecond
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": kind, "architectures": ["XForCausalLM"], "vocab_size": 16, "hidden_size": 2, "num_hidden_layers": 4} | one | many)
+    )
+    begin = time.process_time()
+    for read in (estimate.shell, lambda path: load.load(str(path), "cpu"), lambda path: opening.load_blocks(str(path), "cpu")):
+        with pytest.raises(ModelError, match=r"promises [\d,]+,000 experts, and the weight files hold"):
+            read(folder)
+    assert time.process_time() - begin < 20
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
