@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DEEPEST, DIGITS, LARGEST = 64, 40, 16 << 20  # levels of JSON, digits of a number, bytes of a file
+TOKENIZER = 256 << 20  # bytes of a tokenizer.json, which is larger than all others
 WIDE, LONGEST, NAME = 5, 1000, 128  # parts of a pattern that may match in many ways; its characters; those of a name that it is tried on
 _BLANK: dict[str, Any] = {"parse_constant": lambda _: None}
 _CLASS = re.compile(r"\[\^?\]?[^\]]*\]")  # where no character is escaped any more
