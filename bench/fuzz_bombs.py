@@ -68,7 +68,7 @@ def sizes(rng: Random, seeds: Seeds, place: Path) -> None:
     huge = {name: rng.choice((10**9, 2**40, 2**31 - 1, 2**63, 10**6, 65_535, 999, 3 * 10**4)) for name in names}
     kind = {"model_type": rng.choice(MODELS)} if rng.random() < 0.6 else {}
     _folder(seeds["folders"][rng.choice(("dense", "compressed-tensors", "sharded"))], place, huge | kind)
-    build: tuple[Callable[[Path], object], ...] = (estimate.shell, load.empty_model, opening._shell)
+    build: tuple[Callable[[Path], object], ...] = (estimate.shell, load.empty_model, lambda folder: opening.load_blocks(str(folder), "cpu"))
     rng.choice(build)(place)
 
 
@@ -162,8 +162,30 @@ def growing(rng: Random, seeds: Seeds, place: Path) -> None:
 def patterns(rng: Random, seeds: Seeds, place: Path) -> None:
     """Regular expressions that try for ever, in folders, recipes and grids."""
     names = ["model.layers.0.self_attn.q_proj", "a" * 60, "a" * 5000, "0" * 100 + "!"]
-    atoms = ("a", ".", r"\w", "[a-z.]", "(a|a)", "(a|b|ab)", r"\d", "a?", ".?", "(.*)", "(?:a+)")
+    atoms = (
+        "a",
+        ".",
+        r"\w",
+        "[a-z.]",
+        "(a|a)",
+        "(a|b|ab)",
+        r"\d",
+        "a?",
+        ".?",
+        "(.*)",
+        "(?:a+)",
+        "(a+) ",
+        "(?x: ",
+        "(?#[)",
+        "(?#])",
+        "(?-i:",
+        ")",
+        r"\[",
+        "]",
+        r"\\",
+    )
     pattern = "".join(rng.choice(atoms) + rng.choice(("", "*", "+", "?", "{2,}", "{0,30}")) for _ in range(rng.randrange(1, 9))) + rng.choice("!$x")
+    pattern = rng.choice(("", "", "", "(?x)", "(?ix)", "(?s)")) + pattern
     kind = rng.randrange(3)
     if kind == 0:
         from compressor.export import compressed_tensors

@@ -286,6 +286,12 @@ def tensors_file(content: bytes, rng: Random) -> bytes:
     return deeper[kind % 3](header, body, rng)
 
 
+def _merges(key: bytes) -> bytes:
+    """Mappings that each merge nine of the one before: 9**9 copies in some hundred bytes."""
+    steps = (b"%c: &%c {%b: [%b]}\n" % (b, b, key, b",".join([b"*%c" % a] * 9)) for a, b in zip(b"abcdefghi", b"bcdefghij", strict=True))
+    return b"a: &a {x: 1}\n" + b"".join(steps)
+
+
 EVIL_YAML = (
     b"a: !!python/object/apply:os.system ['touch canary.ran']\n", b"a: !!python/name:os.system\n", b"&a [*a]\n", b"x: &a [*a, *a]\n",
     b"a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\n"
@@ -294,6 +300,8 @@ EVIL_YAML = (
     b"seed: 2001-99-99\n", b"seed: 0x" + b"f" * 5000 + b"\n", b"!!binary x: 1\n", b"seed: .nan\n", b"---\na: 1\n---\nb: 2\n", b"<<: [1]\n",
     b"<<: &a\n  <<: *a\n",
     b"\xff\xfe", b"%YAML 9.9\n---\n", b"a: |\n  " + b"x" * 50_000 + b"\n", b"quant: {ignore: ['(a+)+$', '(.*)*x']}\n", b"lr: 1e400\n",
+    b"a: !!int ''\n", b"a: !!float ''\n", b"a: !!bool x\n", b"a: !!timestamp x\n", b"a: " + b"1:" * 199 + b"1.5\n", b"a: !!int {=: ''}\n",
+    _merges(b"<<"), _merges(b"!!merge x"), b"a: {<<: {b: 1}}\n",
     b"quant: {layers: {'re:(.*a)*$': w4g64}}\n", b"tune.lr: [" + b"1e-3," * 9000 + b"]\nlr: [" + b"1e-3," * 9000 + b"]\n",
 )  # fmt: skip
 

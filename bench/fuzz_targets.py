@@ -250,6 +250,11 @@ def flags(rng: Random, seeds: Seeds, place: Path) -> None:
     """The short forms of flags."""
     text = "".join(rng.choice("0123456789.:-_%wgbitsketchasymGMB \x00é²") for _ in range(rng.randrange(12)))
     text = rng.choice((text, mutate.raw(rng.choice((b"w3g64:asym", b"obert:80%:4block", b"2.6GB", b"2%")), rng).decode("latin-1"), "9" * 5000))
+    if rng.random() < 0.1:
+        long = rng.choice(("9", "1:", ":sym", ":asym", ":4block", "g", "%", "0", "٣")) * rng.choice((1, 2, 3000))
+        text = (
+            rng.choice(("", "w", "w3g", "3bit", "sketch", "obert:", "obert:1:", text)) + long + rng.choice(("", "bit", "GB", "%", ":sym", ":2", text))
+        )
     for parse in (specs.parse_quant, specs.parse_size, specs.parse_share, specs.parse_prune):
         try:
             parse(text)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 DEEPEST, DIGITS, LARGEST = 64, 40, 16 << 20  # levels of JSON, digits of a number, bytes of a file
+TOKENIZER = 256 << 20  # bytes of a tokenizer.json, which is larger than all others
 WIDE, LONGEST, NAME = 5, 1000, 128  # parts of a pattern that may match in many ways; its characters; those of a name that it is tried on
 _BLANK: dict[str, Any] = {"parse_constant": lambda _: None}
-_CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]")
+_CLASS = re.compile(r"\[\^?\]?[^\]]*\]")  # where no character is escaped any more
 
 
 def parse(text: str | bytes, unique: bool = True, blank: bool = False) -> Any:
@@ -73,12 +74,13 @@ def tame(pattern: str) -> str | None:
     """Why a regular expression could take for ever on a name, or None: it repeats groups, refers back, or may match in very many ways."""
     if len(pattern) > LONGEST:
         return f"it has {len(pattern)} characters, and {LONGEST} are enough"
-    plain = _CLASS.sub("c", pattern.replace("\\\\", "e"))
+    plain = pattern.replace("\\\\", "e")
     if re.search(r"\\[1-9]|\(\?P=", plain):
         return "it refers back to its groups"
-    plain = re.sub(r"\\.", "e", plain)
-    if re.search(r"\(\?[a-zA-Z-]*x", plain):
-        return "in its verbose mode spaces hide what it repeats"
+    plain = re.sub(r"\\.", "e", plain, flags=re.DOTALL)
+    if re.search(r"\(\?(?:#|[a-zA-Z-]*x)", plain):
+        return "it has comments, or a verbose mode, which hide what it repeats"
+    plain = _CLASS.sub("c", plain)  # last: an escaped bracket, or one in a comment, begins no class
     if re.search(r"\)(?:[*+]|\{)", plain):
         return "it repeats a group"
     if len(re.findall(r"[*+]|\{\d*,", plain)) > WIDE or plain.count("|") > LONGEST // 10 or len(re.findall(r"\([^()]*\||[^(*+}]\?", plain)) > WIDE:

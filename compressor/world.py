@@ -6,7 +6,8 @@ same order, so decisions are made on what all have alike: a value of the first p
 (`add`). Values travel as JSON and tensors as their bytes: nothing is unpickled.
 
 A process that dies closes its connections, so the next thing that the others do here fails; they call the roll and LostProcess names who is
-missing. Limits: between GPUs a lost process is noticed by the launcher (torchrun ends the others at once), or else by TIMEOUT.
+missing, or says that the store through which they meet is gone. Limits: between GPUs a lost process is noticed by the launcher (torchrun ends the
+others at once), or else by TIMEOUT.
 """
 
 import json
@@ -44,7 +45,10 @@ def lead() -> bool:
 
 
 def join(number: int, count: int, device: torch.device, address: str, port: int, attempt: str = "0") -> None:
-    """Become process `number` of `count`, which meet at address:port; `attempt` keeps the words of restarted runs apart."""
+    """Become process `number` of `count`, which meet at address:port; `attempt` keeps the words of restarted runs apart.
+
+    The group is PyTorch's own `env://`: MASTER_ADDR and MASTER_PORT in the environment must be this address, as a launcher leaves them.
+    """
     backend = f"cpu:gloo,cuda:{'nccl' if dist.is_nccl_available() else 'gloo'}" if device.type == "cuda" else "gloo"
     with _guarded():
         dist.init_process_group(backend, rank=number, world_size=count, timeout=TIMEOUT)
@@ -182,16 +186,26 @@ def told(key: str, source: int) -> bool:
 
 def lost() -> str:
     """A sentence about who does not answer when the roll is called, empty if all do. Every process calls the roll once something is wrong."""
-    absent, count, me, why = list(range(size())), size(), rank(), ""
-    with suppress(RuntimeError, IndexError):
-        board, end = _board[0], time.monotonic() + PATIENCE
-        board.set(f"here/{me}", "here")
-        while absent and not left("stopped", "asked") and time.monotonic() < end:
-            time.sleep(0.05)
-            absent = [each for each in absent if not board.check([f"here/{each}"])]
-        why = next((board.get(f"failed/{each}").decode() for each in absent if board.check([f"failed/{each}"])), "")
-    absent = [each for each in absent if each != me]
-    if not absent:
+    count = size()
+    if count == 1:
         return ""
-    who = f"process {absent[0]} of {count} was lost" if len(absent) == 1 else f"processes {', '.join(map(str, absent))} of {count} were lost"
+    try:
+        absent, why = _roll(count, rank())
+    except (RuntimeError, IndexError):  # nothing is known of the others without the board
+        who, why = "processes lost each other: process 0, or the store through which they meet, cannot be reached", ""
+    else:
+        if not absent:
+            return ""
+        who = f"process {absent[0]} of {count} was lost" if len(absent) == 1 else f"processes {', '.join(map(str, absent))} of {count} were lost"
     return f"{who} ({why or 'killed, out of memory, or its machine went away'}): the same command goes on from the last checkpoint"
+
+
+def _roll(count: int, me: int) -> tuple[list[int], str]:
+    """The others that do not answer within PATIENCE, and what one of them said before it ended; RuntimeError where the board cannot be reached."""
+    board, absent, end = _board[0], list(range(count)), time.monotonic() + PATIENCE
+    board.set(f"here/{me}", "here")
+    while absent and not left("stopped", "asked") and time.monotonic() < end:
+        time.sleep(0.05)
+        absent = [each for each in absent if not board.check([f"here/{each}"])]
+    why = next((board.get(f"failed/{each}").decode() for each in absent if board.check([f"failed/{each}"])), "")
+    return [each for each in absent if each != me], why

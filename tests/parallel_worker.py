@@ -16,12 +16,12 @@ from compressor.tune.loop import train
 
 
 class Rows:
-    """A regression; `spoilt`: (process, call) at which its loss is NaN."""
+    """A regression; `spoilt`: (process, call) at which its loss is NaN, and later on too if `on`."""
 
-    def __init__(self, spoilt: tuple[int, int] = (-1, -1)):
+    def __init__(self, spoilt: tuple[int, int] = (-1, -1), on: bool = False):
         generator = torch.Generator().manual_seed(3)
         self.x, self.y = (torch.randn(24, 4, generator=generator) for _ in range(2))
-        self.counts, self.spoilt, self.calls = torch.ones(24, dtype=torch.int64), spoilt, 0
+        self.counts, self.spoilt, self.on, self.calls = torch.ones(24, dtype=torch.int64), spoilt, on, 0
 
     def rows(self, which: Tensor) -> tuple[Tensor, ...]:
         return self.x[which], self.y[which]
@@ -29,18 +29,19 @@ class Rows:
     def loss(self, model: nn.Module):
         def loss(x: Tensor, y: Tensor) -> Tensor:
             self.calls += 1
-            spoil = (world.rank(), self.calls) == self.spoilt
+            process, first = self.spoilt
+            spoil = world.rank() == process and (self.calls == first or (self.on and self.calls > first))
             return ((model(x) - y) ** 2).mean(1).sum() * (math.nan if spoil else 1.0)
 
         return loss
 
 
-def tuned(steps: int, folder: Path | None, spoilt: tuple[int, int] = (-1, -1), every: int = 3):
+def tuned(steps: int, folder: Path | None, spoilt: tuple[int, int] = (-1, -1), on: bool = False):
     """The log and the weight after a few steps, of 6 rows in micro-batches of 2."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    options = Tune(steps=steps, lr=0.1, batch=2, accumulate=3, checkpoint_every=every, eval_every=0, schedule="constant", warmup=0.0)
-    log = train(model, dict(model.named_parameters()), Rows(spoilt), options, 1, folder, "same")
+    options = Tune(steps=steps, lr=0.1, batch=2, accumulate=3, checkpoint_every=3, eval_every=0, schedule="constant", warmup=0.0)
+    log = train(model, dict(model.named_parameters()), Rows(spoilt, on), options, 1, folder, "same")
     return log, model.weight.detach()
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     log, weight = tuned(4, None, spoilt=(1, 4))  # two calls a step: its step 2
     found |= {"notes": log.notes, "spoilt": weight.tolist()}
     try:
-        tuned(1, None, spoilt=(0, 1))
+        tuned(9, None, spoilt=(0, 1), on=True)
     except NumericError as error:
         found["ended"] = str(error)
     sys.stdout.write(json.dumps(found) + "\n")

@@ -1,10 +1,12 @@
 """Recipes: round trip, strictness, fingerprints, and the --quant grammar."""
 
+from collections.abc import Callable
+
 import pytest
 
 from compressor.errors import RecipeError
 from compressor.recipe import Quant, Recipe
-from compressor.specs import parse_quant, parse_share, parse_size
+from compressor.specs import parse_prune, parse_quant, parse_share, parse_size
 
 
 def test_round_trip_and_yaml_numbers() -> None:
@@ -65,6 +67,19 @@ def test_quant_grammar(text: str, values: dict) -> None:
 def test_quant_grammar_refuses(text: str) -> None:
     with pytest.raises(RecipeError, match="not understood"):
         parse_quant(text)
+
+
+LONG = ["9" * 5000 + "bit", "w3g" + "9" * 5000, "3bit" + ":sym" * 3000, "obert:" + "1" * 5000 + ":" + "2" * 5000]
+
+
+@pytest.mark.parametrize("text", LONG, ids=["bits", "group", "suffixes", "pattern"])
+@pytest.mark.parametrize("parse", [parse_quant, parse_prune, parse_size, parse_share])
+def test_short_forms_that_are_long_are_one_sentence(parse: Callable[[str], object], text: str) -> None:
+    with pytest.raises(RecipeError) as found:
+        parse(text)
+    assert len(str(found.value)) <= 500
+    with pytest.raises(RecipeError):
+        Recipe.from_dict({"quant": {"layers": {"a": text}}})
 
 
 def test_targets_in_words_and_in_files() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,11 @@ def test_values_that_are_written_once_and_meant_often_are_counted() -> None:
         strict.bounded(round_, 1000)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", "(a|a)*b", ".*" * 6, ".?" * 9, r"(a)\1", "(a|.)" * 6, "(?:a{2,5}){30}", "a" * 2000])
+@pytest.mark.parametrize("pattern", [
+    "(a+)+$", "(.*)*x", "(a|a)*b", ".*" * 6, ".?" * 9, r"(a)\1", "(a|.)" * 6, "(?:a{2,5}){30}", "a" * 2000,
+    "(?x)(a+) +$", "(?x:(a+) +)$", "(?ix)(a+) +$", "(?i-x:a)", "(?x)a", "(?sxm:(a+)#\n+)", r"\[?(a+)+!]", r"\[(a+)+]", r"[\]](a+)+[\]]",
+    r"\\\[?(a+)+]", "(?#[)(a+)+!(?#])", "(?x)#[\n(a+)+!#]",
+])  # fmt: skip
 def test_patterns_that_could_take_for_ever(pattern: str) -> None:
     assert strict.tame(pattern)
 
@@ -84,29 +89,34 @@ def test_patterns_that_could_take_for_ever(pattern: str) -> None:
     "pattern",
     [
         r".*\.mlp\.(gate|up|down)_proj$", r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj", r".*\.layers\.\d+\..*\.experts\.\d+\..*", "lm_head",
-        r"^(?!.*(foo)).*$", r"^model\.layers\.0\.mlp\.up_proj$", r"down_proj|layers\.[0-3]\.",
+        r"^(?!.*(foo)).*$", r"^model\.layers\.0\.mlp\.up_proj$", r"down_proj|layers\.[0-3]\.", "(?i)lm_head", "(?-i:lm_head)", "(?P<x>lm_head)",
+        "(?:x_proj)", r"blocks\[\d+\]\.(up|down)", r"[\[\]()*+.]+_proj", "[]*](a)",
     ],
 )  # fmt: skip
 def test_patterns_that_people_write(pattern: str) -> None:
     assert strict.tame(pattern) is None
 
 
-ATOMS = st.sampled_from(["a", ".", r"\w", "[a-z.]", "(a|a)", "(a|b|ab)", r"\d", "a?", "(.*)", "(?:a+)", "*", "+", "?", "{2,}", "{0,30}", r"\."])
+ATOMS = st.sampled_from([
+    "a", ".", r"\w", "[a-z.]", "(a|a)", "(a|b|ab)", r"\d", "a?", "(.*)", "(?:a+)", "*", "+", "?", "{2,}", "{0,30}", r"\.",
+    "(?x)", "(?ix)", " ", "(?x: ", "(?#", "(?-i:", ")", r"\[", "]", r"\\", "[",
+])  # fmt: skip
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(deadline=None, derandomize=True, max_examples=300)
 @given(st.lists(ATOMS, min_size=1, max_size=10))
 def test_patterns_that_are_tame_end(atoms: list[str]) -> None:
     import re
 
     pattern = "".join(atoms) + "!"
     try:
-        compiled = re.compile(pattern)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of sets in sets
+            compiled = re.compile(pattern)
     except re.error:
         return
     if strict.tame(pattern) is None:
         begin = time.process_time()
-        compiled.search("a" * 60)
+        compiled.search("[" + "a" * 59)
         assert time.process_time() - begin < 2
 
 

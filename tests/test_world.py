@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from compressor import world
 from compressor.errors import OutputError, RecipeError
@@ -66,6 +68,12 @@ def test_a_strike_on_one_process_is_one_on_all(two) -> None:
     assert first["spoilt"] == second["spoilt"] != first["weight"]
 
 
+def test_three_spoilt_steps_of_one_process_end_all(two) -> None:
+    for seen in two[0]:
+        assert seen["ended"].startswith("tuning stopped after 3 non-finite steps in a row, the last at step 3: the loss is nan"), seen["ended"]
+        assert "(process 0)" in seen["ended"]
+
+
 def test_a_checkpoint_of_two_holds_no_pickle_and_goes_on_in_one(two, tmp_path) -> None:
     place = distributed.latest(two[1])
     assert place is not None and place.name == "tune-00000007.dcp"
@@ -82,6 +90,29 @@ def test_linears_go_to_whoever_has_least_to_do(monkeypatch) -> None:
     monkeypatch.setattr(world, "size", lambda: 2)
     assert parallel.owners({"q": 512, "k": 128, "v": 128, "down": 4608}) == {"down": 0, "q": 1, "k": 1, "v": 1}
     assert parallel.owners({"q": 64, "k": 16, "v": 16, "down": 80}) == {"down": 0, "q": 1, "k": 1, "v": 0}
+
+
+def test_without_the_store_nobody_is_named(monkeypatch) -> None:
+    """Process 0, which keeps the store, goes away: that the others do not answer there says nothing of them."""
+    keep = "import sys, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True); print(s.port, flush=True); sys.stdin.read()"
+    first = subprocess.Popen([sys.executable, "-c", keep], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    store: Any = dist.TCPStore("127.0.0.1", int(first.stdout.readline()), is_master=False)
+    board = dist.PrefixStore("compressor/0", store)
+    for name, value in {"size": lambda: 3, "rank": lambda: 1, "_board": [board], "PATIENCE": 0.3}.items():
+        monkeypatch.setattr(world, name, value)
+    board.set("here/0", "here")
+    assert world.lost().startswith("process 2 of 3 was lost (killed, out of memory")
+    board.set("failed/2", "no room")
+    assert world.lost().startswith("process 2 of 3 was lost (no room)")
+    board.set("here/2", "here")
+    assert world.lost() == ""
+    first.kill()
+    first.wait()
+    for boards in ([board], []):
+        monkeypatch.setattr(world, "_board", boards)
+        said = world.lost()
+        assert said.startswith("processes lost each other: process 0, or the store through which they meet, cannot be reached (killed"), said
+        assert said.endswith("the same command goes on from the last checkpoint") and "of 3" not in said
 
 
 @pytest.mark.parametrize(
@@ -107,6 +138,19 @@ def test_the_launcher_says_how_many(monkeypatch) -> None:
     cli_world.check("run")
     with pytest.raises(RecipeError, match="`compressor eval` works in one process"):
         cli_world.check("eval")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with (
+        pytest.raises(RecipeError, match="WORLD_SIZE=2 are in the environment, and MASTER_ADDR not: start .* torchrun"),
+        cli_world.joined("cpu"),
+    ):
+        pass
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name, value in (("MASTER_PORT", "70000"), ("RANK", "2")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(RecipeError, match="do not fit together"), cli_world.joined("cpu"):
+            pass
+        monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(RecipeError, match="WORLD_SIZE=two"):
         cli_world.check("run")

@@ -12,13 +12,13 @@ Whether a text begins with BOS, or ends with EOS, is asked of the tokenizer itse
 llama.cpp does not do, is a note. Source: what the gguf package and llama.cpp's own converter write.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 
+from compressor import strict
 from compressor.errors import ModelError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -70,10 +70,10 @@ def add(writer: gguf.GGUFWriter, folder: Path, size: int) -> tuple[str, str]:
 
 def _read(path: Path) -> Json:
     try:
-        file = json.loads(path.read_text("utf-8"))
+        file = strict.read(path, strict.TOKENIZER)
     except FileNotFoundError:
         raise ModelError(f"{path.parent} has no tokenizer.json: load its tokenizer with transformers once and save it there") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged: {error}") from None
     if not isinstance(file, dict):
         raise ModelError(f"{path} is damaged: it holds no mapping")

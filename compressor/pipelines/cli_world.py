@@ -113,6 +113,7 @@ def _join(device: str, size: int) -> None:
     from compressor import world
     from compressor.pipelines.load import pick_device
 
+    address, port, me = _meeting(size)
     place, local = pick_device(device), number("LOCAL_RANK", 0)
     if place.index is not None:
         raise RecipeError(f"--device {device} would put all {size} processes on one GPU: leave it out, each takes one of its own")
@@ -121,8 +122,19 @@ def _join(device: str, size: int) -> None:
         if found < here:
             raise RecipeError(f"{here} processes of this machine find {found} GPUs, and each needs one of its own: start as many as there are")
         torch.cuda.set_device(local)
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), number("MASTER_PORT", 29500)
-    world.join(number("RANK", 0), size, place, address, port, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    world.join(me, size, place, address, port, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _meeting(size: int) -> tuple[str, int, int]:
+    """Where the processes meet, and this one's number; RecipeError where the environment is not a launcher's whole one."""
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if lacking:
+        why = f"RANK and WORLD_SIZE={size} are in the environment, and {' and '.join(lacking)} not"
+        raise RecipeError(f"{why}: start several processes with torchrun or accelerate launch, and unset RANK for one")
+    port, me = number("MASTER_PORT", 0), number("RANK", 0)
+    if not 0 < port < 1 << 16 or me >= size:
+        raise RecipeError(f"MASTER_PORT={port}, RANK={me} and WORLD_SIZE={size} do not fit together: start with torchrun or accelerate launch")
+    return os.environ["MASTER_ADDR"], port, me
 
 
 def _loss(error: BaseException | None) -> LostProcess | None:

@@ -10,7 +10,6 @@ none at all that is said.
 import contextlib
 import errno
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -157,24 +156,26 @@ def unlockable(folder: Path, error: OSError) -> OutputError:
 
 
 def _lock(path: Path) -> IO[str]:
-    for attempt in itertools.count(1):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+")  # no link is followed
-        except FileNotFoundError:  # its holder has just taken the folder away, or there can be none here
-            if attempt == ATTEMPTS:
-                raise
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                    return handle
-        except BaseException:
-            handle.close()
-            raise
+    for _ in range(ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):  # its holder has just taken the folder away, or there can be none here
+            if handle := _tried(path):
+                return handle
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def _tried(path: Path) -> IO[str] | None:
+    """The locked file, or None if its holder took it away meanwhile. No link is followed, and nothing that a file holds is lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+            return handle
+    except BaseException:
         handle.close()
-    raise AssertionError("itertools.count does not end")
+        raise
+    handle.close()
+    return None
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from compressor.stored import keep_stored, stored_names
 
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")  # heads of encoders
 SHAPES = ("num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-TOKENIZER = 256 << 20  # bytes of a tokenizer.json, at most
 FLOAT16_SAFE = ("llama", "mistral", "gpt_neox", "phi", "phi3")  # families served in float16 without overflow; see docs/format.md
 
 
@@ -242,7 +241,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _check_maps(path: Path) -> None:
     """ValueError for a precompiled map of characters that is longer than its own text: the tokenizers library makes room for what it says it is."""
-    for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)', strict.read_bytes(path, TOKENIZER) if path.exists() else b""):
+    for found in re.finditer(rb'"precompiled_charsmap"\s*:\s*"([^"]*)', strict.read_bytes(path, strict.TOKENIZER) if path.exists() else b""):
         begin = base64.b64decode(found[1][:8])
         if found[1] and (len(begin) < 4 or int.from_bytes(begin[:4], "little") > len(found[1])):
             raise ValueError("its precompiled_charsmap is damaged")

@@ -2,8 +2,9 @@
 
 A damaged or hostile config.json may ask for a billion layers. Blocks are counted against tensors; then the architecture is built without memory (meta
 device), and must not have more numbers than the bytes of the files can hold: PER_BYTE at the 2 bits of the smallest grid, SPARSE where one bit of a
-mask stands for 16 weights. Buffers that no file holds, such as masks of attention, may take SPARE numbers. Price: the architecture is built once
-more, in some tenths of a second for the largest.
+mask stands for 16 weights. Buffers that no file holds, such as masks of attention, may take SPARE numbers. Experts, which become modules of their own
+(half a millisecond each), are counted besides: a million of a number each would fit into SPARE. Price: the architecture is built once more, in some
+tenths of a second for the largest.
 """
 
 import contextlib
@@ -16,10 +17,12 @@ from torch import nn
 
 from compressor.errors import ModelError
 from compressor.export import shards, sparse
+from compressor.integrations import experts
 from compressor.pipelines import checkpoint
 from compressor.prune import slicing
 
 PER_BYTE, SPARSE, SPARE = 4, 128, 1 << 26
+EXPERT = 512  # bytes of files that one has at least; the smallest of real models have hundreds of thousands
 BLOCKS, MOST = re.compile(r"num_hidden_layers|n_layers?|(num_)?((en|de)coder_)?layers"), 1000  # names of counts of blocks; more than any model has
 REDIRECT = "adapter_config.json"  # beside config.json: transformers would load the base that it names instead
 
@@ -40,7 +43,14 @@ def check(folder: Path, wanted: dict[str, Any] | None = None) -> nn.Module:
     method = (config.get("quantization_config") or {}).get("quant_method")
     if promised > (SPARSE if method == sparse.METHOD else PER_BYTE) * stored + SPARE:
         raise ModelError(f"{folder}/config.json is damaged: it promises {promised:,} numbers, and the weight files hold {stored:,} bytes")
+    if (found := _experts(model)) * EXPERT > stored:
+        raise ModelError(f"{folder}/config.json is damaged: it promises {found:,} experts, and the weight files hold {stored:,} bytes")
     return model
+
+
+def _experts(model: nn.Module) -> int:
+    """Experts of all blocks, which transformers holds in parameters of three dimensions."""
+    return sum(max(p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3) for module in experts.fused(model).values())
 
 
 def alone(folder: Path) -> None:

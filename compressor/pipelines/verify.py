@@ -12,7 +12,7 @@ not who wrote it; for that, compare with a root noted elsewhere (`--digest`).
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,18 @@ def _plain(fault: Fault) -> dict[str, Any]:
 
 
 def _notes(folder: Path, sealed: Mapping[str, Any] | None) -> list[str]:
-    """What a reader should know beside the verdict."""
-    out = [] if sealed else ["the folder has no digests, so nothing proves what it holds; headers and numbers were checked"]
-    own = {name.partition("/")[0] for name in digests.listed(folder) if "/" in name}
-    beside = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in own and not path.name.startswith("."))
-    return out + [f"the folder {line(name)} inside it was not looked at" for name in beside]
+    """What a reader should know beside the verdict; what lies in a folder with digests that they do not list is a fault of it."""
+    if sealed:
+        return []
+    inside = [name for name in _beside(folder, digests.listed(folder)) if (folder / name).is_dir()]
+    unseen = [f"the folder {line(name)} inside it was not looked at" for name in inside]
+    return ["the folder has no digests, so nothing proves what it holds; headers and numbers were checked", *unseen]
+
+
+def _beside(folder: Path, names: Iterable[str]) -> list[str]:
+    """What lies in a folder that is neither one of these files nor the folder of one; hidden things are passed over."""
+    own = {name.partition("/")[0] for name in names} | {digests.NAME}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith("."))
 
 
 def _table(document: Mapping[str, Any]) -> Table:
@@ -228,11 +235,9 @@ def _renamed(name: str, missing: dict[str, Any], new: dict[str, Any]) -> Iterato
 
 
 def _extra(folder: Path, names: list[str], sealed: Mapping[str, Any]) -> Iterator[Fault]:
-    """Whatever else lies there, for transformers also reads from folders inside; hidden files are passed over."""
-    own = {name.partition("/")[0] for name in names}
-    beside = sorted(path.name for path in folder.iterdir() if path.name not in own | {digests.NAME} and not path.name.startswith("."))
-    found = [name for name in names if name not in sealed["files"]] + beside
-    yield from (Fault(name, "was not written with the folder") for name in found)
+    """Whatever else lies there: files, pipes, links to nowhere, and folders, for transformers reads templates from folders inside too."""
+    new = [name for name in names if name not in sealed["files"]]
+    yield from (Fault(name, "was not written with the folder") for name in [*new, *_beside(folder, [*names, *sealed["files"]])])
 
 
 def _together(folder: Path, sealed: Mapping[str, Any]) -> Iterator[Fault]:

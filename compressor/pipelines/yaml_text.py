@@ -25,6 +25,10 @@ def parse(text: str) -> Any:
         raise ValueError(f"it holds more than {VALUES} values")
     try:
         value = yaml.load(text, _Plain)  # a SafeLoader
-    except Exception as error:  # constructors raise what they like on values that are none of their type
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+    except RecursionError:
+        raise ValueError(f"it nests deeper than {strict.DEEPEST} levels") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except Exception:  # constructors raise what they like
+        raise ValueError("it holds a value that is none of the type that its tag or its form tells") from None
     return strict.bounded(value, VALUES)

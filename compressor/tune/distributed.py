@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compressor import world
+from compressor import strict, world
 from compressor.errors import OutputError
 from compressor.tune import state as single
 from compressor.tune.state import CHECKPOINT, State, TrainLog
@@ -149,7 +149,7 @@ def _furthest(folder: Path) -> str | None:
 
 def _record(place: Path) -> Any:
     try:
-        return json.loads((place / RECORD).read_text("utf-8"))
+        return strict.read(place / RECORD, 4 * strict.LARGEST)
     except (OSError, ValueError) as error:
         raise OutputError(str(error)) from None
 

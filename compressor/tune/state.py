@@ -145,7 +145,7 @@ def reached(path: Path) -> int:
     """The step of a checkpoint; -1 if there is none, or none that can be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["state"])["step"])
+            return int(strict.parse(file.metadata()["state"])["step"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return -1
 

@@ -167,6 +167,8 @@ MODEL = json.loads((TINY / "tokenizer.json").read_text())["model"]
         ({"model": MODEL | {"dropout": 0.1}}, "dropout"),
         (None, "no tokenizer.json"),
         ("{", "damaged"),
+        ("[" * 100_000, "damaged: it nests deeper"),
+        ('{"model": {}, "model": {}}', "damaged: it names 'model' twice"),
         ("[]", "no mapping"),
         ({"model": {"type": "WordPiece", "vocab": {}}}, "no BPE"),
         ({"added_tokens": [{"id": SIZE, "content": "<more>"}]}, "token 2048"),

@@ -1,4 +1,4 @@
-"""`compressor verify`: every flipped bit is found and its tensor named, whatever the format; folders of every command that writes one pass."""
+"""`compressor verify`: every flipped bit is found and its tensor named, whatever the format; so is whatever else lies in the folder."""
 
 import json
 import os
@@ -13,13 +13,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import compressor
 from compressor.errors import RecipeError
 from compressor.export import compressed_tensors
-from compressor.pipelines import checkpoint, digests, encoder_run, export
+from compressor.pipelines import digests, export
 from compressor.pipelines.verify import BROKEN, UNPROVEN, WHOLE, verify
 from compressor.recipe import Recipe
-from tests.pipelines import encoders, folders, pruned
+from tests.pipelines import folders, pruned
 from tests.pipelines import foreign_folders as made
 from tests.pipelines.commands import call
 
@@ -252,6 +251,65 @@ def test_a_list_that_was_made_anew_is_known_by_its_root_alone(sealed: Any) -> No
         verify(place, digest="abc")
 
 
+def test_a_list_that_keeps_the_tensors_of_other_weights_is_no_answer_to_their_digest(sealed: Any) -> None:
+    place, other = sealed("compressed-tensors"), sealed("compressed-tensors", name="other", seed=1)
+    noted, path = digests.read(place), place / "model.safetensors"
+    flip(path, digests.layout(path)[-1].begin)
+    shutil.copyfile(other / "adapter/adapter_model.safetensors", place / "adapter/adapter_model.safetensors")
+    digests.seal(place, SOURCE)  # so that card and reports name the new model
+    forged = digests.read(place)
+    for name, each in noted["files"].items():
+        if "tensors" in each:
+            forged["files"][name]["tensors"] = each["tensors"]
+    forged |= digests.sums(forged["files"])
+    (place / digests.NAME).write_text(json.dumps(forged | {"root": digests.root(forged)}))
+    assert digests.read(place)["weights"] == noted["weights"], "the old tensors, over the new files"
+    for name in ("README.md", "report.json"):
+        assert forged["model"] in (place / name).read_text()
+    document, _ = verify(place, digest=noted["weights"])
+    wrong = {"model.safetensors", "adapter/adapter_model.safetensors"}
+    assert document["verdict"] == BROKEN and {each["file"] for each in document["faults"]} == wrong
+    assert {each["what"] for each in document["faults"]} == {"does not hold the tensors that digests.json lists of it"}
+    assert verify(other, digest=digests.read(other)["weights"])[0]["verdict"] == WHOLE
+
+
+BESIDE = ("folder", "empty folder", "pipe", "dangling", "link to a folder", "inside the adapter's", "folder in place of a file")
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_whatever_lies_beside_breaks_a_folder(sealed: Any, kind: str, tmp_path: Path) -> None:
+    place = sealed("gptq")
+    path = place / ("adapter/more" if kind == "inside the adapter's" else "additional_chat_templates")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling":
+        path.symlink_to("nowhere")
+    elif kind == "link to a folder":
+        path.symlink_to(tmp_path)
+    elif kind == "folder in place of a file":
+        path = place / "tokenizer_config.json"
+        path.unlink()
+        path.mkdir()
+    else:
+        path.mkdir()
+        if kind == "folder":
+            (path / "tool_use.jinja").write_text("{{ messages }}")
+    document, _ = verify(place)
+    what = "is no plain file" if kind == "folder in place of a file" else "was not written with the folder"
+    assert (document["verdict"], document["notes"]) == (BROKEN, [])
+    assert document["faults"] == [{"file": str(path.relative_to(place)), "what": what}]
+
+
+def test_hidden_things_are_passed_over_and_an_empty_adapter_is_only_missing_its_files(sealed: Any) -> None:
+    place = sealed("gptq")
+    (place / ".cache" / "huggingface").mkdir(parents=True)
+    (place / ".gitattributes").write_text("")
+    assert verify(place)[0]["verdict"] == WHOLE
+    for path in (place / "adapter").iterdir():
+        path.unlink()
+    assert [each["what"] for each in faults(place)] == ["is missing", "is missing"]
+
+
 @pytest.mark.parametrize("edit", [
     lambda d: [], lambda d: d | {"version": 2}, lambda d: d | {"root": 5}, lambda d: d | {"files": {"../x": d["files"]["README.md"]}},
     lambda d: d | {"files": {"/etc/passwd": d["files"]["README.md"]}}, lambda d: d | {"files": {"a": {}}}, lambda d: d | {"source": "me"},
@@ -269,6 +327,8 @@ def test_folders_without_digests(folder: Any, tmp_path: Path, monkeypatch: pytes
     code, out, err = call(monkeypatch, capsys, "verify", str(place))
     assert (code, json.loads(out)["verdict"]) == (2, UNPROVEN)
     assert "no digests" in err and json.loads(out)["faults"] == []
+    (place / "images").mkdir()
+    assert "the folder images inside it was not looked at" in verify(place)[0]["notes"]
     made.change_tensors(place, lambda tensors: tensors["model.layers.1.mlp.up_proj.scales"].view(-1)[7:8].fill_(torch.inf))
     code, out, _ = call(monkeypatch, capsys, "verify", str(place), "--source", "tiny")
     assert (code, json.loads(out)["verdict"]) == (1, BROKEN)
@@ -283,82 +343,3 @@ def test_folders_without_digests(folder: Any, tmp_path: Path, monkeypatch: pytes
         (tmp_path / "foreign").rename(tmp_path / ".hidden") if wrong == tmp_path else None
         code, out, err = call(monkeypatch, capsys, "verify", str(wrong))
         assert code == 2 and not out and err.startswith("error: ") and len(err.strip().splitlines()) == 1
-
-
-# --- folders of every command that writes one ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """Folders of runs, exports and tasks, all from the dense folder `source`."""
-    at = tmp_path_factory.mktemp("runs")
-    source = pruned.source(at / "source", tokenizer, keys=2, dtype=torch.float16)
-    packed = {"model": str(source), "quant__packer": "rtn", "quant__bits": 4, "quant__group": 16}
-    pruned.whole(at / "run", page=True, **packed)
-    (at / "again").mkdir()
-    pruned.whole(at / "again" / "run", **packed)
-    pruned.whole(at / "adapter", tune__method="lora", tune__rank=2, **packed)
-    pruned.whole(at / "tables", **packed | {"quant__packer": "sketch", "quant__bits": 2, "quant__group": 128})
-    pruned.whole(at / "tuned", tune__method="peqa", **packed)
-    pruned.whole(at / "task", tune__method="peqa", save="task", **packed)
-    pruned.whole(at / "pruned", model=str(source), prune__method="magnitude", prune__ratio=0.25)
-    for to in ("gptq", "table", "bf16"):
-        export.export(str(at / "run"), at / to, export.Target(to, device="cpu", consumers=False))
-    export.apply(str(at / "run"), [at / "task"], at / "applied")
-    (at / "dense").mkdir()
-    made.dense_folder(at / "dense", tokenizer)
-    made.tune(at / "gptq", at / "retuned")
-    compressor.load(str(at / "run"), "cpu").save(at / "api")
-    encoders.make_encoder(at / "bert")
-    encoders.write_tsv(at / "train.tsv", encoders.sentences(80))
-    short = {"finetune__steps": 2, "prune__method": "obert", "prune__ratio": 0.5, "prune__steps": 4, "prune__gradients": 2, "prune__prunes": 1}
-    encoder_run.run(
-        Recipe(model=str(at / "bert")).with_(data__data=str(at / "train.tsv"), quant__packer="none", device="cpu", **short), at / "encoder"
-    )
-    return at
-
-
-WRITTEN = {
-    "run": "source", "adapter": "source", "tables": "source", "tuned": "source", "task": "source", "pruned": "source", "gptq": "run",
-    "table": "run", "bf16": "run", "applied": "run", "retuned": "gptq", "api": "run", "encoder": "bert",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_the_folder_of_every_command_passes(runs: Path, name: str) -> None:
-    document, _ = verify(runs / name, source=str(runs / WRITTEN[name]))
-    assert (document["verdict"], document["faults"], document["notes"]) == (WHOLE, [], [])
-    assert document["source"]["name"] == WRITTEN[name]
-    assert only(runs / name, source="tiny")["what"].startswith(f"says that the folder was made from {WRITTEN[name]}, sha256 ")
-    seen = sorted(str(path.relative_to(runs / name)) for path in (runs / name).rglob("*") if path.is_file())
-    assert seen == sorted([*digests.read(runs / name)["files"], digests.NAME]), "nothing is left out"
-    for told in ("README.md", "report.json", "export.json"):
-        assert not (runs / name / told).exists() or document["model"] in (runs / name / told).read_text()
-
-
-def test_digests_are_no_part_of_the_model(runs: Path) -> None:
-    assert digests.NAME not in [path.name for path in checkpoint.model_files(runs / "run")]
-    report = json.loads((runs / "run" / "report.json").read_text())
-    assert report["packed"]["folder_bytes"] == checkpoint.model_bytes(runs / "run")
-
-
-def test_the_same_run_has_the_same_digests_but_for_its_times(runs: Path) -> None:
-    first, second = digests.read(runs / "run"), digests.read(runs / "again" / "run")
-    assert first["source"] == second["source"] and first["weights"] == second["weights"]
-    changed = [name for name, each in first["files"].items() if each["sha256"] != second["files"][name]["sha256"]]
-    recipe = [yaml.safe_load((runs / name / "recipe.yaml").read_text())["data"] for name in ("run", "again/run")]
-    assert recipe[0] != recipe[1], "the texts lie in other places, which the recipe says"
-    assert set(changed) <= {"recipe.yaml", *digests.ABOUT}
-    values = digests.read(runs / "tuned")["weights"]
-    assert values == digests.read(runs / "applied")["weights"] != first["weights"], "a base with its task is the tuned model"
-
-
-def test_a_run_that_is_found_finished_tells_its_root(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = pruned.whole(runs / "run", model=str(runs / "source"), quant__packer="rtn", quant__bits=4, quant__group=16)
-    assert found["resumed"] and found["digest"] == digests.recorded(runs / "run")["root"]
-    code, out, _ = call(monkeypatch, capsys, "verify", str(runs / "run"), "--digest", found["digest"])
-    assert (code, json.loads(out)["verdict"]) == (0, WHOLE)
-    code, out, err = call(monkeypatch, capsys, "inspect", str(runs / "run"))
-    assert json.loads(out)["digests"] == digests.recorded(runs / "run") and "compressor verify" in err
-    code, out, err = call(monkeypatch, capsys, "doctor", str(runs / "source"))
-    assert json.loads(out)["digests"] is None and "no digests" in err
