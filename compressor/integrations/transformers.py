@@ -166,7 +166,7 @@ class CompressorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         where, headers = _headers(model, checkpoint_files)
-        experts.unfuse(model, headers)
+        experts.unfuse(model, headers, prove=False)
         schemes = table.schemes_of(self.quantization_config.to_dict(), where)
         table.check_modules(schemes, {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in table.PARTS}, where)
         for stored, (bits, segment) in schemes.items():
@@ -220,7 +220,7 @@ class SparseQuantizer(CompressorQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         where, headers = _headers(model, checkpoint_files)
-        experts.unfuse(model, headers)
+        experts.unfuse(model, headers, prove=False)
         schemes = sparse.schemes_of(self.quantization_config.to_dict(), where)
         sparse.check_modules(schemes, headers, where)
         for stored, scheme in schemes.items():
