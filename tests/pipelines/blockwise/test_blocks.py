@@ -67,25 +67,58 @@ def sums(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
 
 
-@pytest.mark.parametrize("packer", ["rtn", "gptq", "sketch"])
-def test_a_run_writes_the_same_bytes(llama: Path, tmp_path: Path, packer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "num_hidden_layers": 2}
+PAIRS = [{"prompt": f"Question: {i}", "completion": f" the ship left the harbour {i} times"} for i in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("family", "packer", "changes"),
+    [
+        ("llama", "rtn", {}),
+        ("llama", "gptq", {"data__activations": "disk"}),
+        ("llama", "sketch", {"quant__group": 128}),
+        ("qwen2_moe", "gptq", {"data__activations": "disk"}),
+        ("llama", "gptq", {"data__data": "pairs.jsonl", "data__activations": "recompute"}),
+    ],
+)
+def test_a_run_writes_the_same_bytes(family: str, packer: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "HELD", 4096)  # so that tensors are written as they come
-    done = {}
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    model = make(tmp_path / "model", family, **MIXTURE if family == "qwen2_moe" else {})
+    asked, done = recipe(model, quant__packer=packer, **{key: value for key, value in changes.items() if key != "data__activations"}), {}
     for memory in ("whole", "blocks"):
-        changes: dict[str, Any] = {"quant__group": 128} if packer == "sketch" else {}
-        if memory == "blocks" and packer == "gptq":
-            changes = {"data__activations": "disk"}
-        done[memory] = pipeline.run(recipe(llama, memory=memory, quant__packer=packer, **changes), tmp_path / memory)
+        more = {key: value for key, value in changes.items() if memory == "blocks" and key == "data__activations"}
+        done[memory] = pipeline.run(asked.with_(memory=memory, **more), tmp_path / memory)
     assert sums(tmp_path / "whole") == sums(tmp_path / "blocks") and not (tmp_path / "blocks.partial").exists()
-    report = json.loads((tmp_path / "blocks" / "report.json").read_text())
+    whole, report = (json.loads((tmp_path / memory / "report.json").read_text()) for memory in ("whole", "blocks"))
     assert report["expected"]["compress"] > 0 and any("no samples" in note for note in report["notes"])
-    assert (
-        report["packed"]["divergence"]["windows"] == json.loads((tmp_path / "whole" / "report.json").read_text())["packed"]["divergence"]["windows"]
-    )
+    assert report["packed"]["divergence"]["windows"] == whole["packed"]["divergence"]["windows"]
+    assert ("experts" in report) == (family == "qwen2_moe") and report.get("experts") == whole.get("experts")
     for state in ("dense", "packed"):
         one, other = (done[memory][state]["domain"]["perplexity"] for memory in ("whole", "blocks"))
         assert one == pytest.approx(other, rel=1e-6)
         assert done["whole"][state]["folder_bytes"] == done["blocks"][state]["folder_bytes"]
+
+
+@pytest.mark.parametrize("first", ["whole", "blocks"])
+def test_a_killed_packing_goes_on_in_the_other_mode(llama: Path, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(llama, eval__max_tokens=128)
+    pipeline.run(asked.with_(memory=first), tmp_path / "whole")
+    from compressor.pipelines import compress
+
+    real, packed = compress._pack_block, list[int]()
+
+    def pack(block: Any, index: int, *rest: Any) -> Any:
+        packed.append(index)
+        return real(block, index, *rest) if packed != [0, 1] else 1 / 0
+
+    monkeypatch.setattr(compress, "_pack_block", pack)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(asked.with_(memory=first), tmp_path / "other")
+    second = {"whole": "blocks", "blocks": "whole"}[first]
+    assert pipeline.run(asked.with_(memory=second), tmp_path / "other")["resumed"] and packed == [0, 1, 1, 2]
+    assert sums(tmp_path / "whole") == sums(tmp_path / "other")
 
 
 def test_a_run_goes_on_behind_the_last_packed_block_and_may_then_tune(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
