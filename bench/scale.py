@@ -4,16 +4,21 @@
 
 Arms: rtn-7b and gptq-1.1b run `compressor run --memory blocks` in a process of its own; eval-7b measures the packed folder that rtn-7b left.
 Peaks are those that the kernel counts, mapped pages included: the larger of ru_maxrss and of the stages of the report, which start the count
-anew. The limit of the packing stage is the longer of two times: reading the weights from the disk, as fast as a shard that is in no cache is
-read, and packing them, as fast as the linears of one block that are in memory already are packed.
+anew. Linux hands the high-water mark of a process on to what it starts, through fork and exec: so whatever takes memory here, making a model and
+packing a block, runs in a process of its own, and this one stays as small as its libraries. The limit of the packing stage is the longer of two
+times: reading the weights from the disk, as fast as a shard that is in no cache is read, and packing them, as fast as the linears of one block
+that are in memory already are packed.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +55,16 @@ def child(*argv: str) -> tuple[dict[str, Any], int, float]:
     return json.loads(out.strip().splitlines()[-1]), usage.ru_maxrss * 1024, time.perf_counter() - start
 
 
+def apart(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function returns that runs in a process of its own, whose memory the children of this one do not inherit as theirs."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *given).result()
+
+
 def disk_rate(folder: Path) -> float:
     """Bytes a second of a shard that is in no cache."""
     path = checkpoint.weight_files(folder)[0]
+    os.sync()  # pages that are not on the disk yet stay in the cache
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start, buffer = time.perf_counter(), bytearray(8 << 20)
@@ -79,7 +91,7 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
     model, quant, data = ARMS[name]
     folder = work / model
     if not (folder / "config.json").exists():
-        make(model, folder)
+        apart(make, model, folder)
     recipe = work / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump({"model": str(folder), "memory": "blocks", "quant": quant, "data": data, "eval": {"max_tokens": 256}}))
     document, peak, seconds = child("run", str(recipe), "-o", str(work / name), "--overwrite")
@@ -94,7 +106,7 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
     if quant["packer"] == "rtn":
         blocks = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
         row |= {"disk_seconds": round(report["model"]["dense_bytes"] / disk_rate(folder), 1)}
-        row |= {"compute_seconds": round(blocks * compute_seconds(folder, Quant(**quant)), 1)}
+        row |= {"compute_seconds": round(blocks * apart(compute_seconds, folder, Quant(**quant)), 1)}
         row |= {"share_of_limit": round(max(row["disk_seconds"], row["compute_seconds"]) / row["packing_seconds"], 3)}
     return row
 
@@ -103,11 +115,9 @@ def eval_arm(work: Path) -> dict[str, Any]:
     folder = work / "rtn-7b"
     document, peak, seconds = child("eval", str(folder), "--max-tokens", "256", "--window", "256", "--cache", str(work / "cache"))
     report = json.loads((folder / "report.json").read_text())
-    found = json.dumps(document)
-    perplexity = json.loads(found[found.index('"perplexity": ') + len('"perplexity": ') :].split(",")[0])
     size = checkpoint.model_bytes(folder)
     row = {"arm": "eval-7b", "model": "llama-7b", "parameters": report["model"]["parameters"], "folder_bytes": size, "peak_bytes": peak}
-    return row | {"seconds": round(seconds, 1), "perplexity": perplexity}
+    return row | {"seconds": round(seconds, 1), "perplexity": document["perplexity"]}  # of one text, beside the model
 
 
 def main() -> None:

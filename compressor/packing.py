@@ -101,7 +101,8 @@ def _instead(dtype: torch.dtype, other: str) -> str:
 
 def _unit(w: Tensor) -> float:
     """A power of two near the largest number of w, 1 for zeros: squares of w over it neither overflow nor vanish."""
-    largest = float(w.abs().max()) if w.numel() else 0.0
+    low, high = map(float, torch.aminmax(w)) if w.numel() else (0.0, 0.0)  # no copy of w
+    largest = max(-low, high)
     return math.ldexp(1.0, max(math.frexp(largest)[1], -126)) if largest > 0 else 1.0
 
 

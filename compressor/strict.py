@@ -6,6 +6,7 @@ run in Python's own engine, which may try for ever: `tame` lets through those th
 """
 
 import json
+import math
 import os
 import re
 import stat
@@ -18,16 +19,18 @@ TOKENIZER = 256 << 20  # bytes of a tokenizer.json, which is larger than all oth
 WIDE, LONGEST, NAME = 5, 1000, 128  # parts of a pattern that may match in many ways; its characters; those of a name that it is tried on
 _BLANK: dict[str, Any] = {"parse_constant": lambda _: None}
 _CLASS = re.compile(r"\[\^?\]?[^\]]*\]")  # where no character is escaped any more
+_FINITE: dict[str, Any] = {"parse_constant": lambda number: _finite(number), "parse_float": lambda number: _finite(number)}
 
 
-def parse(text: str | bytes, unique: bool = True, blank: bool = False) -> Any:
+def parse(text: str | bytes, unique: bool = True, blank: bool = False, finite: bool = False) -> Any:
     """A value of JSON; ValueError for what is none, nests too deep, has huge numbers or, if `unique`, a key twice.
 
-    blank: NaN and infinities are null.
+    blank: NaN and infinities are null. finite: they are refused, and so is a number beyond the range of floats.
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
+    told = _BLANK if blank else _FINITE if finite else {}
     try:
-        value = json.loads(text, parse_int=_whole, object_pairs_hook=_once if unique else None, **_BLANK if blank else {})
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=_once if unique else None, **told)
     except RecursionError:
         raise ValueError(f"it nests deeper than {DEEPEST} levels") from None
     if text.count("[") + text.count("{") > DEEPEST:
@@ -92,6 +95,13 @@ def _whole(digits: str) -> int:
     if len(digits) > DIGITS:
         raise ValueError(f"it holds a number of {len(digits)} digits")
     return int(digits)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds the number {number[:DIGITS]}, which is not finite")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

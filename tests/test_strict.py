@@ -123,3 +123,11 @@ def test_patterns_that_are_tame_end(atoms: list[str]) -> None:
 def test_a_sentence_has_an_end() -> None:
     said = str(ModelError("x" * 100_000 + " at the end"))
     assert len(said) == LONGEST and said.endswith("at the end")
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "[1e999]", '{"a": -1e400}'])
+def test_numbers_that_are_not_finite_are_refused_where_that_is_asked(text: str) -> None:
+    strict.parse(text)
+    with pytest.raises(ValueError, match="not finite"):
+        strict.parse(text, finite=True)
+    assert strict.parse("[1.5, 2, -1e300]", finite=True) == [1.5, 2, -1e300]

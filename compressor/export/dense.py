@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, ModelError
 from compressor.export import shards
-from compressor.export.shards import SHARD_BYTES
+from compressor.export.shards import SHARD_BYTES, Reader
 from compressor.kernels import layout
 from compressor.packed import PackedWeight
 from compressor.packing import PANEL, dense_rows, panels
@@ -99,7 +99,7 @@ def write(folder: Path, config: dict[str, Any], weights: Weights, dtype: torch.d
 
 def prove(folder: Path, files: Iterable[Path], weights: Weights, dtype: torch.dtype) -> None:
     """Read the folder back and compare every tensor, bit for bit, with what `weights` gives again; CompressorError names the first difference."""
-    where: dict[str, Path] = {}
+    where, reader = dict[str, Path](), Reader()
     for path in files:
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
@@ -107,8 +107,7 @@ def prove(folder: Path, files: Iterable[Path], weights: Weights, dtype: torch.dt
         key = _key(name, value)
         if key not in where:
             raise CompressorError(f"{folder} was written, but {key} is not in it")
-        with safe_open(where.pop(key), "pt") as file:
-            back = file.get_tensor(key)
+        back = reader.get(where.pop(key), key)
         mine = _entry(name, value, dtype)[0].cpu()
         if back.dtype != mine.dtype or back.shape != mine.shape or not torch.equal(_bytes(back), _bytes(mine)):
             raise CompressorError(f"{folder} was written, but {key} reads back with other values")

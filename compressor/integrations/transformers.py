@@ -60,8 +60,9 @@ class SparseConfig(QuantizationConfigMixin):
         self.__dict__.update(values)
 
 
-class StoredLinear(linear.PackedLinear):
-    """What becomes a PackedLinear: it holds buffers `weight_packed`, `weight_table`, `weight_shape` until they are loaded and `unpack` is called.
+class StoredTable(linear.PackedLinear):
+    """What becomes a PackedLinear with a table: it holds buffers `weight_packed`, `weight_table`, `weight_shape` until all are loaded and `unpack`
+    is called.
 
     It changes its class, as torch's lazy modules do, and stays the same object, because device maps put hooks on it meanwhile.
     """
@@ -166,7 +167,7 @@ class CompressorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         where, headers = _headers(model, checkpoint_files)
-        experts.unfuse(model, headers)
+        experts.unfuse(model, headers, prove=False)
         schemes = table.schemes_of(self.quantization_config.to_dict(), where)
         table.check_modules(schemes, {name.rpartition(".")[0] for name in headers if name.rpartition(".")[2] in table.PARTS}, where)
         for stored, (bits, segment) in schemes.items():
@@ -174,7 +175,7 @@ class CompressorQuantizer(HfQuantizer):
             parts = {part: headers[f"{stored}.{part}"] for part in table.PARTS if f"{stored}.{part}" in headers}
             table.check(parts, bits, segment, (layer.out_features, layer.in_features), f"{where}: {stored}")
             _check_bias(layer, stored, headers, where)
-            linear.swap(model, name, StoredLinear(layer, parts, bits, segment))
+            linear.swap(model, name, StoredTable(layer, parts, bits, segment))
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """None where experts were taken apart: the names of the folder are those of the model then."""
@@ -184,7 +185,7 @@ class CompressorQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         where = str(model.config.name_or_path or "the folder")
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, StoredLinear | StoredAffine | StoredDense):
+            if isinstance(layer, StoredTable | StoredAffine | StoredDense):
                 layer.unpack(f"{where}: {name}")
         return model
 
@@ -220,7 +221,7 @@ class SparseQuantizer(CompressorQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         where, headers = _headers(model, checkpoint_files)
-        experts.unfuse(model, headers)
+        experts.unfuse(model, headers, prove=False)
         schemes = sparse.schemes_of(self.quantization_config.to_dict(), where)
         sparse.check_modules(schemes, headers, where)
         for stored, scheme in schemes.items():

@@ -30,7 +30,6 @@ RECORD = "export.json"  # in folders that `apply` and `export` write: what was d
 CARD, REPORTS = "README.md", ("report.json", RECORD)
 ABOUT = (CARD, *REPORTS, "report.html")  # they tell of the model, with times and places
 PIECE, SHORT = 1 << 20, 8  # bytes; hex digits of a piece that are kept
-ALIGNED = 32  # bytes, of GGUF's tensors
 LONGEST = 1 << 26  # bytes of a digests.json
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes
 SECTION = """
@@ -81,8 +80,8 @@ def _safetensors(path: Path) -> list[Span]:
 
 
 def _gguf(path: Path) -> list[Span]:
-    _, tensors, end = folder_facts.gguf_header(path)
-    start, tensors = -(-end // ALIGNED) * ALIGNED, sorted(tensors, key=lambda tensor: tensor.offset)
+    _, tensors, start = folder_facts.gguf_header(path)
+    tensors.sort(key=lambda tensor: tensor.offset)
     ends = [*(start + tensor.offset for tensor in tensors[1:]), path.stat().st_size]  # padding behind a tensor counts with it
     if tensors and start + tensors[-1].offset > ends[-1]:
         raise ModelError(f"{path} is truncated: it ends before its last tensor begins")

@@ -29,7 +29,8 @@ GGUF_TYPES = {
     15: "Q8_K", 30: "BF16",
 }  # fmt: skip
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of GGUF's plain kinds of values; 8 is a string, 9 a list
-STRING, LIST = 8, 9
+UINT32, STRING, LIST = 4, 8, 9
+ALIGNMENT, ALIGNED = "general.alignment", 32  # the key that says of how many bytes the places of tensors are multiples; what holds without it
 MLX_BITS = (2, 3, 4, 5, 6, 8)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer each in vLLM and SGLang
 
@@ -282,7 +283,7 @@ def gguf_facts(path: Path) -> Facts:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """dims: the innermost first, as the file has them; offset: from the end of the header, once that is aligned."""
+    """dims: the innermost first, as the file has them; offset: from where the header ends, once that is aligned."""
 
     name: str
     dims: tuple[int, ...]
@@ -291,7 +292,7 @@ class GgufTensor:
 
 
 def gguf_header(path: Path) -> tuple[str, list[GgufTensor], int]:
-    """(architecture, tensors in the order of the list, bytes up to its end) of a GGUF file; ModelError if it is none, or damaged."""
+    """(architecture, tensors in the order of the list, where in the file their offsets count from); ModelError if it is no GGUF file, or damaged."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -306,12 +307,15 @@ def gguf_header(path: Path) -> tuple[str, list[GgufTensor], int]:
                 (dims,) = struct.unpack("<I", file.read(4))
                 *shape, kind, offset = struct.unpack(f"<{dims}QIQ", file.read(8 * dims + 12))
                 found.append(GgufTensor(name, tuple(shape), GGUF_TYPES.get(kind, f"type {kind}"), offset))
-            end = file.tell()
+            aligned = values.get(ALIGNMENT, ALIGNED)
+            if not isinstance(aligned, int) or aligned.bit_count() != 1:
+                raise ValueError(f"its {ALIGNMENT} is no power of two")
+            start = -(-file.tell() // aligned) * aligned
     except (struct.error, ValueError, KeyError, MemoryError, OverflowError) as error:
         raise ModelError(f"{path} is damaged or truncated: {error}") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    return str(values.get("general.architecture", "")), found, end
+    return str(values.get("general.architecture", "")), found, start
 
 
 def _text(file: BinaryIO) -> str:
@@ -331,7 +335,7 @@ def _pair(file: BinaryIO) -> tuple[str, Any]:
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
-    """A text as such; numbers and lists are passed over."""
+    """A text, or a number of 32 bits without sign, as such; other numbers and lists are passed over."""
     if kind == STRING:
         return _text(file)
     if kind == LIST:
@@ -342,6 +346,8 @@ def _value(file: BinaryIO, kind: int) -> Any:
             for _ in range(count):
                 _value(file, inner)
         return None
+    if kind == UINT32:
+        return int(struct.unpack("<I", file.read(4))[0])
     file.seek(SIZES[kind], 1)
     return None
 

@@ -15,7 +15,7 @@ import torch
 
 from compressor import linear
 from compressor.errors import CompressorError, ModelError
-from compressor.export import conversions, shards
+from compressor.export import conversions, shards, table
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.packed import Affine, PackedWeight, zeros_as_floats
 from compressor.pipelines import checkpoint, compress, estimate, formats, load, tools, write
@@ -27,6 +27,7 @@ from compressor.pipelines.run import Run
 from compressor.pipelines.tuners import TUNERS, check_layers
 from compressor.recipe import Quant
 
+ENTRIES = 16  # of a table that takes the place of a scale, at most
 VALUES = ("weight_scale", "scales", "scale", "weight_table")  # what formats call their scales and tables
 
 
@@ -127,6 +128,11 @@ class Retune(Run):
         found = estimate.retuning(self.recipe, model, packed, values, stored, counts, self.source)
         note = "" if self.recipe.tune.method not in ("table", "qalora") else "tables or tuned zeros take more than the values that they replace"
         return found | {"folder_bytes": size, "notes": [note] if note else []}
+
+    def stored(self, model: torch.nn.Module, folder: torch.dtype) -> tuple[list[compress.Target], int, int]:
+        packed, values, size = self._stored(model)
+        tables = self.recipe.tune.method == "table" and self.config["quantization_config"].get("quant_method") != table.METHOD
+        return packed, values * ENTRIES if tables else values, size
 
     def _stored(self, model: torch.nn.Module) -> tuple[list[compress.Target], int, int]:
         """(packed linears, their values, the bytes that they take) from the headers of the folder, whatever its format."""

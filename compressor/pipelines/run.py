@@ -24,6 +24,7 @@ from compressor.pipelines import (
     evaluate,
     load,
     pruning,
+    room,
     stages,
     tasks,
     write,
@@ -46,8 +47,6 @@ from compressor.pipelines.tuners import Tuning, check_layers, resolved
 from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.loop import train
-
-COMPARED = 8192  # tokens of the domain's text on which logits are compared with those of the dense model
 
 
 class Run(Job):
@@ -171,6 +170,10 @@ class Run(Job):
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
         return found
 
+    def stored(self, model: torch.nn.Module, folder: torch.dtype) -> tuple[list[compress.Target], int, int]:
+        """(packed linears, their values, the bytes that these take at most); model: a shell of what is packed, folder: the dtype of its folder."""
+        return room.packed(self.recipe, model, folder) if self.packs else ([], 0, 0)
+
     def calibrates(self) -> bool:
         """Whether packing, or choosing how, looks at calibration windows."""
         return self.packs and (self.recipe.choose.active or bool(needs(self.recipe.quant)))
@@ -211,7 +214,7 @@ class Run(Job):
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
         ids, labels = evaluate.cut(*self._domain_text(loaded), self.window, self.recipe.eval.max_tokens)
-        few = slice(max(1, COMPARED // self.window))
+        few = slice(max(1, divergence.COMPARED // self.window))
         store = None if Blocks.of(loaded.model) is None else Spool(self.work / "activations" / "logits")
         with self.stage("evaluate dense"):
             self.near = divergence.Sample(loaded.model, ids[few], labels[few], store)
@@ -344,8 +347,7 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
     done = world.first(lambda: job.done(job.key_written, overwrite))
     if done is not None:
         return done
-    need = 3 * job.config.get("vocab_size", 0) * job.config.get("hidden_size", 0) + checkpoint.model_bytes(job.source) // 2
-    world.first(lambda: check_room(job.place, need))
+    world.first(lambda: check_room(job.place, room.needed(job)))
     return job.go()
 
 

@@ -54,6 +54,42 @@ def test_parts_are_read_when_they_are_asked_for_and_hold_no_file(tmp_path: Path)
     found = parts.pop("m")
     assert torch.equal(found["words"], torch.arange(4)) and torch.equal(found["scale"], torch.ones(3)) and len(parts) == 1
     assert found["words"].untyped_storage().nbytes() == 4 * 8  # its own, not the mapped file's
+    assert parts.pop("n")["words"].numel() == 5 and not parts
+    parts = shards.read_weights(tmp_path, [one, other], ("words", "scale"))[1]
     one.unlink()
     with pytest.raises(ModelError, match="cannot be read"):
         parts["n"]
+
+
+def test_files_are_opened_once_for_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header is parsed for many modules, and mapped pages do not gather."""
+    given = {f"m{i}.words": torch.full((100,), i) for i in range(40)}  # 800 bytes each
+    save_file(dict(list(given.items())[:20]), tmp_path / "a")
+    save_file(dict(list(given.items())[20:]), tmp_path / "b")
+    parts = shards.read_weights(tmp_path, [tmp_path / "a", tmp_path / "b"], ("words",))[1]
+    opened: list[str] = []
+    monkeypatch.setattr(shards, "safe_open", lambda path, kind: opened.append(path.name) or safe_open(path, kind))
+    assert all(torch.equal(parts[name]["words"], given[f"{name}.words"]) for name in parts)
+    assert opened == ["a", "b"]
+    monkeypatch.setattr(shards, "TOUCHED", 4000)
+    opened.clear()
+    parts = shards.read_weights(tmp_path, [], ())[1]
+    for name in given:
+        parts.add(name.removesuffix(".words"), "words", tmp_path / ("a" if int(name[1:].split(".")[0]) < 20 else "b"))
+    assert all(torch.equal(parts.pop(name)["words"], given[f"{name}.words"]) for name in list(parts))
+    assert opened == ["a"] * 4 + ["b"] * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs the kernel's list of mapped files")
+def test_what_was_read_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "TOUCHED", 1 << 20)
+    save_file({str(i): torch.zeros(1 << 18) for i in range(16)}, tmp_path / "a")  # 1 MiB each
+    reader = shards.Reader()
+    for i in range(16):
+        reader.get(tmp_path / "a", str(i))
+    assert str(tmp_path / "a") not in Path("/proc/self/maps").read_text()
+    monkeypatch.setattr(shards, "TOUCHED", 1 << 30)
+    reader.get(tmp_path / "a", "0")
+    assert str(tmp_path / "a") in Path("/proc/self/maps").read_text()
+    reader.close()
+    assert str(tmp_path / "a") not in Path("/proc/self/maps").read_text()

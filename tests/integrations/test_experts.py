@@ -104,6 +104,7 @@ def test_a_class_that_does_something_else_than_it_says_stays_fused(monkeypatch: 
     experts.unfuse(model)
     assert len(experts.fused(model)) == 2
     assert "do not give what it gives" in experts.reason(model.model.layers[0].mlp.experts)
+    assert not experts.fused(experts.unfuse(mixtures.model("olmoe"), prove=False)), "a model whose weights are to come is not asked"
 
 
 def test_experts_whose_names_on_disk_nobody_tells_stay_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from compressor.errors import ModelError
 from compressor.export import compressed_tensors, hqq, mlx, sparse, table
 from compressor.export import gptq as gptq_format
-from compressor.pipelines import card_serving, folder_facts, servers
+from compressor.pipelines import card_serving, digests, folder_facts, servers
 from compressor.pipelines.folder_facts import Scheme
 from tests.pipelines.folders import CONFIG, LAYERS, changed, gguf, gptq, packed, weight
 
@@ -75,6 +76,30 @@ def test_words_of_no_scheme_give_one_sentence(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="of no scheme that config.json lists"):
         folder_facts.facts(folder)
+
+
+@pytest.mark.parametrize("aligned", [None, 8, 64, 4096])
+def test_tensors_of_gguf_files_begin_where_the_header_says(tmp_path: Path, aligned: int | None) -> None:
+    gguf_library = pytest.importorskip("gguf")
+    writer = gguf_library.GGUFWriter(tmp_path / "x.gguf", "llama")
+    if aligned is not None:
+        writer.add_custom_alignment(aligned)
+    values = {name: np.full(size, size, np.float32) for name, size in (("a", 5), ("b", 70), ("c", 3))}
+    for name, value in values.items():
+        writer.add_tensor(name, value)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    content = (tmp_path / "x.gguf").read_bytes()
+    assert {span.name: content[span.begin : span.begin + 4 * len(values[span.name])] for span in digests.layout(tmp_path / "x.gguf")} == {
+        name: value.tobytes() for name, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("pair", [struct.pack("<II", 4, 0), struct.pack("<II", 4, 48), struct.pack("<If", 6, 32.0)])
+def test_an_alignment_that_cannot_be_is_damage(tmp_path: Path, pair: bytes) -> None:
+    key = b"general.alignment"
+    with pytest.raises(ModelError, match=r"general.alignment is no power of two"):
+        folder_facts.facts(gguf(tmp_path / "model.gguf", struct.pack("<Q", len(key)) + key + pair, 1))
 
 
 @pytest.mark.parametrize("cut", range(4, 200, 7))

@@ -1,12 +1,12 @@
 """The tensors of a dense folder by the names of the model, read from its mapped shards a few at a time and copied, so that no page of a file
-stays.
+stays once they are read.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from compressor.errors import ModelError
@@ -40,11 +40,10 @@ class Source:
         if lacking := sorted(name for name, key in keys.items() if key is None):
             raise ModelError(f"{self.folder} lacks weights, they would be random: {', '.join(lacking[:3])}{' …' if len(lacking) > 3 else ''}")
         places = {name: (self.where[key], key) for name, key in keys.items() if key is not None}
+        reader = shards.Reader()  # goes, with its pages, when these are read
         try:
             for name, (path, key) in places.items():
-                with safe_open(path, "pt") as file:  # anew: pages of a mapped file stay in memory as long as it is open
-                    tensor = file.get_tensor(key).clone()
-                yield name, tensor
+                yield name, reader.get(path, key)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.folder} cannot be read: {error}") from None
 

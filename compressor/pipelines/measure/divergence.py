@@ -38,6 +38,7 @@ from compressor.pipelines.data import IGNORE
 from compressor.stored import compute_dtype
 
 SAMPLE_LOGITS = 2**28  # that a Sample keeps: 1 GiB of host memory in float32
+COMPARED = 8192  # tokens of the domain's text on which a run compares logits with those of the dense model
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 Forward = Callable[[Tensor], Tensor]  # ids [batch, window] -> logits [batch, window, vocab]
 

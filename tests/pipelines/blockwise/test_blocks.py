@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from compressor import linear, stored
 from compressor.errors import ModelError, RecipeError
@@ -21,12 +20,7 @@ from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
-from tests.pipelines.conftest import make_tokenizer
-
-SMALL = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "head_dim": 8, "sliding_window": 16,
-}  # fmt: skip
+from tests.pipelines.toys import make, recipe
 
 
 @pytest.fixture(params=FAMILIES)
@@ -37,18 +31,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     return make(tmp_path / "llama", "llama")
-
-
-def make(folder: Path, family: str, **more: Any) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SMALL | more)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def ids(count: int, window: int = 16) -> torch.Tensor:
@@ -85,32 +67,58 @@ def sums(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
 
 
-def recipe(model: Path, **changes: Any) -> Recipe:
-    text = Path(model).parent / "text.txt"
-    text.write_text("The ship left the harbour at dawn, and nobody saw it go. " * 400)
-    given = {"data__data": str(text), "data__outside": str(text), "data__nsamples": 6, "data__seqlen": 32, "eval__max_tokens": 512, "device": "cpu"}
-    return Recipe(model=str(model)).with_(**given | {"quant__packer": "gptq", "quant__group": 16} | changes)
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "num_hidden_layers": 2}
+PAIRS = [{"prompt": f"Question: {i}", "completion": f" the ship left the harbour {i} times"} for i in range(200)]
 
 
-@pytest.mark.parametrize("packer", ["rtn", "gptq", "sketch"])
-def test_a_run_writes_the_same_bytes(llama: Path, tmp_path: Path, packer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "packer", "changes"),
+    [
+        ("llama", "rtn", {}),
+        ("llama", "gptq", {"data__activations": "disk"}),
+        ("llama", "sketch", {"quant__group": 128}),
+        ("qwen2_moe", "gptq", {"data__activations": "disk"}),
+        ("llama", "gptq", {"data__data": "pairs.jsonl", "data__activations": "recompute"}),
+    ],
+)
+def test_a_run_writes_the_same_bytes(family: str, packer: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "HELD", 4096)  # so that tensors are written as they come
-    done = {}
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    model = make(tmp_path / "model", family, **MIXTURE if family == "qwen2_moe" else {})
+    asked, done = recipe(model, quant__packer=packer, **{key: value for key, value in changes.items() if key != "data__activations"}), {}
     for memory in ("whole", "blocks"):
-        changes: dict[str, Any] = {"quant__group": 128} if packer == "sketch" else {}
-        if memory == "blocks" and packer == "gptq":
-            changes = {"data__activations": "disk"}
-        done[memory] = pipeline.run(recipe(llama, memory=memory, quant__packer=packer, **changes), tmp_path / memory)
+        more = {key: value for key, value in changes.items() if memory == "blocks" and key == "data__activations"}
+        done[memory] = pipeline.run(asked.with_(memory=memory, **more), tmp_path / memory)
     assert sums(tmp_path / "whole") == sums(tmp_path / "blocks") and not (tmp_path / "blocks.partial").exists()
-    report = json.loads((tmp_path / "blocks" / "report.json").read_text())
+    whole, report = (json.loads((tmp_path / memory / "report.json").read_text()) for memory in ("whole", "blocks"))
     assert report["expected"]["compress"] > 0 and any("no samples" in note for note in report["notes"])
-    assert (
-        report["packed"]["divergence"]["windows"] == json.loads((tmp_path / "whole" / "report.json").read_text())["packed"]["divergence"]["windows"]
-    )
+    assert report["packed"]["divergence"]["windows"] == whole["packed"]["divergence"]["windows"]
+    assert ("experts" in report) == (family == "qwen2_moe") and report.get("experts") == whole.get("experts")
     for state in ("dense", "packed"):
         one, other = (done[memory][state]["domain"]["perplexity"] for memory in ("whole", "blocks"))
         assert one == pytest.approx(other, rel=1e-6)
         assert done["whole"][state]["folder_bytes"] == done["blocks"][state]["folder_bytes"]
+
+
+@pytest.mark.parametrize("first", ["whole", "blocks"])
+def test_a_killed_packing_goes_on_in_the_other_mode(llama: Path, tmp_path: Path, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(llama, eval__max_tokens=128)
+    pipeline.run(asked.with_(memory=first), tmp_path / "whole")
+    from compressor.pipelines import compress
+
+    real, packed = compress._pack_block, list[int]()
+
+    def pack(block: Any, index: int, *rest: Any) -> Any:
+        packed.append(index)
+        return real(block, index, *rest) if packed != [0, 1] else 1 / 0
+
+    monkeypatch.setattr(compress, "_pack_block", pack)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(asked.with_(memory=first), tmp_path / "other")
+    second = {"whole": "blocks", "blocks": "whole"}[first]
+    assert pipeline.run(asked.with_(memory=second), tmp_path / "other")["resumed"] and packed == [0, 1, 1, 2]
+    assert sums(tmp_path / "whole") == sums(tmp_path / "other")
 
 
 def test_a_run_goes_on_behind_the_last_packed_block_and_may_then_tune(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
