@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -113,6 +114,7 @@ def run_arm(name: str, work: Path) -> dict[str, Any]:
 
 def eval_arm(work: Path) -> dict[str, Any]:
     folder = work / "rtn-7b"
+    shutil.rmtree(work / "cache", ignore_errors=True)  # or nothing would be measured
     document, peak, seconds = child("eval", str(folder), "--max-tokens", "256", "--window", "256", "--cache", str(work / "cache"))
     report = json.loads((folder / "report.json").read_text())
     size = checkpoint.model_bytes(folder)
