@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 1 << 24  # weights, from which on it pays
-SLICE = 1 << 22  # weights that are float32 at a time
+SLICE = 1 << 21  # weights that are float32 at a time
 
 
 class StoredEmbedding(nn.Embedding):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compressor import memory
 from compressor.errors import ModelError
 from compressor.packed import PackedWeight
 
@@ -169,9 +170,10 @@ class Reader:
         return tensor
 
     def close(self) -> None:
-        """Give back all pages; what is asked for later is opened anew."""
+        """Give back all pages, and what was freed between copies that stay; what is asked for later is opened anew."""
         self._files.clear()
         self._touched = 0
+        memory.trim()
 
 
 class Parts(Mapping[str, dict[str, Tensor]]):

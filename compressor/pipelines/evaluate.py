@@ -33,7 +33,7 @@ from compressor.pipelines.generate import generate
 from compressor.tune.loop import first_nonfinite
 
 LOGIT_BYTES = 256 << 20
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 8 << 20
 BATCH_TOKENS = 8192
 SAMPLES, SAMPLE_TOKENS = 3, 40  # sample texts of a run, and their length
 SAMPLED_PARAMETERS = 30_000_000  # packed ones, above which a CPU without compiled kernels writes no samples

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import linear, strict
+from compressor import linear, memory, strict
 from compressor.errors import CompressorError, ModelError, RecipeError, UserError
 from compressor.export import conversions, shards
 from compressor.integrations import attach, experts, peft
 from compressor.packed import PackedWeight
-from compressor.pipelines import formats, promises, stages
+from compressor.pipelines import formats, promises
 from compressor.pipelines.checkpoint import any_config, read_config, resolve, stored_dtype, weight_files
 from compressor.prune import slicing
 from compressor.stored import keep_stored, stored_names
@@ -152,7 +152,7 @@ def load_packed(folder: Path, config: dict[str, Any], device: torch.device, name
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float16)
     _fill(model, tensors, folder)
     compute = torch.float32 if device.type == "cpu" else dtype
-    stages.trim()  # what decoding left between the weights
+    memory.trim()  # what decoding left between the weights
     loaded = Loaded(cast(model, compute).to(device).eval(), load_tokenizer(folder), folder, name, config, dtype)
     if (folder / peft.FOLDER).is_dir():
         loaded.adapter = attach.load(loaded.model, folder / peft.FOLDER)

@@ -6,8 +6,6 @@ mapped model files too, as far as they were touched. Stages may nest: time and m
 Limit: one stack of stages a process; threads that open stages at the same time would share it.
 """
 
-import contextlib
-import ctypes
 import os
 import sys
 import time
@@ -80,15 +78,6 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def trim() -> None:
-    """Give memory that the process has freed back to the operating system, where the C library can.
-
-    glibc keeps what lies between living pieces, which grows to gigabytes where tensors of megabytes come and go.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # other systems
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _host_peak() -> int:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import linear
+from compressor import linear, memory
 from compressor.errors import ModelError
 from compressor.packed import PackedWeight
-from compressor.pipelines import journal, stages
+from compressor.pipelines import journal
 from compressor.pipelines.blockwise.hidden import Hidden, Recomputed, Spool
 from compressor.pipelines.blockwise.source import Source
 from compressor.pipelines.calibrate import BATCH_TOKENS, Calibration
@@ -73,7 +73,7 @@ class Blocks:
         finally:
             self._visited.discard(index)
             self._drop(block)
-            stages.trim()
+            memory.trim()
 
     def settle(self) -> None:
         """All blocks with their weights for good: an ordinary model from now on."""
@@ -174,7 +174,7 @@ class Blocks:
         def after(_m: nn.Module, _args: Any, _out: Any) -> None:
             if not self._skipping and index not in self._visited:
                 self._drop(block)
-                stages.trim()
+                memory.trim()
 
         return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
 
