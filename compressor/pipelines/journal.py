@@ -160,7 +160,7 @@ def _lock(path: Path) -> IO[str]:
         with contextlib.suppress(FileNotFoundError):  # its holder has just taken the folder away, or there can be none here
             if handle := _tried(path):
                 return handle
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    raise unlockable(path.parent, OSError(errno.ENOENT, os.strerror(errno.ENOENT)))
 
 
 def _tried(path: Path) -> IO[str] | None:
