@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "quant.scale_dtype": ("auto", "float16", "bfloat16", "float32"), "quant.shrink": (True, False), "quant.damp": (1e-3, 0.01, 0.1, 1.0),
     "quant.act_order": (True, False), "quant.gpr": (None, 1, 2, 4), "quant.start": ("kmeans", "uniform"), "quant.exponent": (0.0, 1.0, 2.0, 4.0),
     "quant.feedback": (True, False), "quant.refit": (True, False), "quant.ignore": ((), ("v_proj",), (r"layers\.0\.", "query")),
-    "quant.layers": LAYERS,
+    "quant.layers": LAYERS, "quant.passes": (1, 2), "quant.windows": (1, 2, 3), "quant.rate": (1e-3, 0.02, 0.5), "quant.value_rate": (1e-3, 0.1),
     "prune.method": pruning.METHODS, "prune.ratio": (0.2, 0.34, 0.5, 0.7),
     "prune.pattern": (None, "structured", "unstructured", "4block", "2:4"), "prune.unit": ("auto", "group", "query"),
     "prune.estimate": ("projected", "paper"), "prune.parts": (None, "all", "gate"), "prune.multiple": (8, 16, 32), "prune.uniform": (True, False),
@@ -61,6 +61,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "tune.gradient_checkpointing": (True, False), "tune.rank": (1, 2, 8), "tune.alpha": (1.0, 16.0), "tune.dropout": (0.0, 0.1),
     "tune.targets": (None, "q_proj", "q_proj,down_proj", "query,value"), "tune.start": ("zero", *STARTS), "tune.adapter": ("keep", "absorb"),
     "tune.optimizer": ("adamw", "adamw", *OPTIMIZERS), "tune.offload": ("none", "none", "cpu"), "tune.shard": (False, False, False, True),
+    "tune.distill": (0.0, 0.0, 0.5, 1.0), "tune.distill_top": (1, 8, 64),
     "tune.grid": ("none", *GRIDS), "tune.absorb_limit": (0.02, 100.0),
     "eval.window": (None, 32, 64), "eval.max_tokens": (100, 257), "eval.task_limit": (0, 2),
 }  # fmt: skip

@@ -28,7 +28,8 @@ class Packer:
 
     `needs` are the sums its stats must hold; `resolve(k, options, name)` says which group size a layer of k in features gets, with a note for
     the report, and raises RecipeError where none fits; `reads` names the keys of Quant that it heeds, beside those of all packers (bits, packer,
-    scale_dtype, ignore); `table` says that it makes sketches, `fisher` that it wants `stats.fisher`.
+    scale_dtype, ignore); `table` says that it makes sketches, `fisher` that it wants `stats.fisher`, `trains` that what it
+    makes is the start of block-wise reconstruction (pipelines/reconstruct.py), with codes within `reach` steps of the dense weight if that is given.
     """
 
     pack: Pack
@@ -37,6 +38,8 @@ class Packer:
     reads: tuple[str, ...] = ()
     table: bool = False
     fisher: bool = False
+    trains: bool = False
+    reach: float | None = None
 
     @property
     def heeds(self) -> set[str]:

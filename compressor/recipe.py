@@ -37,6 +37,10 @@ class Quant:
     exponent: float = 2.0  # sketches: k-means weighs column j by U[j, j]**-exponent, U the Cholesky factor of the inverse of H; 0: all alike
     feedback: bool = True  # sketches: codes by a sweep with error feedback; else each weight takes its nearest entry
     refit: bool = True  # sketches: tables by least squares under H given the codes, and codes given the tables
+    passes: int = 2  # block, round: times that each block is trained on the calibration windows
+    windows: int = 2  # block, round: windows an update
+    rate: float = 0.02  # block, round: of an update of codes, in steps of the grid
+    value_rate: float = 0.01  # block, round: of an update of scales, as a share of them, and of zeros, in steps
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
     layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
 
@@ -160,6 +164,8 @@ class Tune:
     start: str = "zero"  # LoRA: zero, the product is 0 at first | residual | loftq | principal | eva: found while packing (docs/methods.md)
     adapter: str = "keep"  # keep, beside the packed base | absorb, by packing anew with it
     grid: str = "none"  # PEQA: scales stay on the two-level grid of a type of GGUF, q4_k | q3_k | q2_k, so that its export is exact
+    distill: float = 0.0  # share of the dense model's predictions in the loss, beside the text
+    distill_top: int = 64  # likeliest tokens of each prediction that are kept
     absorb_limit: float = 0.02  # absorbing may raise the perplexity of the domain by this share; beyond it the adapter stays
 
 
@@ -307,6 +313,14 @@ def _choosing_rules(c: Choose) -> list[tuple[bool, str]]:
     ]
 
 
+def _training_rules(q: Quant, t: Tune) -> list[tuple[bool, str]]:
+    return [
+        (q.passes > 0 and q.windows > 0, f"quant.passes={q.passes} and quant.windows={q.windows} must be positive"),
+        (0 < q.rate < math.inf and 0 < q.value_rate < math.inf, f"quant.rate={q.rate} and quant.value_rate={q.value_rate} must be positive"),
+        (0 <= t.distill <= 1 and t.distill_top > 0, f"tune.distill={t.distill} is a share from 0 to 1, and tune.distill_top positive"),
+    ]
+
+
 def _check(r: Recipe) -> None:
     q, d, t, e, f = r.quant, r.data, r.tune, r.eval, r.finetune
     rules = [
@@ -324,6 +338,7 @@ def _check(r: Recipe) -> None:
         (q.start in ("kmeans", "uniform"), f"start={q.start!r}: choose kmeans or uniform"),
         (0 <= q.exponent < math.inf, f"exponent={q.exponent} must not be negative"),
         (0 < q.damp < math.inf, f"damp={q.damp} must be positive"),
+        *_training_rules(q, t),
         (d.nsamples > 0, f"nsamples={d.nsamples} must be positive"),
         (d.seqlen is None or d.seqlen > 1, f"seqlen={d.seqlen} must be at least 2"),
         (t.parametrization in ("relative", "absolute"), f"parametrization={t.parametrization!r}: choose relative or absolute"),

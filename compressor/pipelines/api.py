@@ -80,7 +80,7 @@ class Model:
                 seed,
             )
         dtype = loading.scale_dtype(options.scale_dtype, loaded.dtype)
-        loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids, keep_zeros=self._sparse)
+        loaded.rows, loaded.unpacked, _ = blocks.compress(loaded.model, options, dtype, ids, keep_zeros=self._sparse, seed=seed)
         return self
 
     def tune(self, data: str | None = None, method: str | None = None, seqlen: int | None = None, seed: int = 42, **options: Any) -> TrainLog:

@@ -31,24 +31,29 @@ LEAST = 4  # tokens for each input of an expert, below which it is packed withou
 class Calibration:
     """Calibration windows on their way through the blocks: hidden states in main memory, block arguments seen once a batch size."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Hidden | Recomputed | None = None):
-        """ids int64 [count, seqlen]; hidden: what hidden states wait in, a list unless something else is given."""
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Hidden | Recomputed | None = None, part: int | None = None):
+        """ids int64 [count, seqlen]; hidden: what hidden states wait in, a list unless something else is given.
+
+        part: so many windows of a batch, and what is left over, can be run too: `arguments` has what blocks get with them.
+        """
         ids = world.dealt(ids)  # each process runs its own windows; `collect` adds up their sums
         count, seqlen = ids.shape
         size = max(1, min(count, BATCH_TOKENS // seqlen))
         device = next(model.parameters()).device
-        self.batches = [part.to(device) for part in ids.split(size)]  # equal ones, and perhaps a smaller last one
+        self.batches = [rows.to(device) for rows in ids.split(size)]  # equal ones, and perhaps a smaller last one
         self.hidden: Hidden | Recomputed = [] if hidden is None else hidden
         self.arguments: list[dict[int, dict[str, Any]]] = [{} for _ in blocks]  # by the size of the batch: masks have its shape
-        self._record(model, blocks)
+        pieces = [] if part is None else [piece for batch in self.batches for piece in batch.split(part)]
+        self._record(model, blocks, list({len(piece): piece for piece in pieces}.values()))
 
     @torch.no_grad()
-    def _record(self, model: nn.Module, blocks: nn.ModuleList) -> None:
+    def _record(self, model: nn.Module, blocks: nn.ModuleList, parts: list[Tensor]) -> None:
         """The first batch of each size records every block's keyword arguments and stops at the last block; the others stop at the first."""
         size = 0
 
         def first(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.hidden.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
+            if len(self.hidden) < len(self.batches):
+                self.hidden.append((args[0] if args else kwargs["hidden_states"]).detach().cpu())
             if size in self.arguments[0]:
                 raise Stop
 
@@ -69,7 +74,7 @@ class Calibration:
         hooks = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]  # before the one that may stop
         hooks += [block.register_forward_pre_hook(keep(i), with_kwargs=True) for i, block in enumerate(blocks)]
         try:
-            for batch in self.batches:
+            for batch in (*self.batches, *parts):
                 size = len(batch)
                 with contextlib.suppress(Stop):
                     model(input_ids=batch, use_cache=False)

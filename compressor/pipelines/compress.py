@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,13 @@ from compressor.errors import ModelError, RecipeError
 from compressor.integrations import experts
 from compressor.kernels import layout
 from compressor.packed import PackedWeight
-from compressor.packing import naming, relative_error
+from compressor.packing import joined, naming, relative_error
 from compressor.pipelines import journal, parallel
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.calibrate import Calibration, collect_step, shared_inputs, steps
 from compressor.pipelines.fisher import squared_gradients
-from compressor.pipelines.packers import PACKERS, needs
+from compressor.pipelines.packers import PACKERS, needs, trains
+from compressor.pipelines.reconstruct import Reconstruction
 from compressor.quant.starts import STARTS, check
 from compressor.quant.starts import Path as LowRank
 from compressor.recipe import Quant
@@ -73,6 +74,7 @@ class How:
     start: str = "zero"
     rank: int = 8
     leaves: Collection[str] | None = None  # last parts of the names of linears that have a path; None: all
+    rebuild: Reconstruction | None = None  # where a packer trains blocks
 
     def beside(self, name: str) -> bool:
         """Whether a path found here goes beside the linear of this name."""
@@ -126,6 +128,14 @@ def check_keep_zeros(quant: Quant) -> None:
         raise RecipeError(f"{tables[0].packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")
 
 
+def check_trains(quant: Quant, start: str) -> None:
+    """RecipeError if blocks are to be trained beside what cannot be beside it."""
+    if trains(quant) and start != "zero":
+        raise RecipeError(f"tune.start={start} finds paths beside weights as they are packed, and {quant.packer} goes on to change these: use gptq")
+    if trains(quant) and world.size() > 1:
+        raise RecipeError(f"{quant.packer} trains blocks in one process: start it without torchrun, or use gptq")
+
+
 def compress(
     model: nn.Module,
     quant: Quant,
@@ -138,6 +148,7 @@ def compress(
     rank: int = 8,
     starts: dict[str, LowRank] | None = None,
     beside: Collection[str] | None = None,
+    seed: int = 42,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Pack the model's decoder linears in place.
 
@@ -145,11 +156,12 @@ def compress(
     are taken as they are (the caller guards it by a fingerprint). `keep_zeros`: weights that are exactly zero were pruned, and their codes stay the
     zero's; RecipeError if the packer makes tables. `start`: with any of STARTS a path of `rank` is found beside each packed weight (`beside`:
     those whose last name is in it); A [rank, k] and B [n, rank], float32 in main memory, gamma not divided out, go into `starts` by the layer's
-    name, and its row has "start_error", the error with the path. Returns report rows of packed layers, rows of linears left dense, and the number
-    of blocks that were taken from `work`.
+    name, and its row has "start_error", the error with the path. `seed`: of the order in which windows train blocks. Returns report rows
+    of packed layers, rows of linears left dense, and the number of blocks that were taken from `work`.
     """
     if keep_zeros:
         check_keep_zeros(quant)
+    check_trains(quant, start)
     todo, how = plan(model, quant), How(scale_dtype, keep_zeros, start, rank, beside)
     if start != "zero":
         shapes = {t.name: t.shape for t in todo.packed() if how.beside(t.name)}
@@ -159,7 +171,9 @@ def compress(
     fisher = _fisher(model, todo, ids, work) if ids is not None else {}
     calibration = None
     if needs(quant) and ids is not None:
-        calibration = Calibration(model, blocks, ids) if visits is None else visits.calibration(ids)
+        walk = partial(Calibration, model, blocks, ids) if visits is None else partial(visits.calibration, ids)
+        calibration = walk(part=quant.windows if trains(quant) else None)
+        how = replace(how, rebuild=Reconstruction(walk(), quant, seed) if trains(quant) else None)
     if visits is not None and work is not None:
         visits.packed = partial(_block_path, work)
     rows: list[dict[str, Any]] = []
@@ -184,13 +198,17 @@ def _block(
     work: Path | None, last: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, LowRank], bool]:  # fmt: skip
     """Rows and paths of one block, packed now or, which is the third, taken from `work`; unless it is the last, calibration goes on behind it."""
-    stored = None if work is None else journal.kept(_block_path(work, index))
+    stored, visits = None if work is None else journal.kept(_block_path(work, index)), Blocks.of(block)
     rows, paths = ([], {}) if stored is None else (stored[1], _paths_of(stored[0]))
     if stored is not None:
+        if how.rebuild is not None and not last:
+            with contextlib.nullcontext() if visits is None else visits.visit(index):
+                how.rebuild.see(block, index)
         _apply_block(block, prefix, *stored)
-    visits = Blocks.of(block)
     with contextlib.nullcontext() if visits is None or (stored is not None and last) else visits.visit(index):
         if stored is None:
+            if how.rebuild is not None:
+                how.rebuild.see(block, index)
             rows, paths = _pack_block(block, index, targets, how, calibration, prefix, fisher)
         if stored is None and work is not None:
             named = {f"{leaf}.{key}": t for leaf, path in paths.items() for key, t in zip("ab", path, strict=True)}
@@ -225,6 +243,7 @@ def _pack_block(
         todo = steps(block, groups)
     rows: list[dict[str, Any]] = []
     paths: dict[str, LowRank] = {}
+    trained = {leaf: linear.linears(block)[leaf] for leaf, target in by_leaf.items() if PACKERS[target.quant.packer].trains}
     for step in todo:
         start, found = time.perf_counter(), dict[str, LayerStats]()
         leaves = [leaf for group in step for leaf in group]
@@ -248,7 +267,25 @@ def _pack_block(
         for leaf in leaves:
             fisher.pop(by_leaf[leaf].name, None)
             rows.append(made[leaf] if world.size() == 1 else _exchange(block, prefix, leaf, whose[leaf], made, paths))
+    if how.rebuild is not None and calibration is not None and trained:
+        _rebuild(block, index, {prefix + leaf: leaf for leaf in trained}, trained, by_leaf, how, calibration, rows)
     return rows, paths
+
+
+def _rebuild(
+    block: nn.Module, index: int, leaves: dict[str, str], dense: dict[str, nn.Linear], targets: dict[str, Target], how: How, calibration: Calibration,
+    rows: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """Block-wise reconstruction of the linears `dense`, and what it did in their rows: "error" is that of the whole block from then on."""
+    assert how.rebuild is not None
+    start = time.perf_counter()
+    kept = {leaf: layer.weight.detach() != 0 if how.keep_zeros else None for leaf, layer in dense.items()}
+    before, after = how.rebuild.train(block, index, dense, {leaf: PACKERS[targets[leaf].quant.packer].reach for leaf in dense}, kept, calibration)
+    spent = (time.perf_counter() - start) / len(dense)
+    told = f"outputs of the block: error {before:.4f} before it was trained, {after:.4f} after"
+    for row in rows:
+        if row["name"] in leaves:
+            row |= {"error": min(before, after), "seconds": round(row["seconds"] + spent, 4), "note": joined(row["note"], told)}
 
 
 def _cost(target: Target) -> int:

@@ -22,7 +22,7 @@ from compressor.integrations import experts
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
 from compressor.pipelines import calibrate, checkpoint, compress, evaluate, load, promises
-from compressor.pipelines.packers import PACKERS, needs
+from compressor.pipelines.packers import PACKERS, needs, trains
 from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
 from compressor.sketch import kmeans, learned
@@ -40,6 +40,7 @@ IN_USE = 4  # bytes a scale or table entry as the forward pass uses it, beside w
 TENSOR = 170  # bytes a stored tensor of an adapter costs beside its numbers: its name and place, and the name of its linear in the configuration
 DENSE = {"dora": 5, "loha": 4, "lokr": 2}  # float32 matrices as large as the weight that an adapter makes while it computes
 KEPT = ("loha", "lokr")  # kinds that keep one of them from forward to backward
+TRAINED = 28  # bytes a weight of a block that is trained: dense, position, gradient, two moments, rounded, and the gradient of that
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -261,6 +262,8 @@ def _memory(
         largest = max(m.in_features * m.out_features for m in linear.linears(model).values())
         buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
         out["compress"] += SKETCHING * min(learned.PANEL, largest) + 4 * largest + buckets
+    if trains(recipe.quant):
+        out["compress"] += training_bytes(model, counts.calibration, recipe.quant.windows * counts.calibration // recipe.data.nsamples, size)
     if any(packer.fisher for packer in packers):
         out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * (alive * layers + 4 * vocab) * size
     if recipe.tune.method != "none":
@@ -269,6 +272,15 @@ def _memory(
         waiting = packed_bytes * (layers - 1) // layers if recipe.tune.offload == "cpu" else 0
         out["tune"] = small - waiting + trained + max(steps, 2 * logits + 3 * evaluate.CHUNK_BYTES)
     return out
+
+
+def training_bytes(model: nn.Module, tokens: int, step: int, size: int) -> int:
+    """Bytes that block-wise reconstruction adds: float32 positions of a block with gradient, moments and rounded weights, what `step` tokens leave on
+    their way through it, and the dense model's hidden states of all `tokens`."""
+    config, blocks = _config(model), linear.find_blocks(model)[1]
+    block = max(sum(m.in_features * m.out_features for m in linear.linears(each).values()) for each in blocks)
+    alive = 12 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return TRAINED * block + step * alive * size + tokens * config.hidden_size * size
 
 
 def inputs(model: nn.Module) -> dict[str, int]:
@@ -308,7 +320,8 @@ def _packing_seconds(packed: list[compress.Target], counts: Counts, parameters: 
     if calibrated:
         hessian = sum(t.shape[1] ** 2 for t in calibrated) * counts.calibration * 2
         backward = 4 * parameters * counts.calibration if any(PACKERS[t.quant.packer].fisher for t in packed) else 0
-        seconds += (2 * weights * counts.calibration * PASSES + hessian + backward) / speed
+        training = sum((6 * t.quant.passes + 2) * t.shape[0] * t.shape[1] for t in packed if PACKERS[t.quant.packer].trains) * counts.calibration
+        seconds += (2 * weights * counts.calibration * PASSES + hessian + backward + training) / speed
     return seconds
 
 

@@ -100,6 +100,7 @@ class Job:
             loaded.rows, loaded.unpacked, taken = compress.compress(
                 loaded.model, quant, dtype, ids, folder, lambda row: advance(1, f"{row['name']} error {row['error']:.4f}"), self.sparse,
                 self.recipe.tune.start, self.recipe.tune.rank, self.starts, named(self.recipe.tune.targets),
+                self.recipe.seed,
             )  # fmt: skip
         journal.resumed |= taken > 0
         self.report.layers, self.report.unpacked, self.report.experts = loaded.rows, loaded.unpacked, coverage.coverage(loaded.rows)

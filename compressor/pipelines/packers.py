@@ -7,6 +7,11 @@ from compressor.recipe import Quant
 PACKERS: dict[str, Packer] = quant.PACKERS | sketch.PACKERS
 
 
+def trains(quant: Quant) -> bool:
+    """Whether blocks are trained once some of their linears are packed."""
+    return any(PACKERS[kind.packer].trains for kind in quant.kinds() if kind.packer in PACKERS)
+
+
 def needs(quant: Quant) -> tuple[str, ...]:
     """The sums of the inputs that packing by these options asks for; none if no linear's packer looks at data."""
     return tuple(dict.fromkeys(each for kind in quant.kinds() for each in PACKERS[kind.packer].needs))

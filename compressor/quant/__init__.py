@@ -5,9 +5,13 @@ from compressor.quant import gptq, rtn
 from compressor.quant.groups import resolve_group
 
 GRID = ("group", "gpr", "symmetric", "shrink")
+GPTQ = (*GRID, "damp", "act_order")
+TRAINED = ("passes", "windows", "rate", "value_rate")
 PACKERS: dict[str, Packer] = {
     "rtn": Packer(rtn.pack, resolve_group, reads=GRID),
-    "gptq": Packer(gptq.pack, resolve_group, needs=("hessian",), reads=(*GRID, "damp", "act_order")),
+    "gptq": Packer(gptq.pack, resolve_group, needs=("hessian",), reads=GPTQ),
+    "block": Packer(gptq.pack, resolve_group, needs=("hessian",), reads=(*GPTQ, *TRAINED), trains=True),
+    "round": Packer(gptq.pack, resolve_group, needs=("hessian",), reads=(*GPTQ, *TRAINED), trains=True, reach=0.5),
 }
 
 __all__ = ["PACKERS", "resolve_group"]

@@ -1,5 +1,6 @@
 """Toy models of any family with random bfloat16 weights as folders, and a recipe that packs them in a moment."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,7 @@ def recipe(model: Path, **changes: Any) -> Recipe:
     text.write_text("The ship left the harbour at dawn, and nobody saw it go. " * 400)
     given = {"data__data": str(text), "data__outside": str(text), "data__nsamples": 6, "data__seqlen": 32, "eval__max_tokens": 512, "device": "cpu"}
     return Recipe(model=str(model)).with_(**given | {"quant__packer": "gptq", "quant__group": 16} | changes)
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}

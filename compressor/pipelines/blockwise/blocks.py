@@ -84,8 +84,8 @@ class Blocks:
         for index in range(len(self.list)):
             self._load(index)
 
-    def calibration(self, ids: Tensor) -> Calibration:
-        """Windows int64 [count, seqlen] before the first block, whose hidden states are kept where `keeping` says."""
+    def calibration(self, ids: Tensor, part: int | None = None) -> Calibration:
+        """Windows int64 [count, seqlen] before the first block, whose hidden states are kept where `keeping` says; part: as Calibration has it."""
         batches = ids.split(max(1, min(len(ids), BATCH_TOKENS // ids.shape[1])))
         config: Any = self.model.config
 
@@ -103,7 +103,7 @@ class Blocks:
         elif keeping == "recompute":
             hidden = Recomputed(self.list, forward)
         with self.skipping():
-            return Calibration(self.model, self.list, ids, hidden)
+            return Calibration(self.model, self.list, ids, hidden, part)
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Callable[[slice], Tensor]:

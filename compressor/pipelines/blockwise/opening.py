@@ -16,7 +16,7 @@ from compressor.integrations import experts
 from compressor.pipelines import checkpoint, load, promises
 from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks, place
 from compressor.pipelines.blockwise.source import Source
-from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.packers import PACKERS, trains
 from compressor.prune import slicing
 from compressor.recipe import Recipe
 from compressor.stored import keep_stored, stored_names
@@ -40,6 +40,8 @@ def why_not(recipe: Recipe, config: dict[str, Any], source: Path) -> str | None:
         return "the choice of widths measures the whole model"
     if any(PACKERS[kind.packer].fisher for kind in recipe.quant.kinds() if kind.packer in PACKERS):
         return f"packer {recipe.quant.packer} takes gradients of the whole model"
+    if trains(recipe.quant) and recipe.data.activations == "recompute":
+        return "hidden states of the dense model cannot be recomputed once it is packed"
     if recipe.tune.start != "zero" and recipe.data.activations == "recompute":
         return "paths that start beside packed weights cannot be recomputed"
     return None

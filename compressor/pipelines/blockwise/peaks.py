@@ -17,7 +17,7 @@ from compressor.kernels import cpu
 from compressor.pipelines import compress, estimate, evaluate
 from compressor.pipelines.blockwise import blocks as walking
 from compressor.pipelines.calibrate import BATCH_TOKENS
-from compressor.pipelines.packers import PACKERS, needs
+from compressor.pipelines.packers import PACKERS, needs, trains
 from compressor.recipe import Recipe
 from compressor.sketch import learned
 from compressor.stored import LARGE
@@ -72,7 +72,11 @@ def peaks(
     pack = visit + packing
     if tokens.calibration:
         forward, kept = _walk(config, tokens.calibration, tokens.calibrated, size, recipe.data.activations)
-        pack = block * size + kept + max(packing, forward)
+        trained = 0
+        if trains(recipe.quant):
+            step = recipe.quant.windows * tokens.calibrated
+            trained = estimate.training_bytes(model, kept // (config.hidden_size * size), step, size)
+        pack = block * size + kept + max(packing, forward, trained)
     forward, kept = _walk(config, tokens.windows, tokens.window, size, recipe.data.activations)
     one = tokens.window * config.vocab_size * size
     logits = max(one, min(evaluate.LOGIT_BYTES, tokens.windows * one))

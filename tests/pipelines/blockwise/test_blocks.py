@@ -1,7 +1,6 @@
 """A model of which one block at a time is in memory computes, packs and writes what the same model does in one piece."""
 
 import gc
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from compressor.pipelines.blockwise.blocks import FAMILIES, Blocks
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
-from tests.pipelines.toys import make, recipe
+from tests.pipelines.toys import make, recipe, sums
 
 
 @pytest.fixture(params=FAMILIES)
@@ -61,10 +60,6 @@ def test_hidden_states_may_wait_anywhere(llama: Path, tmp_path: Path, keeping: s
     del walk
     gc.collect()
     assert not list((tmp_path / "states").glob("walk-*"))  # hidden states go with who kept them
-
-
-def sums(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
 
 
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "num_hidden_layers": 2}

@@ -1,0 +1,115 @@
+"""Block-wise reconstruction: all codes, scales and zeros of a decoder block trained together until it puts out what the dense block does.
+
+A packer sees one linear at a time; here the packed linears of a block are trained on the block's own output, the mean squared error of a token
+relative to its size, by straight-through rounding (quant/latent.py). Inputs are what the packed blocks before put out, targets what the dense model
+has in that place: so a block also makes up for what was lost before it. It starts from GPTQ's codes, and ends in the same packed weight.
+
+    block: codes move anywhere on the grid            (Block-AP of EfficientQAT, Chen et al., 2024, arXiv 2407.11062, section 3.2)
+    round: each weight takes one of its two neighbours  (as in AdaRound, arXiv 2004.10568, and auto-round, arXiv 2309.05516)
+
+Rates are in steps of the grid and shares of a scale, so that one holds for all models; AdamW with a cosine to LAST of them. A block that came out no
+better on the first windows keeps what it started from. Norms and biases stay as they are.
+Price: `quant.passes` times forward and backward of every calibration window through every block, and one forward for the targets; the block's
+weights in float32 with gradient and two moments; the dense model's hidden states, waiting where those of the packed one do.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor import linear
+from compressor.pipelines.calibrate import Calibration
+from compressor.quant.latent import RoundedLinear
+from compressor.recipe import Quant
+
+LAST = 1 / 20  # the last rate, as a share of the first
+BETAS = (0.9, 0.95)
+
+
+@dataclass
+class Reconstruction:
+    """The dense model's hidden states on their way through the blocks, beside those of the packed one."""
+
+    targets: Calibration
+    quant: Quant
+    seed: int
+
+    def see(self, block: nn.Module, index: int) -> None:
+        """The dense block's outputs are the targets from now on; every block is seen once, in order."""
+        self.targets.run(block, index, keep=True)
+
+    def train(
+        self,
+        block: nn.Module,
+        index: int,
+        dense: dict[str, nn.Linear],
+        reach: dict[str, float | None],
+        keep: dict[str, Tensor | None],
+        inputs: Calibration,
+    ) -> tuple[float, float]:
+        """Trains the packed linears that stand in place of `dense`, by name, on all windows.
+
+        reach: how far from the dense weight codes may go, in steps; None: anywhere. keep: bool [n, k], false where a
+        weight was pruned and stays zero; None: nowhere. Returns the error of the block's outputs before and after, a
+        share of their size, on the first windows; where it did not fall, all stays as it was.
+        """
+        packed = {leaf: block.get_submodule(leaf) for leaf in dense}
+        before = self._error(block, index, inputs)
+        layers = {leaf: RoundedLinear(layer, _packed(packed[leaf]).packed(), reach[leaf], keep[leaf]) for leaf, layer in dense.items()}
+        for leaf, layer in layers.items():
+            linear.swap(block, leaf, layer)
+        self._steps(block, index, layers, inputs)
+        for leaf, layer in layers.items():
+            linear.swap(block, leaf, linear.PackedLinear(layer.packed(), layer.bias).train(layer.training))
+        after = self._error(block, index, inputs)
+        if not after < before:  # NaN, too
+            for leaf, old in packed.items():
+                linear.swap(block, leaf, old)
+        return before, after
+
+    @torch.enable_grad()
+    def _steps(self, block: nn.Module, index: int, layers: dict[str, RoundedLinear], inputs: Calibration) -> None:
+        quant, order = self.quant, torch.Generator().manual_seed(self.seed + index)
+        values = [p for layer in layers.values() for name, p in layer.named_parameters() if name in ("stretch", "zero")]
+        groups = [([layer.position for layer in layers.values()], quant.rate), (values, quant.value_rate)]
+        optimizer = torch.optim.AdamW([{"params": part, "lr": rate} for part, rate in groups], weight_decay=0.0, betas=BETAS)
+        total = quant.passes * sum(-(-len(batch) // quant.windows) for batch in inputs.batches)
+        done = 0
+        for _ in range(quant.passes):
+            for at in torch.randperm(len(inputs.batches), generator=order).tolist():
+                given, wanted = inputs.hidden[at], self.targets.hidden[at]
+                for rows in torch.randperm(len(given), generator=order).split(quant.windows):
+                    for part, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
+                        part["lr"] = rate * (LAST + (1 - LAST) * (1 + math.cos(math.pi * done / total)) / 2)
+                    wrong, size = _compare(block, given[rows], wanted[rows], inputs.arguments[index][len(rows)])
+                    moving = [parameter for part, _ in groups for parameter in part]
+                    for parameter, slope in zip(moving, torch.autograd.grad(wrong / size, moving), strict=True):
+                        parameter.grad = slope
+                    optimizer.step()
+                    for layer in layers.values():
+                        layer.settle()
+                    done += 1
+
+    @torch.no_grad()
+    def _error(self, block: nn.Module, index: int, inputs: Calibration) -> float:
+        """Of the first windows: the root of the mean squared error of a token, a share of its size."""
+        given = inputs.hidden[0]
+        wrong, size = _compare(block, given, self.targets.hidden[0], inputs.arguments[index][len(given)])
+        return math.sqrt(float(wrong) / size)
+
+
+def _packed(layer: nn.Module) -> linear.PackedLinear:
+    assert isinstance(layer, linear.PackedLinear)
+    return layer
+
+
+def _compare(block: nn.Module, given: Tensor, wanted: Tensor, arguments: dict[str, object]) -> tuple[Tensor, int]:
+    """Squared error of what the block puts out for hidden states [windows, tokens, width], over the squared size of what it should;
+    summed over tokens, and their number. Each token counts the same: what reads it divides by its size, and a few are far larger than the rest."""
+    device = next(block.parameters()).device
+    out = block(given.to(device), **arguments)
+    out, target = (out[0] if isinstance(out, tuple) else out).float(), wanted.to(device).float()
+    errors = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)  # [windows, tokens]
+    return errors.sum(), errors.numel()

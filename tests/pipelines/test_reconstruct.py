@@ -1,0 +1,96 @@
+"""Block-wise reconstruction: blocks come nearer to the dense ones, the same with one block at a time in memory, and when it was killed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor import linear, world
+from compressor.errors import RecipeError
+from compressor.pipelines import compress, load, reconstruct
+from compressor.pipelines import run as pipeline
+from compressor.pipelines.calibrate import Calibration
+from compressor.recipe import Quant
+from tests.pipelines import toys
+
+IDS = torch.randint(5, 320, (6, 32), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return toys.make(tmp_path / "llama", "llama")
+
+
+def dense(folder: Path) -> Any:
+    return load.load(str(folder), "cpu").model
+
+
+@pytest.mark.parametrize("packer", ["block", "round"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.no_grad()
+def test_blocks_come_nearer_to_the_dense_ones(llama: Path, packer: str, symmetric: bool) -> None:
+    quant, outputs = Quant(bits=2, packer=packer, group=16, symmetric=symmetric, passes=4), {}
+    wanted = dense(llama)(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
+    for each in ("gptq", packer):
+        model = dense(llama)
+        rows, _, _ = compress.compress(
+            model, Quant(bits=2, packer="gptq", group=16, symmetric=symmetric) if each == "gptq" else quant, torch.float16, IDS
+        )
+        outputs[each] = float((model(input_ids=IDS, output_hidden_states=True).hidden_states[-1] - wanted).square().mean())
+    assert outputs[packer] < 0.9 * outputs["gptq"]
+    assert all("before it was trained" in row["note"] and row["error"] > 0 for row in rows) and len(rows) == 3 * 7
+    again = dense(llama)
+    compress.compress(again, quant, torch.float16, IDS)
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)  # the same seed, the same codes
+
+
+def test_a_block_that_does_not_come_nearer_stays_as_it_was(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = dense(llama), dense(llama)
+    compress.compress(plain, Quant(bits=3, group=16), torch.float16, IDS)
+    monkeypatch.setattr(reconstruct.RoundedLinear, "settle", lambda self: self.position.data.normal_())
+    compress.compress(model, Quant(bits=3, group=16, packer="block", passes=1), torch.float16, IDS)
+    for name, layer in linear.packed_linears(plain).items():
+        assert torch.equal(layer.words, linear.packed_linears(model)[name].words), name
+
+
+def test_some_linears_may_be_trained_and_pruned_weights_stay_zero(llama: Path) -> None:
+    model = dense(llama)
+    with torch.no_grad():
+        for layer in linear.linears(model.model.layers).values():
+            layer.weight[:, ::3] = 0
+    quant = Quant(bits=3, packer="block", group=16, symmetric=False, passes=1, layers={"re:o_proj": "3bit:gptq"})
+    rows, _, _ = compress.compress(model, quant, torch.float16, IDS, keep_zeros=True)
+    assert all(bool((layer.packed().dequantize()[:, ::3] == 0).all()) for layer in linear.packed_linears(model).values())
+    assert {row["name"].rpartition(".")[2] for row in rows if "before it was trained" not in row["note"]} == {"o_proj"}
+
+
+def test_calibration_knows_what_blocks_get_with_parts_of_a_batch(llama: Path) -> None:
+    model = dense(llama)
+    found = Calibration(model, model.model.layers, IDS[:5], part=2)
+    assert len(found.hidden) == 1 and set(found.arguments[0]) == {5, 2, 1}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_by_blocks_and_killed_it_gives_the_same_bytes(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
+    asked = toys.recipe(llama, quant__packer="block", quant__bits=2, quant__passes=1)
+    pipeline.run(asked.with_(memory="whole"), tmp_path / "whole")
+    real = compress._pack_block
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(compress, "_pack_block", lambda block, index, *rest: real(block, index, *rest) if index < 2 else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.run(asked.with_(memory="blocks", data__activations="disk"), tmp_path / "blocks")
+    assert pipeline.run(asked.with_(memory="blocks", data__activations="disk"), tmp_path / "blocks")["resumed"] == killed
+    assert toys.sums(tmp_path / "whole") == toys.sums(tmp_path / "blocks")
+
+
+def test_what_cannot_be_is_said_before_any_work(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = toys.recipe(llama, quant__packer="block")
+    with pytest.raises(RecipeError, match="finds paths beside weights"):
+        pipeline.run(asked.with_(tune__method="lora", tune__start="loftq"), tmp_path / "out")
+    with pytest.raises(RecipeError, match="cannot be recomputed once it is packed"):
+        pipeline.run(asked.with_(memory="blocks", data__activations="recompute"), tmp_path / "out")
+    monkeypatch.setattr(world, "size", lambda: 2)
+    with pytest.raises(RecipeError, match="trains blocks in one process"):
+        compress.check_trains(asked.quant, "zero")
