@@ -59,6 +59,7 @@ Targets = Annotated[Text, typer.Option(help="adapters: linears that get one, suc
 AdapterStart = Annotated[Text, typer.Option(help="LoRA starts at zero, or from the dense weight: residual, loftq, principal, eva")]
 Adapter = Annotated[Text, typer.Option(help="keep it beside the packed base, or absorb it")]
 AbsorbLimit = Annotated[Number, typer.Option(help="absorbing may raise perplexity by this share; default 0.02")]
+Distill = Annotated[Number, typer.Option(help="share of the loss that is learning the dense model's predictions, beside the text; default 0")]
 Grid = Annotated[Text, typer.Option(help="peqa: keep scales on the grid of a GGUF type, q4_k, q3_k or q2_k, so that its export is exact")]
 Absolute = Annotated[bool | None, typer.Option("--absolute/--relative", help="learning rate on the scale or entry, or on its change")]
 GradientCheckpointing = Annotated[bool | None, typer.Option("--gradient-checkpointing/--keep-activations")]

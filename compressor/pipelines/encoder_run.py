@@ -60,6 +60,8 @@ class EncoderRun(Job):
         self.config = checkpoint.any_config(self.source)
         if self.config.get("quantization_config") or self.config.get(slicing.WIDTHS):
             raise ModelError(f"{self.source} is already compressed; `run` starts from a dense encoder")
+        if recipe.tune.distill:
+            raise RecipeError(f"tune.distill={recipe.tune.distill} is for causal language models; encoders learn from the dense one by prune.distill")
         self.task = encoder_data.load(recipe.data.data)
         self.length = encoder_load.max_length(self.config, self.task.kind, recipe.data.seqlen)
         fresh = encoder_load.task_of(self.config) is None

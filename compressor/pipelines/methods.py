@@ -77,6 +77,9 @@ def check_methods(recipe: Recipe) -> None:
         raise RecipeError(f"tuner {tuner} trains what a packer makes, and nothing is packed: add --quant, for example 3bit")
     if packer == KEPT and (tuner == "none" or recipe.prune.method != "none"):
         raise RecipeError("a packed model that keeps its weights is tuned and not pruned: give --tune, for example peqa, and no --prune")
+    if recipe.tune.distill and (tuner == "none" or packer == KEPT):
+        told = "nothing is tuned: add --tune" if tuner == "none" else "that is not at hand where a packed model is tuned: start from the dense one"
+        raise RecipeError(f"tune.distill={recipe.tune.distill} learns from the dense model, and {told}")
     if packer in ("none", KEPT):
         return
     if (grid := recipe.tune.grid) != "none" and (not recipe.quant.symmetric or recipe.quant.bits > GRIDS[grid][2]):

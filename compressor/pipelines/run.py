@@ -27,6 +27,7 @@ from compressor.pipelines import (
     room,
     stages,
     tasks,
+    teacher,
     write,
 )
 from compressor.pipelines.blockwise import stage as blockwise
@@ -115,6 +116,7 @@ class Run(Job):
             calibration, windows = self.texts(loaded.tokenizer)
             blockwise.announce(self, loaded, calibration)
             self.dense(loaded, journal)
+            objective = None if windows is None else teacher.objective(self, loaded, windows)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
             if self.packs and self.recipe.choose.active and calibration is not None:
@@ -122,9 +124,9 @@ class Run(Job):
             elif self.packs:
                 self.pack(loaded, calibration, self.key_compress, journal)
                 self.measured("packed", self.key_packed, loaded, journal)
-            if self.tunes and windows is not None:
+            if self.tunes and windows is not None and objective is not None:
                 blockwise.settle(self, loaded)
-                self._tune(loaded, calibration, windows, journal)
+                self._tune(loaded, calibration, windows, objective, journal)
             if self.recipe.save == "task":
                 self.report.notes.append("only the task file was kept; the sizes are those of the folder that it makes with its base")
             root = self._finish(loaded, journal) if world.lead() else ""
@@ -166,6 +168,8 @@ class Run(Job):
         for kind in kinds if self.recipe.choose.active else ():
             compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
+        if self.packs:
+            compress.check_trains(quant, self.recipe.tune.start)
         if self.tunes:
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
         return found
@@ -233,8 +237,8 @@ class Run(Job):
         self.measured("pruned", self.key_pruned, loaded, journal)
         self.record("pruned", bits_per_weight=bits, folder_bytes=round(write.tensor_bytes(loaded) - saved))
 
-    def _tune(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, journal: Journal) -> None:
-        options, seed, objective = self.recipe.tune, self.recipe.seed, CausalLM(windows.ids, windows.labels)
+    def _tune(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, objective: CausalLM, journal: Journal) -> None:
+        options, seed = self.recipe.tune, self.recipe.seed
         steps, evaluate = Batches(objective, options, seed).steps, self._domain_perplexity(loaded)
         tuning = Tuning(loaded, options, seed, steps, self.starts)
         with self.training("tune", self.key_tune, steps, journal) as (folder, on_step):

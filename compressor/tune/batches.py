@@ -39,13 +39,13 @@ class CausalLM:
         self.ids, self.labels = ids, labels
         self.counts = (labels[:, 1:] != MASKED).sum(1)
 
-    def rows(self, which: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, which: Tensor) -> tuple[Tensor, ...]:
         """ids and labels [rows, t], without the columns after the last label, which no loss depends on."""
         labels = self.labels[which]
         used = int((labels != MASKED).any(0).nonzero().max()) + 1
         return self.ids[which, :used], labels[:, :used]
 
-    def loss(self, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(self, model: nn.Module) -> Callable[..., Tensor]:
         return loss_function(model, self.ids[:1, :8].to(next(model.parameters()).device))
 
 

@@ -10,12 +10,18 @@ from torch.utils.checkpoint import checkpoint
 LOGITS = 1 << 25  # logits alive at a time
 MASKED = -100
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # ids [b, t], labels [b, t] -> summed loss, float32
+Loss = Callable[..., Tensor]  # ids [b, t], labels [b, t] and what else belongs to tokens [b, t, ...] -> summed loss, float32
+Part = Callable[..., Tensor]  # logits float32 [tokens, vocab], their next tokens [tokens], what else belongs to them [tokens, ...] -> summed loss
+
+
+def cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log p of the tokens that come next, summed."""
+    return nn.functional.cross_entropy(logits, wanted, reduction="sum")
 
 
 @torch.no_grad()
-def loss_function(model: nn.Module, probe: Tensor) -> Loss:
-    """The summed next-token loss of `model`, logits made for unmasked tokens only and in bounded chunks.
+def loss_function(model: nn.Module, probe: Tensor, part: Part = cross_entropy) -> Loss:
+    """The summed `part` of `model` over all tokens that are not masked, logits made for these only and in bounded chunks.
 
     That needs a model whose logits are its head applied to the hidden states of its body, nothing else; whether they are is tried on `probe`
     ids [1, t]. Other models (logit scaling or capping) make all logits of a micro-batch.
@@ -38,21 +44,21 @@ def loss_function(model: nn.Module, probe: Tensor) -> Loss:
     model.train(was)
     features, project = (hidden, head) if plain else (logits, nn.Identity())
 
-    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+    def loss(ids: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
         wanted = labels[:, 1:] != MASKED
-        return _summed(project, features(ids)[:, :-1][wanted], labels[:, 1:][wanted])
+        return _summed(project, part, features(ids)[:, :-1][wanted], labels[:, 1:][wanted], *(each[:, :-1][wanted] for each in more))
 
     return loss
 
 
-def _summed(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of head(hidden [t, d]) with targets [t], in float32; chunks recompute their logits in the backward pass."""
+def _summed(head: Callable[[Tensor], Tensor], part: Part, hidden: Tensor, *told: Tensor) -> Tensor:
+    """Summed `part` of head(hidden [t, d]) in float32 and what is told of the tokens [t, ...]; chunks recompute their logits in the backward pass."""
 
-    def part(rows: Tensor, wanted: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(head(rows).float(), wanted, reduction="sum")
+    def of(rows: Tensor, *some: Tensor) -> Tensor:
+        return part(head(rows).float(), *some)
 
     size = max(1, LOGITS // getattr(head, "out_features", hidden.shape[1]))
     if len(hidden) <= size:
-        return part(hidden, targets)
-    pairs = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.stack([checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in pairs]).sum()
+        return of(hidden, *told)
+    parts = zip(hidden.split(size), *(each.split(size) for each in told), strict=True)
+    return torch.stack([checkpoint(of, *each, use_reentrant=False, preserve_rng_state=False) for each in parts]).sum()
