@@ -282,7 +282,7 @@ def _rebuild(
     kept = {leaf: layer.weight.detach() != 0 if how.keep_zeros else None for leaf, layer in dense.items()}
     before, after = how.rebuild.train(block, index, dense, {leaf: PACKERS[targets[leaf].quant.packer].reach for leaf in dense}, kept, calibration)
     spent = (time.perf_counter() - start) / len(dense)
-    told = f"outputs of the block: error {before:.4f} before it was trained, {after:.4f} after"
+    told = f"outputs of the block: error {before:.4f} before it was trained, {after:.4f} after{'' if after < before else ', and keeps the start'}"
     for row in rows:
         if row["name"] in leaves:
             row |= {"error": min(before, after), "seconds": round(row["seconds"] + spent, 4), "note": joined(row["note"], told)}

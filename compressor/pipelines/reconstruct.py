@@ -60,17 +60,19 @@ class Reconstruction:
         layers = {leaf: RoundedLinear(layer, _packed(packed[leaf]).packed(), reach[leaf], keep[leaf]) for leaf, layer in dense.items()}
         for leaf, layer in layers.items():
             linear.swap(block, leaf, layer)
-        self._steps(block, index, layers, inputs)
-        for leaf, layer in layers.items():
-            linear.swap(block, leaf, linear.PackedLinear(layer.packed(), layer.bias).train(layer.training))
-        after = self._error(block, index, inputs)
-        if not after < before:  # NaN, too
+        after = math.inf
+        if self._steps(block, index, layers, inputs):
+            for leaf, layer in layers.items():
+                linear.swap(block, leaf, linear.PackedLinear(layer.packed(), layer.bias).train(layer.training))
+            after = self._error(block, index, inputs)
+        if not after < before:
             for leaf, old in packed.items():
                 linear.swap(block, leaf, old)
         return before, after
 
     @torch.enable_grad()
-    def _steps(self, block: nn.Module, index: int, layers: dict[str, RoundedLinear], inputs: Calibration) -> None:
+    def _steps(self, block: nn.Module, index: int, layers: dict[str, RoundedLinear], inputs: Calibration) -> bool:
+        """Whether all went well: false, at once, where a loss is not finite."""
         quant, order = self.quant, torch.Generator().manual_seed(self.seed + index)
         values = [p for layer in layers.values() for name, p in layer.named_parameters() if name in ("stretch", "zero")]
         groups = [([layer.position for layer in layers.values()], quant.rate), (values, quant.value_rate)]
@@ -84,13 +86,17 @@ class Reconstruction:
                     for part, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
                         part["lr"] = rate * (LAST + (1 - LAST) * (1 + math.cos(math.pi * done / total)) / 2)
                     wrong, size = _compare(block, given[rows], wanted[rows], inputs.arguments[index][len(rows)])
+                    if not bool(torch.isfinite(wrong)):
+                        return False
                     moving = [parameter for part, _ in groups for parameter in part]
-                    for parameter, slope in zip(moving, torch.autograd.grad(wrong / size, moving), strict=True):
+                    slopes = torch.autograd.grad(wrong / size, moving, allow_unused=True)  # experts that none of these tokens reached have none
+                    for parameter, slope in zip(moving, slopes, strict=True):
                         parameter.grad = slope
                     optimizer.step()
                     for layer in layers.values():
                         layer.settle()
                     done += 1
+        return True
 
     @torch.no_grad()
     def _error(self, block: nn.Module, index: int, inputs: Calibration) -> float:

@@ -1,5 +1,6 @@
 """Block-wise reconstruction: blocks come nearer to the dense ones, the same with one block at a time in memory, and when it was killed."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,31 @@ def test_blocks_come_nearer_to_the_dense_ones(llama: Path, packer: str, symmetri
     again = dense(llama)
     compress.compress(again, quant, torch.float16, IDS)
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)  # the same seed, the same codes
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2", "gpt_neox"])
+@torch.no_grad()
+def test_experts_biases_and_joined_projections(tmp_path: Path, family: str) -> None:
+    """Steps of one short window, which do not reach every expert."""
+    folder = toys.make(
+        tmp_path / family, family, **({"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 1} if "moe" in family else {})
+    )
+    wanted, errors = dense(folder)(input_ids=IDS).logits, []
+    for packer in ("gptq", "block"):
+        model = dense(folder)
+        quant = Quant(bits=2, packer=packer, group=16, **({"passes": 4, "windows": 1} if packer == "block" else {}))
+        compress.compress(model, quant, torch.float16, IDS[:, :4].repeat(8, 1) if "moe" in family else IDS)
+        errors.append(float((model(input_ids=IDS).logits - wanted).square().mean()))
+    assert all(map(math.isfinite, errors)) and (errors[1] < errors[0] or "moe" in family)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_start(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = dense(llama), dense(llama)
+    compress.compress(plain, Quant(bits=3, group=16), torch.float16, IDS)
+    monkeypatch.setattr(reconstruct.RoundedLinear, "settle", lambda self: self.stretch.data.fill_(1e30))
+    compress.compress(model, Quant(bits=3, group=16, packer="block", passes=1), torch.float16, IDS)
+    for name, layer in linear.packed_linears(plain).items():
+        assert torch.equal(layer.words, linear.packed_linears(model)[name].words), name
 
 
 def test_a_block_that_does_not_come_nearer_stays_as_it_was(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
