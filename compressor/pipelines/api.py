@@ -99,6 +99,8 @@ class Model:
         windows = texts.windows(
             texts.load("python" if data is None else data).train, self.tokenizer, loading.context(self._loaded.config, seqlen, "seqlen")
         )
+        if recipe.tune.distill:
+            raise RecipeError("distill is of runs: the dense model, from which a packed one learns, is gone here; `compressor run --distill` has it")
         if recipe.tune.adapter != "keep":
             raise RecipeError("adapter=absorb is of runs: tune, save, and `compressor export --to compressed-tensors` absorbs the adapter")
         chosen, objective = resolved(recipe.tune), CausalLM(windows.ids, windows.labels)

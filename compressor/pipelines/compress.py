@@ -268,12 +268,12 @@ def _pack_block(
             fisher.pop(by_leaf[leaf].name, None)
             rows.append(made[leaf] if world.size() == 1 else _exchange(block, prefix, leaf, whose[leaf], made, paths))
     if how.rebuild is not None and calibration is not None and trained:
-        _rebuild(block, index, {prefix + leaf: leaf for leaf in trained}, trained, by_leaf, how, calibration, rows)
+        _rebuild(block, index, prefix, trained, by_leaf, how, calibration, rows)
     return rows, paths
 
 
 def _rebuild(
-    block: nn.Module, index: int, leaves: dict[str, str], dense: dict[str, nn.Linear], targets: dict[str, Target], how: How, calibration: Calibration,
+    block: nn.Module, index: int, prefix: str, dense: dict[str, nn.Linear], targets: dict[str, Target], how: How, calibration: Calibration,
     rows: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """Block-wise reconstruction of the linears `dense`, and what it did in their rows: "error" is that of the whole block from then on."""
@@ -284,7 +284,7 @@ def _rebuild(
     spent = (time.perf_counter() - start) / len(dense)
     told = f"outputs of the block: error {before:.4f} before it was trained, {after:.4f} after{'' if after < before else ', and keeps the start'}"
     for row in rows:
-        if row["name"] in leaves:
+        if row["name"].removeprefix(prefix) in dense:
             row |= {"error": min(before, after), "seconds": round(row["seconds"] + spent, 4), "note": joined(row["note"], told)}
 
 

@@ -62,6 +62,7 @@ class EncoderRun(Job):
             raise ModelError(f"{self.source} is already compressed; `run` starts from a dense encoder")
         if recipe.tune.distill:
             raise RecipeError(f"tune.distill={recipe.tune.distill} is for causal language models; encoders learn from the dense one by prune.distill")
+        compress.check_trains(recipe.quant, recipe.tune.start)
         self.task = encoder_data.load(recipe.data.data)
         self.length = encoder_load.max_length(self.config, self.task.kind, recipe.data.seqlen)
         fresh = encoder_load.task_of(self.config) is None

@@ -40,7 +40,7 @@ IN_USE = 4  # bytes a scale or table entry as the forward pass uses it, beside w
 TENSOR = 170  # bytes a stored tensor of an adapter costs beside its numbers: its name and place, and the name of its linear in the configuration
 DENSE = {"dora": 5, "loha": 4, "lokr": 2}  # float32 matrices as large as the weight that an adapter makes while it computes
 KEPT = ("loha", "lokr")  # kinds that keep one of them from forward to backward
-TRAINED = 28  # bytes a weight of a block that is trained: dense, position, gradient, two moments, rounded, and the gradient of that
+TRAINED = 36  # bytes a weight of a block that is trained: dense, position, gradient, two moments, and what rounding keeps for the way back
 PASSES = 4  # of the calibration text through every block: one for the outputs, and one a group of linears that stops at the group
 
 
@@ -67,6 +67,8 @@ def whole_bytes(recipe: Recipe, source: Path, config: dict[str, Any], device: to
     packing = recipe.data.nsamples * seqlen * hidden * size + 5 * 4 * widest * widest if needs(recipe.quant) else 0
     if needs(recipe.quant):
         packing += expert_sums({name.removesuffix(".weight"): int(t.shape[-1]) for name, t in named.items() if t.dim() == 2})
+    if trains(recipe.quant):
+        packing += recipe.data.nsamples * seqlen * hidden * size + TRAINED * weights // (size * max(1, int(config.get("num_hidden_layers") or 1)))
     return weights + max(packing, 3 * logits)
 
 
@@ -308,6 +310,8 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     if recipe.tune.start != "zero":
         out["compress"] += _path_seconds(recipe, adapted(recipe.tune, packed), speed)
     if recipe.tune.method != "none":
+        if recipe.tune.distill:
+            out["teach"] = 2 * parameters * counts.tuning / max(recipe.tune.epochs, 1.0) / speed
         out["tune"] = (6 * weights + 4 * (parameters - weights)) * counts.tuning / speed
     if recipe.tune.adapter == "absorb":  # about two packings, and the domain's perplexity before and after
         out["absorb"] = 2 * packing + 2 * parameters * counts.evaluation / speed

@@ -10,7 +10,7 @@ Stream. A corpus of one plain text is tokenised in one go with the tokenizer's o
 BOS; a tokenizer without BOS gets EOS between documents, and one with neither a blank line. Pairs are packed like training windows (data.py),
 and only their completions count. Every result names its data, its hash and this rule, because a perplexity without them compares with nothing.
 
-Price: logits of a batch are kept below 256 MiB where a single window allows it; the float32 copy below 64 MiB. The first window runs once more,
+Price: logits of a batch are kept below 256 MiB where a single window allows it; the float32 copy below 8 MiB. The first window runs once more,
 before the clock starts: kernels are compiled and caches filled in it, which would halve the speed of a short text.
 """
 

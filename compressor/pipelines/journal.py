@@ -118,10 +118,16 @@ def open_work(folder: Path) -> Iterator[Journal]:
     """The journal of a work folder, made if needed, locked against a second run. OutputError if it cannot be, or holds what is not of a run."""
     if _strange(folder):
         raise OutputError(f"{folder}, where this run would keep its work, holds files that are not of a run; choose another output folder with -o")
-    if link := next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None):
-        raise OutputError(f"{link} is a link, and a run writes none: what it points at could be overwritten; take it away, or choose another folder")
+    if link := next((path for path in (folder, folder / LOCK) if path.is_symlink()), None):
+        raise _linked(link)
     with locked(folder / LOCK, f"another run is writing {folder}; wait for it or choose another output folder with -o"):
+        if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+            raise _linked(link)
         yield Journal(folder)
+
+
+def _linked(path: Path) -> OutputError:
+    return OutputError(f"{path} is a link, and a run writes none: what it points at could be overwritten; take it away, or choose another folder")
 
 
 def _strange(folder: Path) -> bool:

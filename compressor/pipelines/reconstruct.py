@@ -7,7 +7,8 @@ has in that place: so a block also makes up for what was lost before it. It star
     block: codes move anywhere on the grid            (Block-AP of EfficientQAT, Chen et al., 2024, arXiv 2407.11062, section 3.2)
     round: each weight takes one of its two neighbours  (as in AdaRound, arXiv 2004.10568, and auto-round, arXiv 2309.05516)
 
-Rates are in steps of the grid and shares of a scale, so that one holds for all models; AdamW with a cosine to LAST of them. A block that came out no
+Rates are in steps of the grid and shares of a scale, so that one holds for all models; AdamW with a cosine to LAST of them. The loss is summed over
+tokens: gradients of their mean would be as small as Adam's epsilon in layers of thousands of inputs, and zero in float16. A block that came out no
 better on the first windows keeps what it started from. Norms and biases stay as they are.
 Price: `quant.passes` times forward and backward of every calibration window through every block, and one forward for the targets; the block's
 weights in float32 with gradient and two moments; the dense model's hidden states, waiting where those of the packed one do.
@@ -15,6 +16,7 @@ weights in float32 with gradient and two moments; the dense model's hidden state
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +85,22 @@ class Reconstruction:
             for at in torch.randperm(len(inputs.batches), generator=order).tolist():
                 given, wanted = inputs.hidden[at], self.targets.hidden[at]
                 for rows in torch.randperm(len(given), generator=order).split(quant.windows):
+                    done += 1
                     for part, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
-                        part["lr"] = rate * (LAST + (1 - LAST) * (1 + math.cos(math.pi * done / total)) / 2)
-                    wrong, size = _compare(block, given[rows], wanted[rows], inputs.arguments[index][len(rows)])
+                        part["lr"] = rate * (LAST + (1 - LAST) * (1 + math.cos(math.pi * (done - 1) / total)) / 2)
+                    wrong, _ = _compare(block, given[rows], wanted[rows], inputs.arguments[index][len(rows)])
                     if not bool(torch.isfinite(wrong)):
                         return False
                     moving = [parameter for part, _ in groups for parameter in part]
-                    slopes = torch.autograd.grad(wrong / size, moving, allow_unused=True)  # experts that none of these tokens reached have none
+                    if not wrong.requires_grad:  # no token reached any of them
+                        continue
+                    slopes = torch.autograd.grad(wrong, moving, allow_unused=True)  # experts that none of these tokens reached have none
                     for parameter, slope in zip(moving, slopes, strict=True):
                         parameter.grad = slope
                     optimizer.step()
+                    optimizer.zero_grad()
                     for layer in layers.values():
                         layer.settle()
-                    done += 1
         return True
 
     @torch.no_grad()
@@ -114,7 +119,7 @@ def _packed(layer: nn.Module) -> linear.PackedLinear:
 def _compare(block: nn.Module, given: Tensor, wanted: Tensor, arguments: dict[str, object]) -> tuple[Tensor, int]:
     """Squared error of what the block puts out for hidden states [windows, tokens, width], over the squared size of what it should;
     summed over tokens, and their number. Each token counts the same: what reads it divides by its size, and a few are far larger than the rest."""
-    device = next(block.parameters()).device
+    device = next(chain(block.parameters(), block.buffers())).device
     out = block(given.to(device), **arguments)
     out, target = (out[0] if isinstance(out, tuple) else out).float(), wanted.to(device).float()
     errors = (out - target).square().sum(-1) / target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)  # [windows, tokens]

@@ -21,7 +21,7 @@ from compressor.pipelines.blockwise import blocks
 from compressor.pipelines.blockwise import stage as blockwise
 from compressor.pipelines.choose.choice import ways
 from compressor.pipelines.measure import divergence
-from compressor.pipelines.packers import PACKERS
+from compressor.pipelines.packers import PACKERS, trains
 from compressor.recipe import Recipe
 from compressor.tune.optimizers import moment_bytes
 
@@ -70,7 +70,10 @@ def walking(run: "Run", stored: torch.dtype) -> tuple[int, int]:
     width = 4 if run.device.type == "cpu" else stored.itemsize
     tokenizer, most = load.load_tokenizer(run.source), run.recipe.eval.max_tokens or 1 << 62
     domain, outside = (min(most, evaluate.tokens_of(text, tokenizer, run.window)[0].numel()) for text in (run.domain.test, run.outside))
-    longest = max(domain, outside, run.recipe.data.nsamples * run.seqlen if run.calibrates() else 0)
+    calibration = run.recipe.data.nsamples * run.seqlen if run.calibrates() else 0
+    if run.packs and trains(run.recipe.quant):
+        calibration *= 2  # those of the dense model, too
+    longest = max(domain, outside, calibration)
     states, keeping = longest * run.config["hidden_size"] * width, run.recipe.data.activations
     if keeping in ("memory", "recompute") or (keeping == "auto" and states <= blocks.HELD):
         states = 0

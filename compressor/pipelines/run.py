@@ -116,7 +116,7 @@ class Run(Job):
             calibration, windows = self.texts(loaded.tokenizer)
             blockwise.announce(self, loaded, calibration)
             self.dense(loaded, journal)
-            objective = None if windows is None else teacher.objective(self, loaded, windows)
+            objective = None if windows is None else teacher.objective(self, loaded, windows, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
             if self.packs and self.recipe.choose.active and calibration is not None:
@@ -168,8 +168,8 @@ class Run(Job):
         for kind in kinds if self.recipe.choose.active else ():
             compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
-        if self.packs:
-            compress.check_trains(quant, self.recipe.tune.start)
+        for kind in kinds if self.packs else ():
+            compress.check_trains(kind, self.recipe.tune.start)
         if self.tunes:
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
         return found

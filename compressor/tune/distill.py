@@ -3,8 +3,8 @@
     loss of a token = (1 - share) * -log q(next) + share * KL(p || q)
 
 p is what the dense model predicts, of which the `top` likeliest tokens are kept, the rest as one more outcome: KL of that coarser choice is a lower
-bound of the whole one, and 0 exactly where all of these probabilities agree. Keeping costs 6 bytes a token and kept logit, once, and no second
-model is in memory while one learns.
+bound of the whole one, and 0 where all of these probabilities agree, up to the rounding of float16 in which they are kept. Keeping costs 6 bytes a
+token and kept token, once, and no second model is in memory while one learns.
 Limits: causal language models; temperature 1, so that the loss of a perfect student is that of the text.
 """
 

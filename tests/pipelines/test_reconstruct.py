@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from compressor.errors import RecipeError
 from compressor.pipelines import compress, load, reconstruct
 from compressor.pipelines import run as pipeline
 from compressor.pipelines.calibrate import Calibration
+from compressor.quant import rtn
 from compressor.recipe import Quant
 from tests.pipelines import toys
 
@@ -89,6 +91,28 @@ def test_some_linears_may_be_trained_and_pruned_weights_stay_zero(llama: Path) -
     rows, _, _ = compress.compress(model, quant, torch.float16, IDS, keep_zeros=True)
     assert all(bool((layer.packed().dequantize()[:, ::3] == 0).all()) for layer in linear.packed_linears(model).values())
     assert {row["name"].rpartition(".")[2] for row in rows if "before it was trained" not in row["note"]} == {"o_proj"}
+
+
+def test_gradients_of_wide_layers_are_far_above_what_adam_takes_for_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(512, 2048, bias=False), torch.nn.SiLU(), torch.nn.Linear(2048, 512, bias=False))
+    x, found = torch.randn(2, 64, 512), list[float]()
+    real = torch.autograd.grad
+
+    def seen(*args: Any, **more: Any) -> Any:
+        out = real(*args, **more)
+        found.append(float(out[0].abs().median()))
+        return out
+
+    monkeypatch.setattr(torch.autograd, "grad", seen)
+    inputs, targets = SimpleNamespace(hidden=[x], batches=[x], arguments=[{2: {}}]), SimpleNamespace(hidden=[block(x).detach()])
+    layers = {str(i): block[i] for i in (0, 2)}
+    for leaf, layer in layers.items():
+        packed = rtn.pack(layer.weight.detach(), None, Quant(bits=3, packer="rtn"), 128, torch.float16)[0]
+        linear.swap(block, leaf, linear.to_packed(layer, packed))
+    quant = Quant(bits=3, packer="block", passes=1)
+    reconstruct.Reconstruction(targets, quant, 0).train(block, 0, layers, dict.fromkeys(layers), dict.fromkeys(layers), inputs)
+    assert found and min(found) > 1e-5  # Adam's epsilon is 1e-8
 
 
 def test_calibration_knows_what_blocks_get_with_parts_of_a_batch(llama: Path) -> None:
