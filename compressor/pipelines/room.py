@@ -3,7 +3,8 @@
 The work folder holds the blocks as they are packed, what pruning and tuning write down, and, where one block at a time is in memory, logits of the
 dense model; beside them lie the hidden states that wait between two blocks, or else the output folder. So packing to 8 bits takes about what the
 16-bit model does, half of it in either folder. Price: the architecture is built once more; block by block the texts are tokenised once more.
-Limits: journal and report are not counted; tables that tuning makes of scales count as those of 4 bits.
+Limits: journal and report are not counted, nor predictions kept for `--distill` (6 bytes a token and kept token); tables that tuning makes of scales
+count as those of 4 bits.
 """
 
 import contextlib
