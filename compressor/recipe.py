@@ -40,7 +40,7 @@ class Quant:
     passes: int = 2  # block, round: times that each block is trained on the calibration windows
     windows: int = 2  # block, round: windows an update
     rate: float = 0.02  # block, round: of an update of codes, in steps of the grid
-    value_rate: float = 0.005  # block, round: of an update of scales, as a share of them, and of zeros, in steps
+    value_rate: float = 0.02  # block, round: of an update of scales, as a share of them, and of zeros, in steps
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
     layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
 

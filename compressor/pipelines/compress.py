@@ -173,7 +173,7 @@ def compress(
     if needs(quant) and ids is not None:
         walk = partial(Calibration, model, blocks, ids) if visits is None else partial(visits.calibration, ids)
         calibration = walk(part=quant.windows if trains(quant) else None)
-        how = replace(how, rebuild=Reconstruction(walk(), quant, seed) if trains(quant) else None)
+        how = replace(how, rebuild=Reconstruction.of(model, blocks, ids, walk(), quant, seed) if trains(quant) else None)
     if visits is not None and work is not None:
         visits.packed = partial(_block_path, work)
     rows: list[dict[str, Any]] = []

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from compressor.packed import Affine, PackedWeight
 from compressor.quant import grid
 
-EDGE = 0.49  # of a cell: how far from its code a start may lie
+EDGE = 0.25  # of a cell: how far from its code a start may lie; at its very edge the first step would undo what GPTQ chose
+RIM = 0.49  # of a cell: how far beyond the outermost codes positions may go
 
 
 class RoundedLinear(nn.Module):
@@ -71,7 +72,7 @@ class RoundedLinear(nn.Module):
         top = (1 << self.bits) - 1
         if self.middle is not None and self.reach is not None:
             self.position.clamp_(self.middle - self.reach, self.middle + self.reach)
-        self.position.clamp_(-EDGE, top + EDGE)
+        self.position.clamp_(-RIM, top + RIM)
         if not self.symmetric:
             self.zero.clamp_(0, top)
 

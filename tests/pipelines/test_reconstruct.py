@@ -111,7 +111,7 @@ def test_gradients_of_wide_layers_are_far_above_what_adam_takes_for_zero(monkeyp
         packed = rtn.pack(layer.weight.detach(), None, Quant(bits=3, packer="rtn"), 128, torch.float16)[0]
         linear.swap(block, leaf, linear.to_packed(layer, packed))
     quant = Quant(bits=3, packer="block", passes=1)
-    reconstruct.Reconstruction(targets, quant, 0).train(block, 0, layers, dict.fromkeys(layers), dict.fromkeys(layers), inputs)
+    reconstruct.Reconstruction(targets, quant, 0, [torch.eye(512)]).train(block, 0, layers, dict.fromkeys(layers), dict.fromkeys(layers), inputs)
     assert found and min(found) > 1e-5  # Adam's epsilon is 1e-8
 
 

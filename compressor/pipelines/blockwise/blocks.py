@@ -105,6 +105,10 @@ class Blocks:
         with self.skipping():
             return Calibration(self.model, self.list, ids, hidden, part)
 
+    def waiting(self, name: str) -> Hidden:
+        """What tensors of a walk wait in, as its hidden states do: files below `scratch`, unless memory was asked for."""
+        return [] if self.keeping == "memory" or self.scratch is None else Spool(self.scratch / name)
+
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Callable[[slice], Tensor]:
         """Windows int64 [count, window] through all blocks; the function returned gives the logits [.., window, vocab] of some of them."""
@@ -132,18 +136,13 @@ class Blocks:
 
     @contextlib.contextmanager
     def skipping(self, last: Tensor | None = None) -> Iterator[None]:
-        """Meanwhile blocks hand over the hidden states that they are given; the last one `last` in their place, if that is given."""
-        for block in self.list:
-            block.__dict__["forward"] = _hand_over
-        if last is not None:
-            self.list[-1].__dict__["forward"] = lambda *args, **kwargs: last
+        """As `skipped`, and meanwhile no block is loaded."""
         self._skipping = True
         try:
-            yield
+            with skipped(self.list, last):
+                yield
         finally:
             self._skipping = False
-            for block in self.list:
-                del block.__dict__["forward"]
 
     def weights(self, dtype: torch.dtype) -> Iterator[dict[str, Tensor | PackedWeight]]:
         """What lies outside the blocks, tied tensors once, then the weights of each block, by name; floats rounded to `dtype`."""
@@ -225,6 +224,20 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """The frozen parameter of that name, in place of the one without weights."""
     module, _, leaf = name.rpartition(".")
     model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+@contextlib.contextmanager
+def skipped(blocks: nn.ModuleList, last: Tensor | None = None) -> Iterator[None]:
+    """Meanwhile blocks hand over the hidden states that they are given; the last one `last` in their place, if that is given."""
+    for block in blocks:
+        block.__dict__["forward"] = _hand_over
+    if last is not None:
+        blocks[-1].__dict__["forward"] = lambda *args, **kwargs: last
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.__dict__["forward"]
 
 
 def _hand_over(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
