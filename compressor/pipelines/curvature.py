@@ -32,6 +32,13 @@ def sampled(ids: Tensor) -> Tensor:
     return ids[: max(1, SAMPLE // ids.shape[1])]
 
 
+def waiting_bytes(tokens: int, seqlen: int, hidden: int, blocks: int, size: int) -> int:
+    """What waits at most while F is estimated, of `tokens` in windows of `seqlen`, hidden states having `size` bytes a number: those of all blocks
+    and the gradients, and all the F."""
+    sample = min(tokens, max(1, SAMPLE // seqlen) * seqlen)
+    return (blocks + 1) * sample * hidden * size + blocks * 4 * hidden**2
+
+
 class Curvature:
     """F of the output of each block of `model`, float32 [d, d] in main memory with trace d: `curvature[index]`.
 

@@ -21,7 +21,7 @@ from compressor.export import shards
 from compressor.integrations import experts
 from compressor.integrations.peft import KINDS, Adapters, named
 from compressor.kernels import cpu
-from compressor.pipelines import calibrate, checkpoint, compress, evaluate, load, promises
+from compressor.pipelines import calibrate, checkpoint, compress, curvature, evaluate, load, promises
 from compressor.pipelines.packers import PACKERS, needs, trains
 from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
@@ -68,7 +68,8 @@ def whole_bytes(recipe: Recipe, source: Path, config: dict[str, Any], device: to
     if needs(recipe.quant):
         packing += expert_sums({name.removesuffix(".weight"): int(t.shape[-1]) for name, t in named.items() if t.dim() == 2})
     if trains(recipe.quant):
-        packing += recipe.data.nsamples * seqlen * hidden * size + TRAINED * weights // (size * max(1, int(config.get("num_hidden_layers") or 1)))
+        tokens, layers = recipe.data.nsamples * seqlen, max(1, int(config.get("num_hidden_layers") or 1))
+        packing += tokens * hidden * size + TRAINED * weights // (size * layers) + curvature.waiting_bytes(tokens, seqlen, hidden, layers, size)
     return weights + max(packing, 3 * logits)
 
 
@@ -265,7 +266,9 @@ def _memory(
         buckets = 0 if device.type == "cpu" else 7 * 8 * kmeans.CELLS[device.type]
         out["compress"] += SKETCHING * min(learned.PANEL, largest) + 4 * largest + buckets
     if trains(recipe.quant):
-        out["compress"] += training_bytes(model, counts.calibration, recipe.quant.windows * counts.calibration // recipe.data.nsamples, size)
+        window = counts.calibration // recipe.data.nsamples
+        out["compress"] += training_bytes(model, counts.calibration, recipe.quant.windows * window, size)
+        out["compress"] += curvature.waiting_bytes(counts.calibration, window, hidden, layers, size)
     if any(packer.fisher for packer in packers):
         out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * (alive * layers + 4 * vocab) * size
     if recipe.tune.method != "none":
@@ -325,6 +328,7 @@ def _packing_seconds(packed: list[compress.Target], counts: Counts, parameters: 
         hessian = sum(t.shape[1] ** 2 for t in calibrated) * counts.calibration * 2
         backward = 4 * parameters * counts.calibration if any(PACKERS[t.quant.packer].fisher for t in packed) else 0
         training = sum((6 * t.quant.passes + 2) * t.shape[0] * t.shape[1] for t in packed if PACKERS[t.quant.packer].trains) * counts.calibration
+        training += 8 * parameters * min(counts.calibration, curvature.SAMPLE) if training else 0
         seconds += (2 * weights * counts.calibration * PASSES + hessian + backward + training) / speed
     return seconds
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from compressor import linear
 from compressor.kernels import layout
-from compressor.pipelines import checkpoint, compress, estimate, evaluate, load, pruning
+from compressor.pipelines import checkpoint, compress, curvature, estimate, evaluate, load, pruning
 from compressor.pipelines.blockwise import blocks
 from compressor.pipelines.blockwise import stage as blockwise
 from compressor.pipelines.choose.choice import ways
@@ -71,16 +71,19 @@ def walking(run: "Run", stored: torch.dtype) -> tuple[int, int]:
     width = 4 if run.device.type == "cpu" else stored.itemsize
     tokenizer, most = load.load_tokenizer(run.source), run.recipe.eval.max_tokens or 1 << 62
     domain, outside = (min(most, evaluate.tokens_of(text, tokenizer, run.window)[0].numel()) for text in (run.domain.test, run.outside))
-    calibration = run.recipe.data.nsamples * run.seqlen if run.calibrates() else 0
+    calibration, waits = run.recipe.data.nsamples * run.seqlen if run.calibrates() else 0, 0
     if run.packs and trains(run.recipe.quant):
+        waits = curvature.waiting_bytes(calibration, run.seqlen, run.config["hidden_size"], run.config["num_hidden_layers"], width)
         calibration *= 2  # those of the dense model, too
     longest = max(domain, outside, calibration)
     states, keeping = longest * run.config["hidden_size"] * width, run.recipe.data.activations
     if keeping in ("memory", "recompute") or (keeping == "auto" and states <= blocks.HELD):
         states = 0
+    if keeping == "memory":
+        waits = 0
     window = run.window * run.config["vocab_size"]
     count = min(max(1, divergence.COMPARED // run.window), max(1, divergence.SAMPLE_LOGITS // window), max(1, domain // run.window))
-    return states, count * window * width
+    return states + waits, count * window * width
 
 
 def lying(work: Path) -> int:

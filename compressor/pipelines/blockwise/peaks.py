@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.export import shards
 from compressor.kernels import cpu
-from compressor.pipelines import compress, estimate, evaluate
+from compressor.pipelines import compress, curvature, estimate, evaluate
 from compressor.pipelines.blockwise import blocks as walking
 from compressor.pipelines.calibrate import BATCH_TOKENS
 from compressor.pipelines.packers import PACKERS, needs, trains
@@ -75,7 +75,9 @@ def peaks(
         trained = 0
         if trains(recipe.quant):
             step = recipe.quant.windows * tokens.calibrated
-            trained = estimate.training_bytes(model, kept // (config.hidden_size * size), step, size)
+            trained = estimate.training_bytes(model, kept // (config.hidden_size * size), step, size) + 3 * 4 * config.hidden_size**2
+            if recipe.data.activations == "memory":
+                trained += curvature.waiting_bytes(tokens.calibration, tokens.calibrated, config.hidden_size, len(list_), size)
         pack = block * size + kept + max(packing, forward, trained)
     forward, kept = _walk(config, tokens.windows, tokens.window, size, recipe.data.activations)
     one = tokens.window * config.vocab_size * size
