@@ -115,7 +115,7 @@ class Choose:
     target_bits: float | None = None  # bits a weight of the packed linears, at most
     target_size: int | None = None  # bytes of the folder, at most
     max_loss: float | None = None  # share by which packing may raise the perplexity of the domain; as few bytes as that takes
-    candidates: tuple[str, ...] = ()  # ways to pack a linear, such as w3g64, on top of `quant`; none: 2, 3, 4 and 8 bits, groups down to 32
+    candidates: tuple[str, ...] = ()  # ways to pack a linear, such as w3g64, on top of `quant`; none: 2, 3, 4 and 8 bits, groups of 32 to 128
     measure: str = "kl"  # of the damage: kl, of the logits when one group of linears is packed | error, of the linears' outputs, which runs no model
     windows: int = 8  # calibration windows that kl is measured on
 
