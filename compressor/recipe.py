@@ -32,6 +32,7 @@ class Quant:
     shrink: bool = True  # search the clipping range that minimises the weight error (PEQA's initialisation)
     damp: float = 0.01  # GPTQ: share of the mean diagonal of H added to it; raised automatically when H is not positive definite
     act_order: bool = True  # GPTQ: columns by descending diagonal of H, with groups kept static
+    sweeps: int = 3  # GPTQ: sweeps over the columns, each with the scales that the one before was refined to; 1: only the published one, refined
     gpr: int | None = None  # groups, or tables, per row; None: what `group` says, and one table a row
     start: str = "kmeans"  # sketches, before codes are chosen: kmeans | uniform, evenly spaced from the least to the largest weight
     exponent: float = 2.0  # sketches: k-means weighs column j by U[j, j]**-exponent, U the Cholesky factor of the inverse of H; 0: all alike
@@ -114,7 +115,7 @@ class Choose:
     target_bits: float | None = None  # bits a weight of the packed linears, at most
     target_size: int | None = None  # bytes of the folder, at most
     max_loss: float | None = None  # share by which packing may raise the perplexity of the domain; as few bytes as that takes
-    candidates: tuple[str, ...] = ()  # ways to pack a linear, such as w3g64, on top of `quant`; none: 2, 3, 4 and 8 bits, groups down to 32
+    candidates: tuple[str, ...] = ()  # ways to pack a linear, such as w3g64, on top of `quant`; none: 2, 3, 4 and 8 bits, groups of 32 to 128
     measure: str = "kl"  # of the damage: kl, of the logits when one group of linears is packed | error, of the linears' outputs, which runs no model
     windows: int = 8  # calibration windows that kl is measured on
 
@@ -315,6 +316,7 @@ def _choosing_rules(c: Choose) -> list[tuple[bool, str]]:
 
 def _training_rules(q: Quant, t: Tune) -> list[tuple[bool, str]]:
     return [
+        (q.sweeps > 0, f"quant.sweeps={q.sweeps} must be positive"),
         (q.passes > 0 and q.windows > 0, f"quant.passes={q.passes} and quant.windows={q.windows} must be positive"),
         (0 < q.rate < math.inf and 0 < q.value_rate < math.inf, f"quant.rate={q.rate} and quant.value_rate={q.value_rate} must be positive"),
         (0 <= t.distill <= 1 and t.distill_top > 0, f"tune.distill={t.distill} is a share from 0 to 1, and tune.distill_top positive"),

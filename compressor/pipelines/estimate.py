@@ -363,7 +363,7 @@ def _start_seconds(target: compress.Target) -> float:
 def _products(quant: Quant) -> int:
     """Products of the weight's shape with H that a packer makes, in units of one sweep."""
     if quant.packer != "sketch" or not quant.refit:
-        return 1
+        return quant.sweeps if "sweeps" in PACKERS[quant.packer].reads else 1
     sweeps = learned.SWEEPS if quant.feedback else 1
     return sweeps * 3 + (sweeps + learned.ROUNDS) * (1 << quant.bits) + learned.ROUNDS
 

@@ -5,7 +5,7 @@ from compressor.quant import gptq, rtn
 from compressor.quant.groups import resolve_group
 
 GRID = ("group", "gpr", "symmetric", "shrink")
-GPTQ = (*GRID, "damp", "act_order")
+GPTQ = (*GRID, "damp", "act_order", "sweeps")
 TRAINED = ("passes", "windows", "rate", "value_rate")
 PACKERS: dict[str, Packer] = {
     "rtn": Packer(rtn.pack, resolve_group, reads=GRID),

@@ -3,14 +3,15 @@
 Frantar et al., 2022 (arXiv 2210.17323): with H = mean(x xT) and U the upper Cholesky factor of its damped inverse, the error of column j divided by
 U[j, j] and multiplied by U[j, j+1:] is taken off the columns behind it, in blocks of 128 (section 4, steps 2 and 3). Columns go by descending
 diagonal of H; grids are *static*, chosen from the original weights, so codes lie in their own order and servers need no index of groups.
-The result is then refined (quant/refine.py), which the paper does not do.
+The result is then refined (quant/refine.py), and swept and refined again over the scales that this gave, `quant.sweeps` times in all, each row
+keeping its best: the paper does neither. What matters is not how the first grids were chosen but that codes are chosen anew once scales have moved.
 
 Pruned weights (`stats.keep` false) are exactly zero in the result: each takes the code of zero when its column comes, and what the columns before
 it had added to it is its error, which the columns behind it make up for, as in SparseGPT's joint step (Frantar and Alistarh, 2023, arXiv 2301.00774,
 section 3.5), with the mask given. Grids need no care: every candidate holds zero exactly, so pruned weights do not weigh in the search for one.
 
-Price: about k**3 for the factor, n k**2 / 2 for the sweep, and what refine.py says; memory, beside the caller's H and some panels of rows:
-what hessian.py says while U is made, two k x k float32 matrices during the sweep, one during refinement. Limits: a layer that saw no tokens, or
+Price: about k**3 for the factor, and, for each sweep, n k**2 / 2 and what refine.py says; memory, beside the caller's H and some panels of rows:
+what hessian.py says while U is made, and two k x k float32 matrices afterwards. Limits: a layer that saw no tokens, or
 only zeros, or whose H stays indefinite up to DAMP_LIMIT, is rounded to nearest, and its report row says so.
 """
 
@@ -55,14 +56,11 @@ def pack(w: Tensor, stats: LayerStats | None, options: Quant, group: int, scale_
     w = w.masked_fill(dead, 0)
     note = joined(note, unread(dead), grid.check(w, options.bits, group, scale_dtype))
     values = grid.choose(w, options.bits, group, options.symmetric, options.shrink, scale_dtype)
-    codes, scale = torch.empty(w.shape, dtype=torch.uint8, device=w.device), values.scale.clone()
-    parts = [(rows, Affine(values.scale[rows], _rows(values.zero, rows))) for rows in panels(w.shape[0], w.shape[1], PANEL)]
-    for rows, part in parts:
-        codes[rows] = _sweep(w[rows], factor, order, part, options.bits, _rows(keep, rows))
-    del factor
     hessian = damped(hessian, damp * hessian.diagonal().mean())
-    for rows, part in parts:
-        codes[rows], scale[rows] = refine(w[rows], codes[rows], part, hessian, options.bits, ROUNDS, _rows(keep, rows))
+    codes, scale = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(values.scale)
+    for rows in panels(w.shape[0], w.shape[1], PANEL):
+        part = Affine(values.scale[rows], _rows(values.zero, rows))
+        codes[rows], scale[rows] = _best(w[rows], part, hessian, factor, order, options, _rows(keep, rows))
     return PackedWeight.pack(codes, Affine(scale, values.zero), options.bits), {"damp": damp, "note": note}
 
 
@@ -79,6 +77,25 @@ def _masked(w: Tensor, keep: Tensor) -> Tensor:
 
 def _rows(part: Tensor | None, rows: slice) -> Tensor | None:
     return None if part is None else part[rows]
+
+
+def _best(
+    w: Tensor, values: Affine, hessian: Tensor, factor: Tensor, order: Tensor, options: Quant, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes uint8 [n, k] and scale [n, G] of w [n, k]: of each row those of least error under the damped H, of `options.sweeps` sweeps in turn."""
+
+    def once(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        now = Affine(scale, values.zero)
+        swept = _sweep(w, factor, order, now, options.bits, keep)
+        return refine(w, swept, now, hessian, options.bits, ROUNDS, keep, values.scale)
+
+    codes, scale, least = once(values.scale)
+    last = scale
+    for _ in range(options.sweeps - 1):
+        found, last, error = once(last)
+        better = (error < least).unsqueeze(1)
+        codes, scale, least = torch.where(better, found, codes), torch.where(better, last, scale), torch.minimum(error, least)
+    return codes, scale
 
 
 def _sweep(w: Tensor, factor: Tensor, order: Tensor, values: Affine, bits: int, keep: Tensor | None) -> Tensor:

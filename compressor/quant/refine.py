@@ -19,22 +19,28 @@ from compressor.quant import grid
 REACH = 2.0  # a scale stays within this factor of where it started: strongly correlated inputs would else pull some to zero or below
 
 
-def refine(w: Tensor, codes: Tensor, values: Affine, hessian: Tensor, bits: int, rounds: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """w float32 [n, k], codes uint8 [n, k], hessian [k, k] with a positive diagonal -> better codes uint8 [n, k] and scale [n, G] in its dtype.
+def refine(
+    w: Tensor, codes: Tensor, values: Affine, hessian: Tensor, bits: int, rounds: int, keep: Tensor | None = None, start: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w float32 [n, k], codes uint8 [n, k], hessian [k, k] with a positive diagonal -> better codes uint8 [n, k], scale [n, G] in its dtype, and the
+    error e H eT of each row with them, float32 [n].
 
-    Codes stay where `keep`, bool [n, k], is false. Rows do not depend on each other, so callers may split them.
+    Codes stay where `keep`, bool [n, k], is false. start: scales [n, G] that REACH counts from; None: those of `values`. Rows do not depend on each
+    other, so callers may split them.
     """
     scale = values.scale.T.contiguous().to(torch.float32, copy=True)  # [G, n]; inside, columns are rows, so that each is contiguous
     zero = torch.full_like(scale, grid.midpoint(bits)) if values.zero is None else values.zero.float().T.contiguous()
     groups, n = scale.shape
     steps = codes.T.contiguous().float().view(groups, -1, n) - zero.unsqueeze(1)  # [G, group, n]
     pull = hessian @ (w.T - (steps * scale.unsqueeze(1)).view(-1, n))  # [k, n], H ET
-    low, high = scale / REACH, scale * REACH
+    middle = scale if start is None else start.T.float()
+    low, high = middle / REACH, middle * REACH
     kept = None if keep is None else keep.to(w.device).T.contiguous()  # [k, n]
     for _ in range(rounds):
         move_scales(steps, scale, low, high, pull, hessian, values.scale.dtype)
         move_codes(steps, scale, zero, pull, hessian, bits, kept)
-    return (steps + zero.unsqueeze(1)).view(-1, n).T.to(torch.uint8), scale.T.to(values.scale.dtype)
+    error = ((w.T - (steps * scale.unsqueeze(1)).view(-1, n)) * pull).sum(0)
+    return (steps + zero.unsqueeze(1)).view(-1, n).T.to(torch.uint8), scale.T.to(values.scale.dtype), error
 
 
 def move_scales(steps: Tensor, scale: Tensor, low: Tensor, high: Tensor, pull: Tensor, hessian: Tensor, dtype: torch.dtype) -> None:

@@ -144,7 +144,7 @@ def _tables(packed: PackedWeight, target: Tensor, hessian: Tensor | None) -> Ten
 def _walk_scales(packed: PackedWeight, target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     values = packed.values
     assert isinstance(values, Affine)
-    return refine(target, packed.codes(), values, hessian, packed.bits, ROUNDS)
+    return refine(target, packed.codes(), values, hessian, packed.bits, ROUNDS)[:2]
 
 
 def _walk_tables(packed: PackedWeight, target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compressor.errors import RecipeError
 from compressor.hessian import factorise
 from compressor.packed import Affine, PackedWeight
 from compressor.quant import PACKERS, gptq, grid, rtn
 from compressor.quant.refine import refine
-from compressor.recipe import Quant
+from compressor.recipe import Quant, Recipe
 from compressor.stats import LayerStats
 
 GRIDS = [(bits, symmetric) for bits in (2, 3, 4) for symmetric in (True, False)]
@@ -99,7 +100,7 @@ def test_every_round_of_refinement_lowers_the_error_of_every_row(dtype: torch.dt
     codes, kept = rtn.nearest(w, values, 2, 32), values.scale.clone()
     before = torch.full((16,), torch.inf)
     for rounds in range(4):
-        found, scale = refine(w, codes, values, hessian, 2, rounds)
+        found, scale, told = refine(w, codes, values, hessian, 2, rounds)
         assert (
             found.dtype == torch.uint8
             and int(found.max()) < 4
@@ -108,10 +109,34 @@ def test_every_round_of_refinement_lowers_the_error_of_every_row(dtype: torch.dt
         )
         e = w - PackedWeight.pack(found, Affine(scale, values.zero), 2).dequantize()
         error = ((e @ hessian) * e).sum(1)
+        torch.testing.assert_close(told, error, rtol=1e-3, atol=1e-6)
         assert bool((error <= before * (1 + 1e-4)).all())
         assert rounds != 1 or float(error.sum()) < 0.9 * float(before.sum())
         before = error
     assert torch.equal(values.scale, kept)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+def test_every_sweep_lowers_the_error_of_every_row(bits: int, symmetric: bool, act_order: bool) -> None:
+    w, stats = weight(24, 192), correlated(192)
+    assert stats.hessian is not None
+    mean = stats.hessian.diagonal().mean()
+    hessian, start = stats.hessian + 0.01 * mean * torch.eye(192), grid.choose(w, bits, 32, symmetric, True, torch.float16).scale
+    errors = []
+    for sweeps in (1, 2, 4):
+        packed, _ = pack(w, stats, 32, bits=bits, symmetric=symmetric, act_order=act_order, sweeps=sweeps)
+        e = packed.dequantize() - w
+        errors.append(((e @ hessian) * e).sum(1))
+        assert bool(((packed.learned >= start / 2.02) & (packed.learned <= start * 2.02)).all())
+    assert bool((errors[1] <= errors[0] * (1 + 1e-4)).all()) and bool((errors[2] <= errors[1] * (1 + 1e-4)).all())
+    assert float(errors[2].sum()) < (0.97 if bits == 2 else 0.995) * float(errors[0].sum())
+
+
+@pytest.mark.parametrize("sweeps", [0, -1])
+def test_sweeps_that_cannot_be(sweeps: int) -> None:
+    with pytest.raises(RecipeError, match=f"quant.sweeps={sweeps} must be positive"):
+        Recipe().with_(quant__sweeps=sweeps)
 
 
 def test_refinement_leaves_its_arguments_alone() -> None:

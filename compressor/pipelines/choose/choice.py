@@ -24,7 +24,7 @@ from compressor.pipelines.packers import PACKERS
 from compressor.recipe import Choose, Quant
 
 BITS = (2, 3, 4)
-SMALLEST, SIZES = 32, 3  # groups that are tried: the recipe's, its half and its quarter, down to this many columns
+SMALLEST, LARGEST, HALVINGS = 32, 128, 2  # groups that are tried: the recipe's, halved and doubled so often, within these columns
 NEAR, TRIES = 0.8, 5  # share of a target of loss that is near enough; packings at most until it is
 LINE, SUFFIX, PARTS = 62, 14, 3  # bytes at most: of a place in a header without name and offsets, of what is added to a name; tensors a linear
 QUOTED, SCHEME, CONFIG = 20, 460, 520  # of a name in config.json, a scheme, and what all schemes share
@@ -52,7 +52,8 @@ def _grids(quant: Quant) -> tuple[str, ...]:
     """Widths and group sizes to try, beginning with the recipe's; rows of one scale mix with no groups (readers know one strategy a folder)."""
     if quant.group == -1:
         return (*(f"w{bits}g-1" for bits in BITS), "w8g-1")
-    sizes = [quant.group >> i for i in range(SIZES) if i == 0 or quant.group >> i >= SMALLEST]
+    smaller = [quant.group >> i for i in range(1, HALVINGS + 1) if quant.group >> i >= SMALLEST]
+    sizes = [quant.group, *smaller, *(quant.group << i for i in range(1, HALVINGS + 1) if quant.group << i <= LARGEST)]
     return (*(f"w{bits}g{size}" for bits in BITS for size in sizes), f"w8g{quant.group}")
 
 

@@ -11,6 +11,8 @@ To second order both add up over units as long as errors are small and independe
 2021, arXiv 2102.05426); what they really come to together is measured after packing. KL is the rise of the loss on text that the dense model itself
 would write, and near to it on other text; error knows nothing of how much a layer matters.
 
+Packers that train blocks are measured by the codes that they start from; the mix that was chosen is trained as it is packed.
+
 Price: options times the packing of the model; for kl a forward pass of the sample for every unit and option, and its dense logits in memory.
 Finished blocks are kept in the work folder.
 """

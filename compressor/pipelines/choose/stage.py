@@ -22,6 +22,7 @@ from compressor.pipelines.job import digest
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.methods import check_methods
+from compressor.pipelines.packers import trains, untrained
 from compressor.recipe import KEPT, Choose, Quant, Recipe
 
 UNITS = 4 / 7  # units a linear, where q, k, v and gate, up read the same input
@@ -66,14 +67,16 @@ def cost(recipe: Recipe, estimated: Callable[[Recipe], dict[str, Any]], forward:
 
     estimated: costs of a recipe without a choice; forward: seconds that the windows of the sample take through the model.
     """
-    plain = recipe.with_(choose=Choose())
-    found = sorted((estimated(plain.with_(quant=way)) for way in ways(recipe.quant, recipe.choose).values()), key=lambda row: row["bits_per_weight"])
+    plain, options = recipe.with_(choose=Choose()), ways(recipe.quant, recipe.choose).values()
+    each = [estimated(plain.with_(quant=way)) for way in options]
+    measured = [estimated(plain.with_(quant=untrained(way))) if trains(way) else row for way, row in zip(options, each, strict=True)]
+    found = sorted(each, key=lambda row: row["bits_per_weight"])
     asked, size = recipe.choose.target_bits, recipe.choose.target_size
     fits = [row for row in found if row["bits_per_weight"] <= (asked or math.inf) and row["folder_bytes"] <= (size or math.inf)]
     if not fits:
         least = f"{found[0]['bits_per_weight']:.3f} bits per weight, {found[0]['folder_bytes']:,} bytes"
         raise RecipeError(f"the target is below the smallest of the candidates ({least}): ask for more")
-    seconds = sum(row["seconds"]["compress"] for row in found)
+    seconds = sum(row["seconds"]["compress"] for row in measured)
     if recipe.choose.measure == "kl":
         seconds += forward * len(found) * found[0]["packed_layers"] * UNITS
     best = fits[-1] | {"seconds": fits[-1]["seconds"] | {"choose": round(seconds, 1)}}

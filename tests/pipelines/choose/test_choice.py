@@ -90,6 +90,8 @@ def test_candidates() -> None:
     usual = ways(Quant(), Choose(target_bits=3.0))
     assert list(usual) == [f"w{b}g{g}" for b in (2, 3, 4) for g in (128, 64, 32)] + ["w8g128"]
     assert {way.packer for way in usual.values()} == {"gptq"}
+    for group, sizes in ((32, (32, 64, 128)), (64, (64, 32, 128)), (256, (256, 128, 64)), (16, (16, 32, 64)), (96, (96, 48))):
+        assert list(ways(Quant(group=group), Choose(target_bits=3.0))) == [f"w{b}g{g}" for b in (2, 3, 4) for g in sizes] + [f"w8g{group}"]
     assert list(ways(Quant(group=-1), Choose(target_bits=3.0))) == ["w2g-1", "w3g-1", "w4g-1", "w8g-1"]
     assert list(ways(Quant(packer="sketch"), Choose(target_bits=3.0))) == ["2bit", "3bit", "4bit"]
     mixed = ways(Quant(), Choose(target_bits=3.0, candidates=("2bit:rtn", "3bit:asym")))

@@ -10,8 +10,10 @@ import torch
 
 from compressor.errors import RecipeError
 from compressor.linear import packed_linears
-from compressor.pipelines import load
+from compressor.pipelines import load, reconstruct
 from compressor.pipelines.choose import sensitivity
+from compressor.pipelines.choose import stage as choosing
+from compressor.pipelines.packers import trains
 from compressor.pipelines.run import dry_run, run
 from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
@@ -64,6 +66,38 @@ def test_transformers_reads_the_mix(by_bits: tuple[Path, dict[str, Any]]) -> Non
         torch.testing.assert_close(theirs(ids).logits, load.load(str(by_bits[0]), "cpu").model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_group_sizes_alone_can_be_chosen(tmp_path: Path) -> None:
+    """Rows of one scale among them: of 384 columns their groups are 384, which readers take as a group size like others."""
+    from transformers import AutoModelForCausalLM
+
+    sizes = ("w3g32", "w3g64", "w3g128", "w3g-1")
+    report = chosen(tmp_path / "out", choose__target_bits=3.2, choose__candidates=sizes)
+    assert report["choice"]["reached"]["bits_per_weight"] <= 3.2
+    model, ids = load.load(str(tmp_path / "out"), "cpu").model, torch.arange(1, 60).unsqueeze(0)
+    found = [(layer.bits, layer.group) for layer in packed_linears(model).values()]
+    assert {bits for bits, _ in found} == {3} and len({group for _, group in found}) > 2
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_are_trained_once_and_not_by_every_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, train = [], reconstruct.Reconstruction.train
+
+    def counted(self: Any, block: Any, index: int, *rest: Any) -> tuple[float, float]:
+        trained.append(index)
+        return train(self, block, index, *rest)
+
+    monkeypatch.setattr(reconstruct.Reconstruction, "train", counted)
+    keys: dict[str, Any] = {"choose__target_bits": 2.7, "choose__candidates": THREE, "quant__passes": 1, "data__nsamples": 4, "quant__sweeps": 1}
+    report = chosen(tmp_path / "block", **keys, quant__packer="block")
+    assert trained == [0, 1, 2, 3]
+    plain = chosen(tmp_path / "gptq", **(keys | {"quant__passes": 2}), quant__packer="gptq")
+    assert trained == [0, 1, 2, 3]
+    assert [unit["chosen"] for unit in report["choice"]["units"]] == [unit["chosen"] for unit in plain["choice"]["units"]]
+    assert {row["packer"] for row in report["layers"]} == {"block"}
+
+
 def test_a_target_of_bytes_counts_the_whole_folder(tmp_path: Path) -> None:
     report = chosen(tmp_path / "out", choose__target_size=1_000_000, choose__measure="error", choose__candidates=THREE)
     assert 990_000 < report["packed"]["folder_bytes"] <= 1_000_000
@@ -103,6 +137,15 @@ def test_the_dry_run_tells_the_target(tmp_path: Path) -> None:
     assert "found in the run" in told["notes"][-1]
     with pytest.raises(RecipeError, match="below the smallest of the candidates"):
         dry_run(QUICK.with_(choose__target_bits=1.5), tmp_path / "out", Show())
+
+
+def test_candidates_that_train_blocks_cost_what_their_start_does() -> None:
+    def estimated(recipe: Recipe) -> dict[str, Any]:
+        bits, seconds = float(recipe.quant.bits), {"compress": 100.0 if trains(recipe.quant) else 1.0}
+        return {"bits_per_weight": bits, "folder_bytes": round(1000 * bits), "ratio": 2.0, "packed_layers": 4, "notes": [], "seconds": seconds}
+
+    recipe = QUICK.with_(quant__packer="block", choose__target_bits=3.1, choose__measure="error", choose__candidates=THREE)
+    assert choosing.cost(recipe, estimated, 0.0)["seconds"] == {"compress": 100.0, "choose": 3.0}
 
 
 def test_recipes_that_cannot_choose(tmp_path: Path) -> None:
