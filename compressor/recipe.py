@@ -32,7 +32,7 @@ class Quant:
     shrink: bool = True  # search the clipping range that minimises the weight error (PEQA's initialisation)
     damp: float = 0.01  # GPTQ: share of the mean diagonal of H added to it; raised automatically when H is not positive definite
     act_order: bool = True  # GPTQ: columns by descending diagonal of H, with groups kept static
-    sweeps: int = 3  # GPTQ: sweeps over the columns, each with the scales that the one before was refined to; 1: only the published one, refined
+    sweeps: int = 1  # GPTQ: sweeps over the columns, each with the scales that the one before was refined to; 1: only the published one, refined
     gpr: int | None = None  # groups, or tables, per row; None: what `group` says, and one table a row
     start: str = "kmeans"  # sketches, before codes are chosen: kmeans | uniform, evenly spaced from the least to the largest weight
     exponent: float = 2.0  # sketches: k-means weighs column j by U[j, j]**-exponent, U the Cholesky factor of the inverse of H; 0: all alike
@@ -110,10 +110,11 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Choose:
-    """Packing every linear its own way, for a size or a loss; at most one of the first three is given, and without one `quant` holds for all."""
+    """Packing every linear its own way, for a size or a loss; at most one of the first four is given, and without one `quant` holds for all."""
 
     target_bits: float | None = None  # bits a weight of the packed linears, at most
     target_size: int | None = None  # bytes of the folder, at most
+    equal: bool = False  # at most the bits that `quant` alone comes to; a run puts their number in target_bits
     max_loss: float | None = None  # share by which packing may raise the perplexity of the domain; as few bytes as that takes
     candidates: tuple[str, ...] = ()  # ways to pack a linear, such as w3g64, on top of `quant`; none: 2, 3, 4 and 8 bits, groups of 32 to 128
     measure: str = "kl"  # of the damage: kl, of the logits when one group of linears is packed | error, of the linears' outputs, which runs no model
@@ -121,7 +122,7 @@ class Choose:
 
     @property
     def active(self) -> bool:
-        return (self.target_bits, self.target_size, self.max_loss) != (None, None, None)
+        return self.equal or (self.target_bits, self.target_size, self.max_loss) != (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -306,11 +307,11 @@ def _pruning_rules(p: Prune) -> list[tuple[bool, str]]:
 def _choosing_rules(c: Choose) -> list[tuple[bool, str]]:
     asked = [c.target_bits, c.target_size, c.max_loss]
     return [
-        (sum(value is not None for value in asked) < 2, "choose: give one of target_bits, target_size and max_loss"),
+        (sum(value is not None for value in asked) + c.equal < 2, "choose: give one of target_bits, target_size, equal and max_loss"),
         (all(value is None or 0 < value < math.inf for value in asked), "choose: target_bits, target_size and max_loss must be positive"),
         (c.measure in ("kl", "error"), f"choose.measure={c.measure!r}: choose kl or error"),
         (c.windows > 0, f"choose.windows={c.windows} must be positive"),
-        (c.active or c == Choose(), "choose: nothing is chosen: give --target-bits, --target-size or --max-loss"),
+        (c.active or c == Choose(), "choose: nothing is chosen: give --target-bits, --target-size, --max-loss or --mix"),
     ]
 
 

@@ -107,7 +107,7 @@ FLAGS = {  # parameters of `run` -> keys of the recipe
     "distill": "tune__distill",
     "finetune": "finetune__when", "max_tokens": "eval__max_tokens", "seed": "seed", "device": "device", "save": "save",
     "memory": "memory", "activations": "data__activations",
-    "target_bits": "choose__target_bits", "target_size": "choose__target_size", "max_loss": "choose__max_loss",
+    "mix": "choose__equal", "target_bits": "choose__target_bits", "target_size": "choose__target_size", "max_loss": "choose__max_loss",
     "candidates": "choose__candidates", "sensitivity": "choose__measure", "layer": "quant__layers", "tasks": "eval__tasks",
     "task_limit": "eval__task_limit",
 }  # fmt: skip
@@ -184,7 +184,7 @@ def run(
     ctx: typer.Context, model: flags.Model, quant: flags.Quant = None, tune: flags.Tune = None, prune: flags.Prune = None,
     prune_steps: flags.PruneSteps = None, prune_lr: flags.PruneLr = None, unit: flags.Unit = None, multiple: flags.Multiple = None,
     per_layer: flags.PerLayer = None, one_shot: flags.OneShot = None, finetune: flags.Finetune = None, recompute: flags.Recompute = None,
-    gradients: flags.Gradients = None, target_bits: flags.TargetBits = None, target_size: flags.TargetSize = None, max_loss: flags.MaxLoss = None,
+    gradients: flags.Gradients = None, preset: flags.Preset = None, mix: flags.Mix = None, target_bits: flags.TargetBits = None, target_size: flags.TargetSize = None, max_loss: flags.MaxLoss = None,
     candidates: flags.Candidates = None, sensitivity: flags.Sensitivity = None, layer: flags.Layer = None, output: flags.Output = None,
     data: flags.Data = None, outside: flags.Outside = None, tasks: flags.Tasks = None, task_limit: flags.TaskLimit = None,
     calib: flags.Calib = None, group: flags.Group = None, gpr: flags.Gpr = None, start: flags.Start = None, exponent: flags.Exponent = None,

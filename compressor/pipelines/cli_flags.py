@@ -22,6 +22,8 @@ OneShot = Annotated[bool | None, typer.Option("--one-shot/--gradual", help="prun
 Finetune = Annotated[bool | None, typer.Option("--finetune/--no-finetune", help="encoders: train the dense model on the task first")]
 Recompute = Annotated[Count, typer.Option(help="oBERT: inverse Fisher estimates a prune")]
 Gradients = Annotated[Count, typer.Option(help="oBERT: gradients an estimate")]
+Preset = Annotated[Text, typer.Option(help="time for quality: fast (GPTQ), standard (blocks trained; the default) or best (and bits by layer)")]
+Mix = Annotated[bool | None, typer.Option("--mix/--no-mix", help="choose bits and group size of every linear, at the bytes of one width for all")]
 TargetBits = Annotated[Number, typer.Option(help="choose bits and group size of every linear: at most so many bits a weight")]
 TargetSize = Annotated[Text, typer.Option(help="choose them for a folder of at most this size: 2.6GB, 700MB …")]
 MaxLoss = Annotated[Text, typer.Option(help="choose them so that packing raises perplexity by no more than this: 2%")]

@@ -10,7 +10,7 @@ BRECQ's (Li et al., 2021, arXiv 2102.05426, section 3.3, with the diagonal of th
 sums of channels matter, and no sample has to be kept.
 
 One block at a time is needed, forwards and then backwards. Price: two forward and one backward pass of SAMPLE tokens, hidden states of all blocks for
-these, and 4 d**2 bytes a block, waiting where hidden states do.
+these, and 4 d**2 bytes a block, waiting where hidden states do. Encoders without logits feel all directions alike.
 """
 
 from collections.abc import Callable
@@ -86,6 +86,8 @@ class Curvature:
         last = states.to(rows.device).requires_grad_(True)
         with skipped(self.blocks, last) if self.visits is None else self.visits.skipping(last):
             out: Any = self.model(input_ids=rows)
+        if not hasattr(out, "logits"):  # an encoder that points at answers
+            return torch.zeros_like(states)
         log_p = out.logits.float().log_softmax(-1).flatten(0, -2)  # [tokens, vocabulary]
         y = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
         (slope,) = torch.autograd.grad(-log_p.gather(1, y).sum(), last)

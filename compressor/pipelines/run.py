@@ -35,6 +35,7 @@ from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.blockwise.hidden import Spool
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose import stage as choosing
+from compressor.pipelines.choose.equal import settled
 from compressor.pipelines.job import Job, default_output, digest, plain, source_name
 from compressor.pipelines.journal import Journal
 from compressor.pipelines.measure import divergence
@@ -347,6 +348,7 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
         ):
             raise RecipeError(f"{strange} is for causal language models, and {recipe.model} is an encoder: leave it out")
         return encoder_run.run(recipe, output, overwrite, show, command)
+    recipe = settled(recipe)
     job = _kind(recipe)(recipe, output or default_output(recipe), show, command)
     done = world.first(lambda: job.done(job.key_written, overwrite))
     if done is not None:
@@ -359,6 +361,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
     if encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model))):
         return encoder_run.dry_run(recipe, output, show)
+    recipe = settled(recipe)
     job = _kind(recipe)(recipe, output or default_output(recipe), show)
     check_output(job.place, overwrite=True)
     tokenizer = load.load_tokenizer(job.source)

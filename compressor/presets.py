@@ -1,0 +1,38 @@
+"""Presets: how much time a run may take for quality, in one word. They say how to pack and what to learn from; bits, tuner and texts are the user's.
+
+    fast       GPTQ
+    standard   block-wise training on top of it, within three times its time: what `run` does if nothing else is said
+    best       the same, twice as long, with bits and group sizes chosen by layer at the bytes of the uniform recipe; scales learn from the dense model, too
+
+What a flag or a recipe file says comes before what a preset does. What each takes and brings: docs/methods.md.
+"""
+
+from typing import Any
+
+from compressor.errors import RecipeError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"quant__packer": "gptq"},
+    "standard": {"quant__packer": "block"},
+    "best": {"quant__packer": "block", "quant__passes": 4, "choose__equal": True, "tune__distill": 0.5},
+}
+TARGETS = ("choose__target_bits", "choose__target_size", "choose__max_loss", "quant__layers")
+
+
+def keys(name: str | None, said: dict[str, Any], tuned: bool, alone: bool) -> dict[str, Any]:
+    """What a preset adds to the keys of the recipe that are `said`, written section__key; None: standard, as far as it can be.
+
+    tuned: whether values or adapters are tuned; alone: whether this is the only process. RecipeError for a name that is none of PRESETS.
+    """
+    if name is not None and name not in PRESETS:
+        raise RecipeError(f"preset {name!r} is unknown; choose {', '.join(PRESETS)}")
+    if said.get("quant__packer") is not None:
+        return {}  # whoever names a packer, or none, knows how to pack
+    asked = dict(PRESETS[name or "standard"])
+    if name is None and (not alone or said.get("tune__start", "zero") != "zero"):
+        return {}  # blocks are trained in one process, and no path starts beside them
+    if not tuned:
+        asked.pop("tune__distill", None)
+    if any(key in said for key in TARGETS):
+        asked.pop("choose__equal", None)
+    return {key: value for key, value in asked.items() if key not in said}
