@@ -25,6 +25,7 @@ from compressor.pipelines import (
     load,
     pruning,
     room,
+    rotating,
     stages,
     tasks,
     teacher,
@@ -119,6 +120,7 @@ class Run(Job):
             objective = None if windows is None else teacher.objective(self, loaded, windows, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
+            rotating.rotate(self, loaded)
             if self.packs and self.recipe.choose.active and calibration is not None:
                 loaded = choosing.pack(self, loaded, calibration, journal)
             elif self.packs:
@@ -168,6 +170,7 @@ class Run(Job):
         for kind in kinds if self.recipe.choose.active else ():
             compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
+        rotating.check(model, quant.rotate, self.recipe.model)
         for kind in kinds if self.packs else ():
             compress.check_trains(kind, self.recipe.tune.start)
         if self.tunes:

@@ -1,0 +1,88 @@
+"""The stage that changes the basis of a dense model before it is packed (compressor/rotate), and proves that nothing else changed.
+
+It comes after the dense model was measured and pruned, and after what it predicts was kept for --distill; calibration sees the rotated model.
+Rotations follow from the seed, so that a run that goes on makes the same ones. Where one block at a time is in memory, a block is turned whenever it
+is loaded. Price: two forward passes of one short window, and seconds of products. Weights are turned in float64 and rounded once, to float32 on a
+CPU, and on a GPU to the 16 bits that the model has there.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import linear
+from compressor.errors import ModelError
+from compressor.pipelines import load
+from compressor.pipelines.blockwise.blocks import Blocks
+from compressor.rotate import merge
+
+if TYPE_CHECKING:
+    from compressor.pipelines.run import Run
+
+WINDOW = 32  # tokens, drawn at random, whose logits are compared
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # norm of the change of the logits over their norm
+
+
+def check(model: nn.Module, method: str, name: str) -> None:
+    """ModelError, before any work, for a model that cannot be rotated so; model: with or without weights."""
+    if method == "none":
+        return
+    if why := merge.why_not(model, method):
+        instead = " or give --rotate heads," if method in merge.RESIDUAL and not merge.why_not(model, "heads") else ""
+        raise ModelError(f"{name} cannot be rotated by {method}: {why};{instead} leave --rotate out")
+
+
+def rotate(run: "Run", loaded: load.Loaded) -> None:
+    """What the recipe asks for, in place, with what the user should know of it."""
+    method = run.recipe.quant.rotate
+    if not run.packs or method == "none":
+        return
+    more = merge.added(loaded.model, method) * loaded.dtype.itemsize
+    with run.stage("rotate"):
+        moved = apply(loaded, method, run.recipe.seed)
+    told = [merge.sentence(more)] if more else []
+    run.show.say("; ".join([f"rotated: the logits moved by {moved:.1e} of their size", *told]))
+    run.report.notes += [each for each in told if each not in run.report.notes]
+
+
+@torch.no_grad()
+def apply(loaded: load.Loaded, method: str, seed: int) -> float:
+    """Rotate a dense model in place; by how much its logits moved, over their size. ModelError if that is more than rounding."""
+    if method == "none":
+        return 0.0
+    model: Any = loaded.model
+    window = torch.randint(0, model.config.vocab_size, (1, WINDOW), generator=torch.Generator().manual_seed(seed))
+    before, found, blocks = _logits(model, window), merge.planned(model, method, seed), Blocks.of(model)
+    found.outside(model, loaded.dtype)
+    if blocks is not None:
+        blocks.turn = found.block
+    else:
+        for index, block in enumerate(linear.find_blocks(model)[1]):
+            found.block(index, block)
+    moved = float((_logits(model, window) - before).norm() / before.norm())
+    allowed = max(TOLERANCES.get(p.dtype, 0.0) for p in model.parameters())
+    if not moved <= allowed:
+        told = f"its logits move by {moved:.1e} of their size, and rounding explains {allowed:.0e}"
+        raise ModelError(f"{loaded.name} computes something else once it is rotated by {method}: {told}; leave --rotate out")
+    if method in merge.RESIDUAL:
+        loaded.config |= {"tie_word_embeddings": False}
+    return moved
+
+
+def stored(method: str, loaded: load.Loaded, dtypes: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """In what embedding and head may wait (compressor/stored.py), of a model whose files hold `dtypes`; rotated, in what the folder will hold."""
+    model: Any = loaded.model
+    if method not in merge.RESIDUAL:
+        return dtypes
+    names = {id(p): name for name, p in model.named_parameters()}
+    table, head = (names[id(module.weight)] for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    found = dtypes | {head: dtypes.get(head, dtypes[table])}
+    return {name: loaded.dtype if dtype.itemsize == 2 else dtype for name, dtype in found.items()}
+
+
+def _logits(model: Any, window: Tensor) -> Tensor:
+    """float32 [1, window, vocab]."""
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+    out: Tensor = model(input_ids=window.to(device), use_cache=False).logits
+    return out.float()
