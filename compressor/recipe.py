@@ -17,7 +17,7 @@ from compressor.errors import RecipeError
 from compressor.specs import means, parse_quant, parse_share, parse_size
 
 STAGES = ("prune", "compress", "tune")
-ROTATIONS = ("none", "heads", "hadamard")
+ROTATIONS = ("none", "heads", "hadamard", "learned")
 KEPT = "kept"  # the packer of a model that is packed already, and tuned as it is
 
 
@@ -42,7 +42,7 @@ class Quant:
     windows: int = 2  # block, round: windows an update
     rate: float = 0.02  # block, round: of an update of codes, in steps of the grid
     value_rate: float = 0.005  # block, round: of an update of scales, as a share of them, and of zeros, in steps
-    rotate: str = "none"  # a change of basis merged into the weights before they are packed: heads, of values | hadamard, of all that is hidden
+    rotate: str = "none"  # a change of basis merged into the weights before they are packed: heads, of values | hadamard, of all | learned
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
     layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
 

@@ -68,9 +68,9 @@ class Model:
         loaded, options = self._loaded, _recipe("quant", quant).quant
         if packed_linears(loaded.model):
             raise ModelError(f"{loaded.name} is packed already")
-        rotating.check(loaded.model, options.rotate, loaded.name)
+        rotating.check(loaded.model, options, loaded.name)
         blocks.check_finite(loaded.model)
-        rotating.apply(loaded, options.rotate, seed)
+        rotating.apply(loaded, options, seed)
         write.round_to_folder(loaded, {t.name for t in blocks.plan(loaded.model, options).packed()})
         ids = None
         if PACKERS[options.packer].needs:

@@ -25,6 +25,7 @@ from compressor.pipelines import calibrate, checkpoint, compress, evaluate, load
 from compressor.pipelines.packers import PACKERS, needs, trains
 from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
+from compressor.rotate import learned as rotations
 from compressor.rotate import merge
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
@@ -143,11 +144,14 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     if recipe.tune.adapter == "absorb" and adapter.bytes:
         notes.append(f"sizes are those with the adapter beside the base; if it is absorbed, the folder is {adapter.bytes:,} bytes smaller")
     trained = _kept(recipe.tune, device, adapter.numbers) or _trained(recipe.tune, packed, values, device)
+    seconds = _seconds(recipe, packed, device, counts, parameters)
+    if recipe.quant.rotate == "learned":
+        seconds["rotate"] = round(rotations.products(_config(model).hidden_size, weights) / (matmul_speed(device) * EFFICIENCY), 1)
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
         "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": checkpoint.model_bytes(source) / folder_bytes,
         "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, todo.targets)),
-        "seconds": _seconds(recipe, packed, device, counts, parameters), "notes": notes,
+        "seconds": seconds, "notes": notes,
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from compressor.rotate import roles as role
 from compressor.rotate.hadamard import Rotation, randomised, turn
 from compressor.rotate.roles import FIRST, NORMS, SECOND, WRITERS, Roles
 
-RESIDUAL = ("hadamard",)  # methods that turn the residual stream, too
+RESIDUAL = ("hadamard", "learned")  # methods that turn the residual stream, too
 HEADS = 1 << 20  # seeds of blocks begin here
 
 

@@ -15,7 +15,7 @@ from compressor.pipelines import compress, load, rotating
 from compressor.pipelines import run as pipeline
 from compressor.pipelines.blockwise import opening
 from compressor.pipelines.show import Show
-from compressor.recipe import Recipe
+from compressor.recipe import Quant, Recipe
 from compressor.rotate import merge, roles
 from tests.pipelines import encoders, toys
 
@@ -107,12 +107,12 @@ def test_a_model_that_computes_something_else_is_refused(tied: Path, monkeypatch
     loaded = load.load(str(tied), "cpu")
     monkeypatch.setattr(merge, "WRITERS", roles.WRITERS[:1])
     with pytest.raises(ModelError, match="computes something else once it is rotated by hadamard: its logits move by"):
-        rotating.apply(loaded, "hadamard", 0)
+        rotating.apply(loaded, Quant(rotate="hadamard"), 0)
     with torch.no_grad():
         loaded, _ = opening.load_blocks(str(tied), "cpu")
         loaded.model.get_parameter("model.norm.weight").fill_(float("nan"))
     with pytest.raises(ModelError, match="move by nan"):
-        rotating.apply(loaded, "heads", 0)
+        rotating.apply(loaded, Quant(rotate="heads"), 0)
 
 
 def test_what_cannot_be_is_said_before_any_work(tied: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_cannot_be_is_said_before_any_work(tied: Path, tmp_path: Path) -> N
             pipeline.run(asked, tmp_path / "out")
         with pytest.raises(error, match=words):
             pipeline.dry_run(asked, tmp_path / "out", Show())
-    with pytest.raises(RecipeError, match="choose none, heads, hadamard"):
+    with pytest.raises(RecipeError, match="choose none, heads, hadamard, learned"):
         toys.recipe(tied, quant__rotate="no")
     bert = encoders.make_encoder(tmp_path / "bert", "BertForSequenceClassification")
     with pytest.raises(RecipeError, match="is for causal language models"):

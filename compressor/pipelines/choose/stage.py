@@ -109,7 +109,7 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
             break
         run.show.say(f"perplexity grew by {math.expm1(rise):.2%}; packing again")
         loaded = run.read()
-        rotating.rotate(run, loaded)
+        rotating.rotate(run, loaded, journal)
     journal.put("chosen", run.key_compress, choice.state())
     run.key_tune, run.key_tuned = digest(run.key_tune, key), digest(run.key_tuned, key)  # checkpoints belong to this mix
     run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
