@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor import stored
+from compressor import stored, world
 from compressor.errors import ModelError, RecipeError
 from compressor.pipelines import compress, load, rotating
 from compressor.pipelines import run as pipeline
 from compressor.pipelines.blockwise import opening
 from compressor.pipelines.show import Show
 from compressor.recipe import Quant, Recipe
-from compressor.rotate import merge, roles
+from compressor.rotate import learned, merge, roles
 from tests.pipelines import encoders, toys
 
 IDS = torch.randint(5, 320, (2, 32), generator=torch.Generator().manual_seed(3))
@@ -82,10 +82,10 @@ def test_the_choice_of_widths_counts_the_head(tied: Path, tmp_path: Path) -> Non
 
 
 def test_seeds_and_methods_are_other_runs_and_the_same_recipe_the_same_bytes(tied: Path, tmp_path: Path) -> None:
-    found, own = dict[str, str](), {"seed": {"seed": 7}, "heads": {"quant__rotate": "heads"}, "none": {"quant__rotate": "none"}}
+    own: dict[str, dict[str, Any]] = {"seed": {"seed": 7}, "heads": {"quant__rotate": "heads"}, "none": {"quant__rotate": "none"}}
+    found = {}
     for name in ("one", "again", *own):
-        changes: dict[str, Any] = dict(own.get(name, {}))
-        asked = toys.recipe(tied, **{"quant__rotate": "hadamard", "quant__packer": "rtn"} | changes)
+        asked = toys.recipe(tied, **{"quant__rotate": "hadamard", "quant__packer": "rtn"} | own.get(name, {}))
         pipeline.run(asked, tmp_path / name)
         found[name] = toys.sums(tmp_path / name)["model.safetensors"]
     assert found["one"] == found["again"] and len(set(found.values())) == 4
@@ -134,3 +134,27 @@ def test_what_cannot_be_is_said_before_any_work(tied: Path, tmp_path: Path) -> N
     with pytest.raises(RecipeError, match="is for causal language models"):
         pipeline.run(Recipe(model=str(bert)).with_(quant__rotate="heads"), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_learned_rotations_are_kept_for_a_run_that_goes_on(tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = toys.recipe(tied, quant__rotate="learned", quant__bits=3, eval__max_tokens=128)
+    pipeline.run(asked, tmp_path / "whole")
+    real = compress._pack_block
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "_pack_block", lambda block, index, *rest: real(block, index, *rest) if index < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.run(asked, tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(learned, "learn", lambda *_: 1 / 0)
+        assert pipeline.run(asked, tmp_path / "killed")["resumed"]
+    assert toys.sums(tmp_path / "whole") == toys.sums(tmp_path / "killed")
+    assert pipeline.dry_run(asked, tmp_path / "dry", Show())["seconds"]["rotate"] >= 0
+    for changes, words in (
+        ({"memory": "blocks"}, "rotations are learned on all blocks at once"),
+        ({"quant__packer": "sketch", "quant__group": 128}, "learned is for even grids, and sketch makes tables"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            pipeline.run(asked.with_(**changes), tmp_path / "out")
+    monkeypatch.setattr(world, "size", lambda: 2)
+    with pytest.raises(RecipeError, match="are learned in one process"):
+        rotating.check(load.load(str(tied), "cpu").model, asked.quant, "tied")
