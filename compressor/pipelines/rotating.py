@@ -52,9 +52,12 @@ def rotate(run: "Run", loaded: load.Loaded, journal: Journal) -> None:
     folder = journal.subfolder("rotation", run.key_compress) if method == "learned" else None
     with run.stage("rotate"), run.show.task("rotate", learned.STEPS if folder else 1) as advance:
         moved = apply(loaded, run.recipe.quant, run.recipe.seed, folder, lambda step: advance(1, f"step {step}"))
-    told = [merge.sentence(more)] if more else []
-    run.show.say("; ".join([f"rotated: the logits moved by {moved:.1e} of their size", *told]))
-    run.report.notes += [each for each in told if each not in run.report.notes]
+    for told in (
+        f"rotated by {method} before packing, which moved the logits by {moved:.1e} of their size",
+        *([merge.sentence(more)] if more else []),
+    ):
+        run.show.say(told)
+        run.report.notes += [told] if told not in run.report.notes else []
 
 
 @torch.no_grad()

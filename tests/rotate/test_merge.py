@@ -14,7 +14,7 @@ from compressor.rotate import merge, roles
 from tests.pipelines.toys import SMALL
 
 IDS = torch.randint(5, 320, (2, 32), generator=torch.Generator().manual_seed(3))
-WHOLE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite", "smollm3", "glm")
+WHOLE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite", "smollm3", "glm", "helium")
 HEADS = (*WHOLE, "gemma2", "gemma3_text", "olmo2", "starcoder2", "qwen2_moe", "mixtral")
 
 
