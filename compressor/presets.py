@@ -2,7 +2,7 @@
 
     fast       GPTQ
     standard   block-wise training on top of it, within three times its time: what `run` does if nothing else is said
-    best       the same, twice as long, with bits and group sizes chosen by layer at the bytes of the uniform recipe; scales learn from the dense model, too
+    best       the same, with bits and group sizes chosen by layer at the bytes of one width for all; what is tuned learns from the dense model, too
 
 What a flag or a recipe file says comes before what a preset does. What each takes and brings: docs/methods.md.
 """
@@ -14,7 +14,7 @@ from compressor.errors import RecipeError
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"quant__packer": "gptq"},
     "standard": {"quant__packer": "block"},
-    "best": {"quant__packer": "block", "quant__passes": 4, "choose__equal": True, "tune__distill": 0.5},
+    "best": {"quant__packer": "block", "choose__equal": True, "tune__distill": 0.5},
 }
 TARGETS = ("choose__target_bits", "choose__target_size", "choose__max_loss", "quant__layers")
 

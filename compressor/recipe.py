@@ -17,6 +17,7 @@ from compressor.errors import RecipeError
 from compressor.specs import means, parse_quant, parse_share, parse_size
 
 STAGES = ("prune", "compress", "tune")
+ROTATIONS = ("none", "heads", "hadamard", "learned")
 KEPT = "kept"  # the packer of a model that is packed already, and tuned as it is
 
 
@@ -42,6 +43,7 @@ class Quant:
     windows: int = 2  # block, round: windows an update
     rate: float = 0.02  # block, round: of an update of codes, in steps of the grid
     value_rate: float = 0.02  # block, round: of an update of scales, as a share of them, and of zeros, in steps
+    rotate: str = "none"  # a change of basis merged into the weights before they are packed: heads, of values | hadamard, of all | learned
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
     layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
 
@@ -320,6 +322,7 @@ def _training_rules(q: Quant, t: Tune) -> list[tuple[bool, str]]:
         (q.sweeps > 0, f"quant.sweeps={q.sweeps} must be positive"),
         (q.passes > 0 and q.windows > 0, f"quant.passes={q.passes} and quant.windows={q.windows} must be positive"),
         (0 < q.rate < math.inf and 0 < q.value_rate < math.inf, f"quant.rate={q.rate} and quant.value_rate={q.value_rate} must be positive"),
+        (q.rotate in ROTATIONS, f"quant.rotate={q.rotate!r}: choose {', '.join(ROTATIONS)}"),
         (0 <= t.distill <= 1 and t.distill_top > 0, f"tune.distill={t.distill} is a share from 0 to 1, and tune.distill_top positive"),
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 from compressor.errors import ModelError, RecipeError
 from compressor.integrations import attach
 from compressor.linear import packed_linears
-from compressor.pipelines import bases, checkpoint, evaluate, export, methods, pruning, tasks, write
+from compressor.pipelines import bases, checkpoint, evaluate, export, methods, pruning, rotating, tasks, write
 from compressor.pipelines import compress as blocks
 from compressor.pipelines import data as texts
 from compressor.pipelines import load as loading
@@ -68,7 +68,9 @@ class Model:
         loaded, options = self._loaded, _recipe("quant", quant).quant
         if packed_linears(loaded.model):
             raise ModelError(f"{loaded.name} is packed already")
+        rotating.check(loaded.model, options, loaded.name)
         blocks.check_finite(loaded.model)
+        rotating.apply(loaded, options, seed)
         write.round_to_folder(loaded, {t.name for t in blocks.plan(loaded.model, options).packed()})
         ids = None
         if PACKERS[options.packer].needs:

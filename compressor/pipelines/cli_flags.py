@@ -46,6 +46,7 @@ Sym = Annotated[bool | None, typer.Option("--sym/--asym", help="symmetric or asy
 ScaleDtype = Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, bfloat16 or float32")]
 Ignore = Annotated[list[str] | None, typer.Option(help="regular expression of layers to leave dense (may be repeated)")]
 Damp = Annotated[Number, typer.Option("--damp", "--damp-percent", "--damp_percent", help="damping of H, share of its mean diagonal")]
+Rotate = Annotated[Text, typer.Option(help="change the basis before packing, at no cost later: heads (of values), hadamard (of all), learned, none")]
 Nsamples = Annotated[Count, typer.Option(help="calibration windows")]
 Seqlen = Annotated[Count, typer.Option(help="tokens of a calibration or tuning window")]
 Steps = Annotated[Count, typer.Option(help="tuning steps; overrides --epochs")]

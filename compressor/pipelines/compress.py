@@ -123,6 +123,8 @@ def check_keep_zeros(quant: Quant) -> None:
     """RecipeError if the packer cannot keep a pruned weight at exactly zero, or the format that stores these cannot hold its codes."""
     if wide := [kind.bits for kind in quant.kinds() if kind.bits not in layout.BITS]:
         raise RecipeError(f"{wide[0]} bits are not stored beside single weights that were pruned: use 2, 3 or 4 bits")
+    if quant.rotate != "none":
+        raise RecipeError(f"quant.rotate={quant.rotate} mixes pruned weights with others, and no zero stays: leave it out, or prune whole units")
     if tables := [kind for kind in quant.kinds() if PACKERS[kind.packer].table]:
         instead = f"--quant {tables[0].bits}bit:gptq or {tables[0].bits}bit:rtn"
         raise RecipeError(f"{tables[0].packer} makes tables, which have no exact zero, and would bring pruned weights back; use {instead}")

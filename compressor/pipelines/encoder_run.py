@@ -62,6 +62,8 @@ class EncoderRun(Job):
             raise ModelError(f"{self.source} is already compressed; `run` starts from a dense encoder")
         if recipe.tune.distill:
             raise RecipeError(f"tune.distill={recipe.tune.distill} is for causal language models; encoders learn from the dense one by prune.distill")
+        if recipe.quant.rotate != "none":
+            raise RecipeError(f"quant.rotate={recipe.quant.rotate} is for causal language models, and {recipe.model} is an encoder: leave it out")
         compress.check_trains(recipe.quant, recipe.tune.start)
         self.task = encoder_data.load(recipe.data.data)
         self.length = encoder_load.max_length(self.config, self.task.kind, recipe.data.seqlen)

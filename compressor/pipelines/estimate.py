@@ -25,6 +25,8 @@ from compressor.pipelines import calibrate, checkpoint, compress, curvature, eva
 from compressor.pipelines.packers import PACKERS, needs, trains
 from compressor.quant import starts
 from compressor.recipe import Prune, Quant, Recipe, Tune
+from compressor.rotate import learned as rotations
+from compressor.rotate import merge
 from compressor.sketch import kmeans, learned
 from compressor.tune.loss import LOGITS
 from compressor.tune.optimizers import moment_bytes
@@ -132,20 +134,25 @@ def _packing(recipe: Recipe, model: nn.Module, folder: torch.dtype, counts: Coun
     weights = sum(t.shape[0] * t.shape[1] for t in packed)
     values, packed_bytes = sum(map(_values, packed)), stored_bits(recipe, packed, folder) // 8
     adapter = added(recipe.tune, packed)
-    parameters = _parameters(model)
+    more = merge.added(model, recipe.quant.rotate)
+    parameters = _parameters(model) + more
     rest = (parameters - weights) * torch.finfo(folder).bits // 8
     device = load.pick_device(recipe.device)
     beside = checkpoint.model_bytes(source) - sum(path.stat().st_size for path in checkpoint.weight_files(source))  # tokenizer, config
     folder_bytes = packed_bytes + rest + beside + adapter.bytes
     notes = list(dict.fromkeys(t.note for t in packed if t.note))
+    notes += [merge.sentence(more * folder.itemsize)] if more else []
     if recipe.tune.adapter == "absorb" and adapter.bytes:
         notes.append(f"sizes are those with the adapter beside the base; if it is absorbed, the folder is {adapter.bytes:,} bytes smaller")
     trained = _kept(recipe.tune, device, adapter.numbers) or _trained(recipe.tune, packed, values, device)
+    seconds = _seconds(recipe, packed, device, counts, parameters)
+    if recipe.quant.rotate == "learned":
+        seconds["rotate"] = round(rotations.products(_config(model).hidden_size, weights) / (matmul_speed(device) * EFFICIENCY), 1)
     return {
         "packed_layers": len(packed), "left_dense": [t.name for block in todo.targets for t in block if t.reason],
         "bits_per_weight": packed_bytes * 8 / weights, "folder_bytes": folder_bytes, "ratio": checkpoint.model_bytes(source) / folder_bytes,
         "peak_bytes": _memory(recipe, model, device, counts, parameters, weights, packed_bytes, trained + _deltas(recipe.tune, todo.targets)),
-        "seconds": _seconds(recipe, packed, device, counts, parameters), "notes": notes,
+        "seconds": seconds, "notes": notes,
     }  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def default_output(recipe: Recipe) -> Path:
     if quant.packer in ("none", KEPT):
         return Path(name if recipe.tune.method == "none" else f"{name}-{recipe.tune.method}")
     table, choose = quant.packer in PACKERS and PACKERS[quant.packer].table, recipe.choose
-    name += "-mixed" if quant.layers else ""
+    name += ("-mixed" if quant.layers else "") + ("" if quant.rotate == "none" else f"-{quant.rotate}")
     if choose.active:
         bits, loss = f"{choose.target_bits:g}bit" if choose.target_bits else f"{choose.target_size}", f"loss{100 * (choose.max_loss or 0):g}"
         tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"

@@ -24,6 +24,7 @@ from compressor.pipelines.choose.choice import ways
 from compressor.pipelines.measure import divergence
 from compressor.pipelines.packers import PACKERS, trains
 from compressor.recipe import Recipe
+from compressor.rotate import merge
 from compressor.tune.optimizers import moment_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def needed(run: "Run") -> int:
     weights, size = sum(math.prod(t.shape) for t in targets), checkpoint.model_bytes(run.source)
     folder = size
     if run.packs:
-        parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+        parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()) + merge.added(model, run.recipe.quant.rotate)
         beside = size - sum(path.stat().st_size for path in checkpoint.weight_files(run.source))  # tokenizer, config
         folder = packed + (parameters - weights) * stored.itemsize + beside
     work = (_blocks(run.recipe, targets, packed) if run.packs else 0) + (_pruning(run, stored) if run.prunes else 0)

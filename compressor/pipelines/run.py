@@ -25,6 +25,7 @@ from compressor.pipelines import (
     load,
     pruning,
     room,
+    rotating,
     stages,
     tasks,
     teacher,
@@ -120,6 +121,7 @@ class Run(Job):
             objective = None if windows is None else teacher.objective(self, loaded, windows, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
+            rotating.rotate(self, loaded, journal)
             if self.packs and self.recipe.choose.active and calibration is not None:
                 loaded = choosing.pack(self, loaded, calibration, journal)
             elif self.packs:
@@ -169,6 +171,7 @@ class Run(Job):
         for kind in kinds if self.recipe.choose.active else ():
             compress.plan(model, kind)
         found = compress.plan(model, quant).packed() if self.packs else []
+        rotating.check(model, quant, self.recipe.model)
         for kind in kinds if self.packs else ():
             compress.check_trains(kind, self.recipe.tune.start)
         if self.tunes:

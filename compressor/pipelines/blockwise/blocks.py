@@ -38,7 +38,8 @@ class Blocks:
     """The blocks of `model`, and where their weights are.
 
     scratch: a folder for hidden states; keeping: one of KEEPING. packed: the folder of packed blocks, once there is one. rounding: the dtype that
-    everything but the weights of the linears named is rounded to when it is loaded, once the folder's is. tell(done, blocks): is called after each
+    everything but the weights of the linears named is rounded to when it is loaded, once the folder's is. turn(index, block): changes a block's
+    weights when they are loaded, before they are rounded. tell(done, blocks): is called after each
     block of a walk that gives logits.
     """
 
@@ -49,6 +50,7 @@ class Blocks:
         self.keeping = "auto"
         self.packed: Callable[[int], Path] | None = None
         self.rounding: tuple[torch.dtype, Collection[str]] | None = None
+        self.turn: Callable[[int, nn.Module], None] | None = None
         self.tell: Callable[[int, int], None] | None = None
         self._visited: set[int] = set()
         self._skipping = False
@@ -195,7 +197,12 @@ class Blocks:
             if tensor.shape != wanted[name]:
                 shapes = f"{tuple(tensor.shape)}, and the architecture wants {tuple(wanted[name])}"
                 raise ModelError(f"{self.source.folder}: tensor {name} has shape {shapes}")
-            place(self.model, name, self.stored(name, tensor).to(self.compute).to(self.device))
+            place(self.model, name, (tensor if self.turn else self.stored(name, tensor)).to(self.compute).to(self.device))
+        if self.turn is not None:
+            self.turn(index, block)
+            for name in wanted:
+                parameter = self.model.get_parameter(name)
+                parameter.copy_(self.stored(name, parameter))
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """A dense tensor as the folder will hold it, once it is known how."""

@@ -40,6 +40,8 @@ def why_not(recipe: Recipe, config: dict[str, Any], source: Path) -> str | None:
         return "the choice of widths measures the whole model"
     if any(PACKERS[kind.packer].fisher for kind in recipe.quant.kinds() if kind.packer in PACKERS):
         return f"packer {recipe.quant.packer} takes gradients of the whole model"
+    if recipe.quant.rotate == "learned":
+        return "rotations are learned on all blocks at once"
     if trains(recipe.quant) and recipe.data.activations == "recompute":
         return "hidden states of the dense model cannot be recomputed once it is packed"
     if recipe.tune.start != "zero" and recipe.data.activations == "recompute":

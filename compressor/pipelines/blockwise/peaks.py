@@ -19,6 +19,7 @@ from compressor.pipelines.blockwise import blocks as walking
 from compressor.pipelines.calibrate import BATCH_TOKENS
 from compressor.pipelines.packers import PACKERS, needs, trains
 from compressor.recipe import Recipe
+from compressor.rotate import merge
 from compressor.sketch import learned
 from compressor.stored import LARGE
 
@@ -52,7 +53,8 @@ def peaks(
     block = max(sum(p.numel() for p in each.parameters()) for each in list_)
     layers = [m for each in (list_[0], list_[-1]) for m in linear.linears(each).values()]
     largest, widest = max(m.in_features * m.out_features for m in layers), max(m.in_features for m in layers)
-    beside = {id(p): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}.values()
+    beside = [*{id(p): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{prefix}.")}.values()]
+    beside += [merge.added(model, recipe.quant.rotate)]
     narrow = stored.itemsize if device.type == "cpu" else size
     outside = sum(count * (narrow if count >= LARGE else size) for count in beside)
     reading = 2 * max(largest, *beside) * stored.itemsize

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from compressor.errors import RecipeError
-from compressor.pipelines import checkpoint, compress, estimate, load
+from compressor.pipelines import checkpoint, compress, estimate, load, rotating
 from compressor.pipelines.blockwise import opening, peaks
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.blockwise.source import Source
@@ -44,7 +44,8 @@ def settle(run: "Run", loaded: load.Loaded) -> None:
     elif run.packs and loaded.device.type == "cpu":
         source = Source(run.source, str(getattr(loaded.model, "base_model_prefix", "")))
         names = [name for name, _ in loaded.model.named_parameters()]
-        keep_stored(loaded.model, {name: source.headers[key].dtype for name in names if (key := source.key(name)) is not None}, values=True)
+        found = {name: source.headers[key].dtype for name in names if (key := source.key(name)) is not None}
+        keep_stored(loaded.model, rotating.stored(run.recipe.quant.rotate, loaded, found), values=True)
 
 
 def expected(run: "Run", model: nn.Module, calibration: Tensor | None) -> dict[str, int]:

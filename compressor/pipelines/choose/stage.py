@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from compressor.errors import RecipeError
-from compressor.pipelines import checkpoint, compress, data, estimate, load, pruning, write
+from compressor.pipelines import checkpoint, compress, data, estimate, load, pruning, rotating, write
 from compressor.pipelines.choose import sensitivity
 from compressor.pipelines.choose.choice import PARTS, Choice, overhead, vocabulary, ways
 from compressor.pipelines.job import digest
@@ -24,6 +24,7 @@ from compressor.pipelines.measure import divergence
 from compressor.pipelines.methods import check_methods
 from compressor.pipelines.packers import trains, untrained
 from compressor.recipe import KEPT, Choose, Quant, Recipe
+from compressor.rotate import merge
 
 UNITS = 4 / 7  # units a linear, where q, k, v and gate, up read the same input
 
@@ -111,6 +112,7 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
             break
         run.show.say(f"perplexity grew by {math.expm1(rise):.2%}; packing again")
         loaded = run.read()
+        rotating.rotate(run, loaded, journal)
     journal.put("chosen", run.key_compress, choice.state())
     run.key_tune, run.key_tuned = digest(run.key_tune, key), digest(run.key_tuned, key)  # checkpoints belong to this mix
     run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
@@ -149,6 +151,7 @@ def fixed_bytes(recipe: Recipe, loaded: load.Loaded, schemes: int) -> int:
     rest = write.tensor_bytes(loaded) - sum(t.shape[0] * t.shape[1] for t in todo) * loaded.dtype.itemsize
     total = recipe.choose.target_size or checkpoint.model_bytes(loaded.folder)
     parts = PARTS + any(not way.symmetric for way in ways(recipe.quant, recipe.choose).values())  # zeros
+    rest += merge.added(loaded.model, recipe.quant.rotate) * loaded.dtype.itemsize
     return rest + overhead(names, dense, total, schemes, parts) + estimate.added(recipe.tune, todo).bytes
 
 
