@@ -4,7 +4,20 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1] / "compressor"
-RANK = {"errors": 0, "strict": 0, "memory": 0, "stopping": 0, "disk": 0, "kernels": 1, "specs": 1, "world": 1, "packed": 2, "recipe": 2, "view": 2}
+RANK = {
+    "errors": 0,
+    "strict": 0,
+    "memory": 0,
+    "stopping": 0,
+    "disk": 0,
+    "kernels": 1,
+    "specs": 1,
+    "world": 1,
+    "packed": 2,
+    "presets": 2,
+    "recipe": 2,
+    "view": 2,
+}
 RANK |= {"linear": 3, "stored": 3, "stats": 3, "hessian": 3}
 RANK |= {"packing": 4, "prune": 5, "rotate": 5, "quant": 5, "sketch": 5, "export": 5, "tune": 6, "integrations": 7, "pipelines": 8}
 FREE = {"__init__", "__main__"}  # the package's own front door

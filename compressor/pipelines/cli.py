@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 the command or its input is at fault (one senten
 """
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from compressor import disk, stopping, strict
+from compressor import disk, presets, stopping, strict
 from compressor.errors import CompressorError, RecipeError, UserError
 from compressor.pipelines import cli_eval, cli_folders, cli_report, cli_sweep, cli_tasks, cli_world, yaml_text
 from compressor.pipelines import cli_flags as flags
@@ -154,10 +155,12 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
             continue
         changes[key] = value_of(name, value)
     pruned = changes.get("prune__method", base.prune.method) != "none"
+    tuned = changes.get("tune__method", base.tune.method) != "none"
+    if given["preset"] is not None or not file:
+        changes |= presets.keys(given["preset"], changes, tuned, int(os.environ.get("WORLD_SIZE", "1")) == 1)
     for key in ("batch", "accumulate", "gradient_checkpointing") if pruned else ():
         if f"tune__{key}" in changes:
             changes[f"prune__{key}"] = changes[f"tune__{key}"]
-    tuned = changes.get("tune__method", base.tune.method) != "none"
     if pruned and not tuned and (lost := next((name for name in ("steps", "epochs", "lr") if f"tune__{name}" in changes), None)):
         raise RecipeError(f"--{lost} says how to tune, and nothing is tuned; for pruning there are --prune-steps and --prune-lr")
     how = next((name for name, key in FLAGS.items() if key in changes and key.startswith("prune__")), None)
@@ -184,7 +187,8 @@ def run(
     ctx: typer.Context, model: flags.Model, quant: flags.Quant = None, tune: flags.Tune = None, prune: flags.Prune = None,
     prune_steps: flags.PruneSteps = None, prune_lr: flags.PruneLr = None, unit: flags.Unit = None, multiple: flags.Multiple = None,
     per_layer: flags.PerLayer = None, one_shot: flags.OneShot = None, finetune: flags.Finetune = None, recompute: flags.Recompute = None,
-    gradients: flags.Gradients = None, preset: flags.Preset = None, mix: flags.Mix = None, target_bits: flags.TargetBits = None, target_size: flags.TargetSize = None, max_loss: flags.MaxLoss = None,
+    gradients: flags.Gradients = None, preset: flags.Preset = None, mix: flags.Mix = None,
+    target_bits: flags.TargetBits = None, target_size: flags.TargetSize = None, max_loss: flags.MaxLoss = None,
     candidates: flags.Candidates = None, sensitivity: flags.Sensitivity = None, layer: flags.Layer = None, output: flags.Output = None,
     data: flags.Data = None, outside: flags.Outside = None, tasks: flags.Tasks = None, task_limit: flags.TaskLimit = None,
     calib: flags.Calib = None, group: flags.Group = None, gpr: flags.Gpr = None, start: flags.Start = None, exponent: flags.Exponent = None,
