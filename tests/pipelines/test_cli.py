@@ -157,16 +157,40 @@ def test_every_flag_of_run_reaches_the_recipe() -> None:
     group: Any = typer.main.get_command(cli.app)
     command = group.commands["run"]
     names = {p.name for p in command.params}
-    assert names - set(cli.FLAGS) == {"model", "quant", "prune", "output", "overwrite", "dry_run"} and set(cli.FLAGS) <= names
-    given: dict[str, object] = dict.fromkeys([*cli.FLAGS, "prune"])
-    assert cli.recipe_of("tiny", None, given) == Recipe()
+    assert names - set(cli.FLAGS) == {"model", "quant", "prune", "preset", "output", "overwrite", "dry_run"} and set(cli.FLAGS) <= names
+    given: dict[str, object] = dict.fromkeys([*cli.FLAGS, "prune", "preset"])
+    assert cli.recipe_of("tiny", None, given) == Recipe().with_(quant__packer="block")
     recipe = cli.recipe_of("tiny", "sketch2", given | {"refit": False, "exponent": 0.0, "absolute": False, "ignore": ["a", "b"], "seed": 0})
     assert (recipe.quant.bits, recipe.quant.packer, recipe.quant.refit, recipe.quant.exponent) == (2, "sketch", False, 0.0)
     assert recipe.tune.parametrization == "relative" and recipe.quant.ignore == ("a", "b") and recipe.seed == 0
 
 
+def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune", "preset"])
+
+    def made(quant: str | None = "3bit", **flags: Any) -> Recipe:
+        return cli.recipe_of("tiny", quant, given | flags)
+
+    assert made() == made(preset="standard") == Recipe().with_(quant__packer="block")
+    assert made(preset="fast") == made("3bit:gptq") == Recipe()
+    best = made(preset="best", tune="peqa")
+    assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.5
+    assert made(preset="best").tune.distill == 0 and made(preset="best", tune="peqa", distill=0.1).tune.distill == 0.1
+    assert not made(preset="best", target_bits=3.5).choose.equal and not made(preset="best", mix=False).choose.equal
+    assert made("3bit:rtn", preset="best") == made("3bit:rtn"), "whoever names a packer knows how to pack"
+    assert made(None, prune="obert:50%").quant.packer == "none"
+    assert made(tune="lora", adapter_start="loftq").quant.packer == "gptq", "no path starts beside blocks that are trained"
+    with pytest.raises(RecipeError, match="preset 'fastest' is unknown; choose fast, standard, best"):
+        made(preset="fastest")
+    (at / "own.yaml").write_text(yaml.safe_dump(Recipe().to_dict()))
+    assert cli.recipe_of("own.yaml", None, given) == Recipe()
+    assert cli.recipe_of("own.yaml", None, given | {"preset": "standard"}).quant.packer == "block"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert made().quant.packer == "gptq" and made(preset="standard").quant.packer == "block"
+
+
 def test_flags_on_top_of_a_recipe_of_another_method(at: Path) -> None:
-    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune"])
+    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune", "preset"])
     grids = Recipe().with_(quant__group=64, quant__symmetric=False, tune__method="peqa", tune__lr=5e-3)
     (at / "grids.yaml").write_text(yaml.safe_dump(grids.to_dict()))
     same = cli.recipe_of("grids.yaml", None, given)
@@ -179,7 +203,7 @@ def test_flags_on_top_of_a_recipe_of_another_method(at: Path) -> None:
     for flags, words in (({"sym": True}, "--sym means nothing to packer sketch"), ({"group": 128}, "--group means nothing to packer sketch")):
         with pytest.raises(RecipeError, match=words):
             cli.recipe_of("tiny", "sketch3", given | flags)
-    with pytest.raises(RecipeError, match="--refit means nothing to packer gptq"):
+    with pytest.raises(RecipeError, match="--refit means nothing to packer block"):
         cli.recipe_of("tiny", "3bit", given | {"refit": True})
     with pytest.raises(RecipeError, match="--group means nothing to packer sketch"):
         cli.recipe_of("tiny", "w3g64:sketch", given)
@@ -190,7 +214,7 @@ def test_names_from_files_do_not_steer_the_terminal() -> None:
 
 
 def test_flags_of_pruning(at: Path) -> None:
-    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune"])
+    given: dict[str, Any] = dict.fromkeys([*cli.FLAGS, "prune", "preset"])
     alone = cli.recipe_of("tiny", None, given | {"prune": "loraprune:30%", "per_layer": True, "batch": 2})
     assert alone.prune == Prune(method="loraprune", ratio=0.3, uniform=False, batch=2) and alone.quant.packer == "none"
     assert cli.recipe_of("tiny", "3bit", given | {"prune": "obert:2:4"}).prune.pattern == "2:4"
