@@ -25,16 +25,16 @@ from lora import nf4
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compressor.errors import CompressorError
 from compressor import presets
+from compressor.errors import CompressorError
 from compressor.export import shards
 from compressor.integrations.peft import FOLDER as ADAPTER
 from compressor.integrations.peft import KINDS, Adapters, state
 from compressor.linear import block_weights, find_blocks
 from compressor.pipelines import checkpoint, compress, data, evaluate, load, pruning, write
 from compressor.pipelines.packers import PACKERS
-from compressor.pipelines.stages import peak_bytes
 from compressor.pipelines.run import run
+from compressor.pipelines.stages import peak_bytes
 from compressor.pipelines.tuners import Tuning, resolved
 from compressor.recipe import Recipe
 from compressor.tune.batches import Batches, CausalLM
@@ -98,11 +98,12 @@ def packed(job: Job) -> None:
 def preset(job: Job) -> None:
     """A whole run with the preset `best`, untuned: bits by layer at the bytes of one width, measured on windows that are taken off the calibration's."""
     keys = presets.keys("best", {}, tuned=False, alone=True)
-    recipe = job.recipe.with_(data__data=job.asked["data"], data__outside=job.asked["outside"], eval__max_tokens=4096, **keys)
+    texts = {"data__data": job.asked["data"], "data__outside": job.asked["outside"], "eval__max_tokens": 4096}
+    recipe = job.recipe.with_(**texts, **keys)
     recipe = recipe.with_(data__nsamples=recipe.data.nsamples - recipe.choose.windows)
     run(recipe, job.folder, overwrite=True)
     report = json.loads((job.folder / "report.json").read_text("utf-8"))
-    job.facts["seconds"] = sum(each["seconds"] for each in report["stages"] if each["name"] in ("choose", "compress"))
+    job.facts["seconds"] = sum(report["seconds"].get(stage, 0.0) for stage in ("choose", "compress"))
     chosen = (report.get("choice") or {}).get("reached") is not None
     job.facts["settings"] = "bits by layer" if chosen else "one width: no candidate is smaller"
 
