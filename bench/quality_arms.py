@@ -96,7 +96,7 @@ def packed(job: Job) -> None:
 
 
 def preset(job: Job) -> None:
-    """A whole run with the preset `best`, untuned: bits by layer at the bytes of one width, measured on windows that are taken off the calibration's."""
+    """A whole run with the preset `best`, untuned: bits by layer at the bytes of one width, measured on some of the windows."""
     keys = presets.keys("best", {}, tuned=False, alone=True)
     texts = {"data__data": job.asked["data"], "data__outside": job.asked["outside"], "eval__max_tokens": 4096}
     recipe = job.recipe.with_(**texts, **keys)
