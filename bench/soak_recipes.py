@@ -52,7 +52,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "prune.joint": (True, False), "prune.gradient_batch": (2, 4), "prune.distill": (0.0, 0.5, 1.0), "prune.temperature": (1.0, 2.0),
     "finetune.when": ("auto", "always", "never"),
     "finetune.steps": (2, 4), "finetune.epochs": (1.0,), "finetune.lr": (1e-4,), "finetune.batch": (2, 4),
-    "choose.target_bits": (3.0, 3.6, 5.0), "choose.target_size": (200_000, 900_000), "choose.max_loss": (0.05, 1.0),
+    "choose.target_bits": (3.0, 3.6, 5.0), "choose.equal": (True,), "choose.target_size": (200_000, 900_000), "choose.max_loss": (0.05, 1.0),
     "choose.candidates": (("w2g32", "w4g32"), ("w3g32", "w4g64", "w8g32"), ("2bit", "4bit")), "choose.measure": ("kl", "error"),
     "choose.windows": (1, 2),
     "data.nsamples": (2, 5), "data.seqlen": (32, 48, 64), "data.train_on_prompt": (True, False),
