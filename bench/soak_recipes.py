@@ -108,7 +108,7 @@ def draw(rng: random.Random, kind: str, model: Path | str, place: Path, kept: bo
         out["prune"] = _pruning(rng, encoder)
     out["quant"] = {"packer": KEPT if kept else "none"} if not packs else _packing(rng)
     if packs and not encoder and rng.random() < 0.12:
-        target = rng.choice(("target_bits", "target_bits", "target_size", "max_loss"))
+        target = rng.choice(("target_bits", "target_bits", "target_size", "max_loss", "equal"))
         out["choose"] = {target: _any(rng, f"choose.{target}"), "candidates": list(_any(rng, "choose.candidates")), "windows": 1}
         out["choose"] |= _changed(rng, "choose", {"measure"})
     if tunes:
