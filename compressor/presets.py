@@ -4,7 +4,7 @@
     standard   block-wise training on top of it, within three times its time: what `run` does if nothing else is said
     best       the same, with bits and group sizes chosen by layer at the bytes of one width for all; what is tuned learns from the dense model, too
 
-What a flag or a recipe file says comes before what a preset does. What each takes and brings: docs/methods.md.
+What a flag says, or a recipe file other than the defaults, comes before what a preset does. What each takes and brings: docs/methods.md.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"quant__packer": "block", "choose__equal": True, "tune__distill": 0.5},
 }
 TARGETS = ("choose__target_bits", "choose__target_size", "choose__max_loss", "quant__layers")
+UNMIXED = ("none", "kept", "squeezellm")  # packers whose linears are not chosen among
 
 
 def keys(name: str | None, said: dict[str, Any], tuned: bool, alone: bool) -> dict[str, Any]:
@@ -26,13 +27,14 @@ def keys(name: str | None, said: dict[str, Any], tuned: bool, alone: bool) -> di
     """
     if name is not None and name not in PRESETS:
         raise RecipeError(f"preset {name!r} is unknown; choose {', '.join(PRESETS)}")
-    if said.get("quant__packer") is not None:
-        return {}  # whoever names a packer, or none, knows how to pack
-    asked = dict(PRESETS[name or "standard"])
-    if name is None and (not alone or said.get("tune__start", "zero") != "zero"):
-        return {}  # blocks are trained in one process, and no path starts beside them
+    asked, packer = dict(PRESETS[name or "standard"]), said.get("quant__packer")
+    beside = said.get("tune__start", "zero") != "zero"  # no path starts beside blocks that are trained
+    recomputed = (said.get("memory"), said.get("data__activations")) == ("blocks", "recompute")  # nor are the dense model's states recomputed
+    if name is None and (not alone or beside or recomputed):
+        return {}
+    single = said.get("prune__method") == "obert" or said.get("prune__pattern") not in (None, "structured")  # weights that no choice keeps at zero
+    if packer in UNMIXED or single or any(key in said for key in TARGETS):
+        asked.pop("choose__equal", None)
     if not tuned:
         asked.pop("tune__distill", None)
-    if any(key in said for key in TARGETS):
-        asked.pop("choose__equal", None)
     return {key: value for key, value in asked.items() if key not in said}

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 failed, 2 the command or its input is at fault (one senten
 """
 
 import json
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -133,6 +132,14 @@ def _layer(text: str) -> tuple[str, str]:
     return name, spec
 
 
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe as `Recipe.with_` takes them."""
+    values = asdict(recipe)
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    inner = {f"{section}__{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return {key: value for key, value in values.items() if key not in sections} | inner
+
+
 def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
     """The recipe that the flags ask for, on top of a recipe file if `model` is one; a flag that was not given says nothing.
 
@@ -157,7 +164,10 @@ def recipe_of(model: str, quant: str | None, given: dict[str, Any]) -> Recipe:
     pruned = changes.get("prune__method", base.prune.method) != "none"
     tuned = changes.get("tune__method", base.tune.method) != "none"
     if given["preset"] is not None or not file:
-        changes |= presets.keys(given["preset"], changes, tuned, int(os.environ.get("WORLD_SIZE", "1")) == 1)
+        alone, usual = cli_world.count() == 1, flat(Recipe())
+        changes |= presets.keys(given["preset"], {k: v for k, v in flat(base).items() if v != usual[k]} | changes, tuned, alone)
+        if not alone and "quant__packer" not in changes:
+            console.print("several processes: packed by gptq, as without training of blocks (--preset fast)", highlight=False)
     for key in ("batch", "accumulate", "gradient_checkpointing") if pruned else ():
         if f"tune__{key}" in changes:
             changes[f"prune__{key}"] = changes[f"tune__{key}"]

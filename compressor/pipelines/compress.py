@@ -175,7 +175,8 @@ def compress(
     if needs(quant) and ids is not None:
         walk = partial(Calibration, model, blocks, ids) if visits is None else partial(visits.calibration, ids)
         calibration = walk(part=quant.windows if trains(quant) else None)
-        how = replace(how, rebuild=Reconstruction.of(model, blocks, ids, walk(), quant, seed) if trains(quant) else None)
+        unfinished = work is None or any(journal.kept_facts(_block_path(work, index)) is None for index in range(len(blocks)))
+        how = replace(how, rebuild=Reconstruction.of(model, blocks, ids, walk(), quant, seed) if trains(quant) and unfinished else None)
     if visits is not None and work is not None:
         visits.packed = partial(_block_path, work)
     rows: list[dict[str, Any]] = []
@@ -284,7 +285,8 @@ def _rebuild(
     kept = {leaf: layer.weight.detach() != 0 if how.keep_zeros else None for leaf, layer in dense.items()}
     before, after = how.rebuild.train(block, index, dense, {leaf: PACKERS[targets[leaf].quant.packer].reach for leaf in dense}, kept, calibration)
     spent = (time.perf_counter() - start) / len(dense)
-    told = f"outputs of the block: error {before:.4f} before it was trained, {after:.4f} after{'' if after < before else ', and keeps the start'}"
+    told = f"outputs of the block, as the end loss feels them: error {before:.4f} before it was trained, {after:.4f} after"
+    told += "" if after < before else ", and keeps the start"
     for row in rows:
         if row["name"].removeprefix(prefix) in dense:
             row |= {"error": min(before, after), "seconds": round(row["seconds"] + spent, 4), "note": joined(row["note"], told)}

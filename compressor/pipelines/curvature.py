@@ -10,7 +10,8 @@ BRECQ's (Li et al., 2021, arXiv 2102.05426, section 3.3, with the diagonal of th
 sums of channels matter, and no sample has to be kept.
 
 One block at a time is needed, forwards and then backwards. Price: two forward and one backward pass of SAMPLE tokens, hidden states of all blocks for
-these, and 4 d**2 bytes a block, waiting where hidden states do. Encoders without logits feel all directions alike.
+these, and 4 d**2 bytes a block, waiting where hidden states do. Encoders that do not predict every token feel all
+directions alike.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.pipelines.blockwise.blocks import Blocks, skipped
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.blockwise.hidden import Hidden
 from compressor.pipelines.calibrate import Calibration
 
@@ -33,10 +34,15 @@ def sampled(ids: Tensor) -> Tensor:
 
 
 def waiting_bytes(tokens: int, seqlen: int, hidden: int, blocks: int, size: int) -> int:
-    """What waits at most while F is estimated, of `tokens` in windows of `seqlen`, hidden states having `size` bytes a number: those of all blocks
-    and the gradients, and all the F."""
+    """What waits at most while F is estimated, of `tokens` in windows of `seqlen`, hidden states having `size` bytes a number: those before all
+    blocks and behind the last, the gradients, and all the F."""
     sample = min(tokens, max(1, SAMPLE // seqlen) * seqlen)
-    return (blocks + 1) * sample * hidden * size + blocks * 4 * hidden**2
+    return (blocks + 2) * sample * hidden * size + blocks * 4 * hidden**2
+
+
+def logit_bytes(seqlen: int, vocabulary: int, size: int) -> int:
+    """What predictions of one window take, and their gradient: logits of `size` bytes a number, and in float32 their softmax and a copy."""
+    return seqlen * vocabulary * (2 * size + 8)
 
 
 class Curvature:
@@ -74,24 +80,29 @@ class Curvature:
                 walk.run(block, index, keep=True)
         slopes = self.waiting("slopes")
         for at, rows in enumerate(walk.batches):
-            pieces = zip(rows.split(self.part), walk.hidden[at].split(self.part), strict=True)
-            slopes.append(torch.cat([self._slope(*piece, draw) for piece in pieces]))
+            slopes.append(torch.cat([self._slope(*each, draw) for each in zip(rows.split(1), walk.hidden[at].split(1), strict=True)]))
         for index in reversed(range(len(self.blocks))):
             with self._visited(index):
                 self.found.append(self._back(index, inputs.pop(), walk.arguments[index], slopes))
 
     @torch.enable_grad()
     def _slope(self, rows: Tensor, states: Tensor, draw: torch.Generator) -> Tensor:
-        """Gradient [windows, seqlen, d] of the summed -log p(y) with respect to the last block's outputs `states`."""
+        """Gradient [1, seqlen, d] of the summed -log p(y) with respect to the last block's outputs `states`, of one window; zero where the model
+        makes no finite prediction for each token."""
         last = states.to(rows.device).requires_grad_(True)
-        with skipped(self.blocks, last) if self.visits is None else self.visits.skipping(last):
-            out: Any = self.model(input_ids=rows)
-        if not hasattr(out, "logits"):  # an encoder that points at answers
+        hook = self.blocks[-1].register_forward_hook(lambda _m, _args, out: (last, *out[1:]) if isinstance(out, tuple) else last)
+        try:
+            with nullcontext() if self.visits is None else self.visits.skipping():
+                out: Any = self.model(input_ids=rows)
+        finally:
+            hook.remove()
+        logits = getattr(out, "logits", None)
+        if logits is None or logits.shape[:-1] != rows.shape or not bool(torch.isfinite(logits).all()):
             return torch.zeros_like(states)
-        log_p = out.logits.float().log_softmax(-1).flatten(0, -2)  # [tokens, vocabulary]
-        y = torch.multinomial(log_p.detach().exp(), 1, generator=draw)
-        (slope,) = torch.autograd.grad(-log_p.gather(1, y).sum(), last)
-        return slope.cpu()
+        change = logits.detach().float().softmax(-1)  # and less one at y: the gradient with respect to the logits
+        y = torch.multinomial(change.flatten(0, -2), 1, generator=draw).view(*rows.shape, 1)
+        change.scatter_add_(-1, y, torch.full_like(y, -1, dtype=change.dtype))
+        return torch.autograd.grad(logits, last, change.to(logits.dtype))[0].cpu()
 
     @torch.enable_grad()
     def _back(self, index: int, inputs: Hidden, arguments: dict[int, dict[str, Any]], slopes: Hidden) -> Tensor:

@@ -72,6 +72,7 @@ def whole_bytes(recipe: Recipe, source: Path, config: dict[str, Any], device: to
     if trains(recipe.quant):
         tokens, layers = recipe.data.nsamples * seqlen, max(1, int(config.get("num_hidden_layers") or 1))
         packing += tokens * hidden * size + TRAINED * weights // (size * layers) + curvature.waiting_bytes(tokens, seqlen, hidden, layers, size)
+        packing += curvature.logit_bytes(seqlen, int(config.get("vocab_size") or 0), size)
     return weights + max(packing, 3 * logits)
 
 
@@ -275,7 +276,7 @@ def _memory(
     if trains(recipe.quant):
         window = counts.calibration // recipe.data.nsamples
         out["compress"] += training_bytes(model, counts.calibration, recipe.quant.windows * window, size)
-        out["compress"] += curvature.waiting_bytes(counts.calibration, window, hidden, layers, size)
+        out["compress"] += curvature.waiting_bytes(counts.calibration, window, hidden, layers, size) + curvature.logit_bytes(window, vocab, size)
     if any(packer.fisher for packer in packers):
         out["compress"] += weights * 4 + counts.calibration // recipe.data.nsamples * (alive * layers + 4 * vocab) * size
     if recipe.tune.method != "none":

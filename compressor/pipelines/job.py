@@ -187,8 +187,9 @@ def default_output(recipe: Recipe) -> Path:
         return Path(name if recipe.tune.method == "none" else f"{name}-{recipe.tune.method}")
     table, choose = quant.packer in PACKERS and PACKERS[quant.packer].table, recipe.choose
     name += ("-mixed" if quant.layers else "") + ("" if quant.rotate == "none" else f"-{quant.rotate}")
-    if choose.active:
-        bits, loss = f"{choose.target_bits:g}bit" if choose.target_bits else f"{choose.target_size}", f"loss{100 * (choose.max_loss or 0):g}"
+    name += "-mix" if choose.equal else ""
+    if choose.active and not choose.equal:
+        bits, loss = f"{choose.target_bits:.4g}bit" if choose.target_bits else f"{choose.target_size}", f"loss{100 * (choose.max_loss or 0):g}"
         tune = "" if recipe.tune.method == "none" else f"-{recipe.tune.method}"
         return Path(f"{name}-{loss if choose.max_loss else bits}-{quant.packer}{tune}" + ("-task" if recipe.save == "task" else ""))
     group = f"gpr{quant.gpr or 1}" if table or quant.gpr else "channel" if quant.group == -1 else f"g{quant.group}"

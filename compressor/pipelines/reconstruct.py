@@ -69,7 +69,7 @@ class Reconstruction:
 
         reach: how far from the dense weight codes may go, in steps; None: anywhere. keep: bool [n, k], false where a
         weight was pruned and stays zero; None: nowhere. Returns the error of the block's outputs before and after, a
-        share of their size, on the first windows; where it did not fall, all stays as it was.
+        share of their size, in the metric that they are trained by, on the first windows; where it did not fall, all stays as it was.
         """
         packed = {leaf: block.get_submodule(leaf) for leaf in dense}
         metric = self._metric(block, index)
@@ -120,7 +120,7 @@ class Reconstruction:
 
     @torch.no_grad()
     def _error(self, block: nn.Module, index: int, inputs: Calibration, metric: Tensor) -> float:
-        """Of the first windows: the root of the mean squared error of a token, a share of its size."""
+        """Of the first windows: the root of the mean squared error of a token in this metric, a share of its size."""
         given = inputs.hidden[0]
         wrong, size = _compare(block, given, self.targets.hidden[0], inputs.arguments[index][len(given)], metric)
         return math.sqrt(float(wrong) / size)

@@ -351,7 +351,7 @@ def run(recipe: Recipe, output: Path | None = None, overwrite: bool = False, sho
         ):
             raise RecipeError(f"{strange} is for causal language models, and {recipe.model} is an encoder: leave it out")
         return encoder_run.run(recipe, output, overwrite, show, command)
-    recipe = settled(recipe)
+    recipe = settled(recipe, show.say)
     job = _kind(recipe)(recipe, output or default_output(recipe), show, command)
     done = world.first(lambda: job.done(job.key_written, overwrite))
     if done is not None:
@@ -364,7 +364,7 @@ def dry_run(recipe: Recipe, output: Path | None, show: Show) -> dict[str, Any]:
     """Sizes, memory and time of the run, from shapes and one short speed measurement; loads no weights and writes nothing."""
     if encoder_load.is_encoder(checkpoint.any_config(checkpoint.resolve(recipe.model))):
         return encoder_run.dry_run(recipe, output, show)
-    recipe = settled(recipe)
+    recipe = settled(recipe, show.say)
     job = _kind(recipe)(recipe, output or default_output(recipe), show)
     check_output(job.place, overwrite=True)
     tokenizer = load.load_tokenizer(job.source)

@@ -177,7 +177,10 @@ def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.M
     assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.5
     assert made(preset="best").tune.distill == 0 and made(preset="best", tune="peqa", distill=0.1).tune.distill == 0.1
     assert not made(preset="best", target_bits=3.5).choose.equal and not made(preset="best", mix=False).choose.equal
-    assert made("3bit:rtn", preset="best") == made("3bit:rtn"), "whoever names a packer knows how to pack"
+    assert made("3bit:rtn", preset="standard") == made("3bit:rtn"), "whoever names a packer knows how to pack"
+    rounded = made("3bit:rtn", preset="best", tune="peqa")
+    assert (rounded.quant.packer, rounded.choose.equal, rounded.tune.distill) == ("rtn", True, 0.5)
+    assert not made("3bit:squeezellm", preset="best").choose.equal and not made(prune="obert:2:4", preset="best").choose.equal
     assert made(None, prune="obert:50%").quant.packer == "none"
     assert made(tune="lora", adapter_start="loftq").quant.packer == "gptq", "no path starts beside blocks that are trained"
     with pytest.raises(RecipeError, match="preset 'fastest' is unknown; choose fast, standard, best"):
@@ -185,7 +188,15 @@ def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.M
     (at / "own.yaml").write_text(yaml.safe_dump(Recipe().to_dict()))
     assert cli.recipe_of("own.yaml", None, given) == Recipe()
     assert cli.recipe_of("own.yaml", None, given | {"preset": "standard"}).quant.packer == "block"
+    alone = Recipe().with_(quant__packer="none", prune__method="depth", prune__ratio=0.3)
+    (at / "alone.yaml").write_text(yaml.safe_dump(alone.to_dict()))
+    assert cli.recipe_of("alone.yaml", None, given | {"preset": "best"}) == alone, "what a file says comes first"
+    wanted = Recipe().with_(quant__packer="rtn", choose__target_bits=3.5, tune__method="peqa", tune__distill=0.1)
+    (at / "wanted.yaml").write_text(yaml.safe_dump(wanted.to_dict()))
+    assert cli.recipe_of("wanted.yaml", None, given | {"preset": "best"}) == wanted
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert made().quant.packer == "block", "a variable that somebody left behind"
+    monkeypatch.setenv("RANK", "0")
     assert made().quant.packer == "gptq" and made(preset="standard").quant.packer == "block"
 
 

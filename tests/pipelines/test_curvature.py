@@ -1,9 +1,12 @@
-"""The metric of block outputs: against plain autograd, and the same with one block at a time in memory."""
+"""The metric of block outputs, against plain autograd."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from compressor import linear
 from compressor.pipelines import load
 from compressor.pipelines.curvature import SAMPLE, Curvature, sampled
 from tests.pipelines import toys
@@ -11,15 +14,24 @@ from tests.pipelines import toys
 IDS = torch.randint(5, 320, (6, 32), generator=torch.Generator().manual_seed(3))
 
 
-def test_it_is_the_second_moment_of_gradients_that_autograd_finds(tmp_path: Path) -> None:
-    model = load.load(str(toys.make(tmp_path / "llama", "llama")), "cpu").model
-    found = Curvature(model, model.model.layers, IDS, 2, 7, lambda name: [])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "bloom", "gptj"])
+def test_it_is_the_second_moment_of_gradients_that_autograd_finds(tmp_path: Path, family: str) -> None:
+    """Also where blocks return tuples."""
+    folder = toys.make(tmp_path / family, family, rotary_dim=8, n_layer=3, n_head=4, n_embd=32, num_layers=3)
+    model = load.load(str(folder), "cpu").model
+    blocks = linear.find_blocks(model)[1]
+    found = Curvature(model, blocks, IDS, 2, 7, lambda name: [])
     draw = torch.Generator().manual_seed(7)
     outputs: dict[int, torch.Tensor] = {}
-    hooks = [b.register_forward_hook(lambda m, a, out, i=i: outputs.update({i: out.requires_grad_(True)})) for i, b in enumerate(model.model.layers)]
-    sums = [torch.zeros(()) for _ in model.model.layers]
-    for rows in IDS.split(2):
-        log_p = model(input_ids=rows).logits.log_softmax(-1)
+
+    def keep(index: int) -> Any:
+        return lambda _m, _args, out: outputs.update({index: out[0] if isinstance(out, tuple) else out})
+
+    hooks = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
+    model.get_input_embeddings().weight.requires_grad_(True)
+    sums = [torch.zeros(()) for _ in blocks]
+    for rows in IDS.split(1):
+        log_p = model(input_ids=rows, use_cache=False).logits.log_softmax(-1)
         y = torch.multinomial(log_p.detach().exp().flatten(0, 1), 1, generator=draw).view(*rows.shape, 1)
         slopes = torch.autograd.grad(-log_p.gather(-1, y).sum(), [outputs[i] for i in range(len(sums))])
         for i, slope in enumerate(slopes):

@@ -64,6 +64,16 @@ def test_experts_biases_and_joined_projections(tmp_path: Path, family: str) -> N
     assert all(map(math.isfinite, errors)) and (errors[1] < errors[0] or "moe" in family)
 
 
+def test_what_the_end_loss_feels_decides_what_is_learned(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for share in (reconstruct.FELT, 0.0):
+        monkeypatch.setattr(reconstruct, "FELT", share)
+        model = dense(llama)
+        compress.compress(model, Quant(bits=2, group=16, packer="block", passes=2), torch.float16, IDS)
+        found.append({name: layer.words for name, layer in linear.packed_linears(model).items()})
+    assert any(not torch.equal(words, found[1][name]) for name, words in found[0].items())
+
+
 def test_a_loss_that_is_not_finite_keeps_the_start(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, model = dense(llama), dense(llama)
     compress.compress(plain, Quant(bits=3, group=16), torch.float16, IDS)

@@ -15,7 +15,7 @@ from compressor.pipelines import compress, load, rotating
 from compressor.pipelines import run as pipeline
 from compressor.pipelines.blockwise import opening
 from compressor.pipelines.show import Show
-from compressor.recipe import Quant, Recipe
+from compressor.recipe import Choose, Quant, Recipe
 from compressor.rotate import learned, merge, roles
 from tests.pipelines import encoders, toys
 
@@ -76,9 +76,15 @@ def test_tuning_and_a_vocabulary_that_waits_in_16_bits_go_on_from_it(tied: Path,
 
 
 def test_the_choice_of_widths_counts_the_head(tied: Path, tmp_path: Path) -> None:
-    limit = 60_000
-    asked = toys.recipe(tied, quant__rotate="hadamard", choose__target_size=limit + 50_000, choose__candidates=("w2g16", "w4g16"), choose__windows=1)
-    assert pipeline.run(asked, tmp_path / "out")["packed"]["folder_bytes"] <= limit + 50_000
+    """A size that holds the smallest candidates but not the head beside them is refused before any work."""
+    asked = toys.recipe(tied, choose__candidates=("w2g16", "w4g16"), choose__windows=1)
+    sizes = [
+        pipeline.dry_run(asked.with_(choose=Choose(), quant__rotate=how, quant__bits=2), None, Show())["folder_bytes"] for how in ("none", "hadamard")
+    ]
+    assert sizes[1] - sizes[0] > 10_000
+    between = asked.with_(choose__target_size=sum(sizes) // 2)
+    with pytest.raises(RecipeError, match="is below the"):
+        pipeline.run(between.with_(quant__rotate="hadamard"), tmp_path / "out")
 
 
 def test_seeds_and_methods_are_other_runs_and_the_same_recipe_the_same_bytes(tied: Path, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ class Blocks:
 
     def waiting(self, name: str) -> Hidden:
         """What tensors of a walk wait in, as its hidden states do: files below `scratch`, unless memory was asked for."""
-        return [] if self.keeping == "memory" or self.scratch is None else Spool(self.scratch / name)
+        self._walks += 1
+        return [] if self.keeping == "memory" or self.scratch is None else Spool(self.scratch / f"{name}-{self._walks}")
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Callable[[slice], Tensor]:
@@ -138,13 +139,18 @@ class Blocks:
 
     @contextlib.contextmanager
     def skipping(self, last: Tensor | None = None) -> Iterator[None]:
-        """As `skipped`, and meanwhile no block is loaded."""
+        """Meanwhile blocks hand over the hidden states that they are given; the last one `last` in their place, if that is given."""
+        for block in self.list:
+            block.__dict__["forward"] = _hand_over
+        if last is not None:
+            self.list[-1].__dict__["forward"] = lambda *args, **kwargs: last
         self._skipping = True
         try:
-            with skipped(self.list, last):
-                yield
+            yield
         finally:
             self._skipping = False
+            for block in self.list:
+                del block.__dict__["forward"]
 
     def weights(self, dtype: torch.dtype) -> Iterator[dict[str, Tensor | PackedWeight]]:
         """What lies outside the blocks, tied tensors once, then the weights of each block, by name; floats rounded to `dtype`."""
@@ -231,20 +237,6 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     """The frozen parameter of that name, in place of the one without weights."""
     module, _, leaf = name.rpartition(".")
     model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-@contextlib.contextmanager
-def skipped(blocks: nn.ModuleList, last: Tensor | None = None) -> Iterator[None]:
-    """Meanwhile blocks hand over the hidden states that they are given; the last one `last` in their place, if that is given."""
-    for block in blocks:
-        block.__dict__["forward"] = _hand_over
-    if last is not None:
-        blocks[-1].__dict__["forward"] = lambda *args, **kwargs: last
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.__dict__["forward"]
 
 
 def _hand_over(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

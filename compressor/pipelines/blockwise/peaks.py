@@ -80,7 +80,8 @@ def peaks(
             trained = estimate.training_bytes(model, kept // (config.hidden_size * size), step, size) + 3 * 4 * config.hidden_size**2
             if recipe.data.activations == "memory":
                 trained += curvature.waiting_bytes(tokens.calibration, tokens.calibrated, config.hidden_size, len(list_), size)
-        pack = block * size + kept + max(packing, forward, trained)
+        felt = curvature.logit_bytes(tokens.calibrated, config.vocab_size, size) if trains(recipe.quant) else 0
+        pack = block * size + kept + max(packing, forward, trained, felt)
     forward, kept = _walk(config, tokens.windows, tokens.window, size, recipe.data.activations)
     one = tokens.window * config.vocab_size * size
     logits = max(one, min(evaluate.LOGIT_BYTES, tokens.windows * one))
