@@ -17,6 +17,7 @@ from compressor.pipelines import data, estimate, evaluate, load
 from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.job import digest
 from compressor.pipelines.journal import Journal, keep, kept
+from compressor.pipelines.measure import divergence
 from compressor.recipe import Tune
 from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.distill import Distilled, Taught, top
@@ -53,7 +54,8 @@ def counted(run: "Run", found: dict[str, Any], dense: nn.Module) -> dict[str, An
         size, vocab, peaks = 4 if run.device.type == "cpu" else 2, run.config["vocab_size"], found["peak_bytes"]
         parameters = sum(p.numel() for p in {id(p): p for p in dense.parameters()}.values())
         held = held_bytes(run.recipe.tune, vocab, run.taught * run.seqlen)
-        peaks["teach"] = estimate.BASE + parameters * size + held + working_bytes(run.seqlen, vocab, size)
+        near = min(divergence.SAMPLE_LOGITS, divergence.COMPARED * vocab) * size  # logits that wait for the packed model
+        peaks["teach"] = held + max(peaks["evaluate"], estimate.BASE + parameters * size + near + working_bytes(run.seqlen, vocab, size))
         peaks["tune"] += held
         found["seconds"]["teach"] = round(estimate.forward_seconds(dense, run.device, run.taught * run.seqlen), 1)
     return found
