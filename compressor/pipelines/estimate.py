@@ -2,7 +2,8 @@
 
 Sizes follow from the shapes and the format. Memory is the sum of what each stage holds at its peak. Time counts floating-point operations
 and divides by the matmul speed measured now, times EFFICIENCY (the share of it that whole stages reached on a 2-core CPU; see docs/log.md).
-Evaluations in the course of tuning are not counted. Adapters are counted by peft itself, beside linears of the same shapes without weights.
+Evaluations in the course of tuning are not counted, predictions to learn from in teacher.py. Adapters are counted by peft itself, beside linears
+of the same shapes without weights.
 """
 
 import functools
@@ -321,8 +322,6 @@ def _seconds(recipe: Recipe, packed: list[compress.Target], device: torch.device
     if recipe.tune.start != "zero":
         out["compress"] += _path_seconds(recipe, adapted(recipe.tune, packed), speed)
     if recipe.tune.method != "none":
-        if recipe.tune.distill:
-            out["teach"] = 2 * parameters * counts.tuning / max(recipe.tune.epochs, 1.0) / speed
         out["tune"] = (6 * weights + 4 * (parameters - weights)) * counts.tuning / speed
     if recipe.tune.adapter == "absorb":  # about two packings, and the domain's perplexity before and after
         out["absorb"] = 2 * packing + 2 * parameters * counts.evaluation / speed

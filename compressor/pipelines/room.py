@@ -1,10 +1,10 @@
 """What a run on a causal language model writes: all that lies on the disk at one time, at most, known from shapes before any work.
 
 The work folder holds the blocks as they are packed, what pruning and tuning write down, and, where one block at a time is in memory, logits of the
-dense model; beside them lie the hidden states that wait between two blocks, or else the output folder. So packing to 8 bits takes about what the
-16-bit model does, half of it in either folder. Price: the architecture is built once more; block by block the texts are tokenised once more.
-Limits: journal and report are not counted, nor predictions kept for `--distill` (6 bytes a token and kept token); tables that tuning makes of scales
-count as those of 4 bits.
+dense model, and for `--distill` its predictions; beside them lie the hidden states that wait between two blocks, or else the output folder. So
+packing to 8 bits takes about what the 16-bit model does, half of it in either folder. Price: the architecture is built once more; block by block,
+and for `--distill`, the texts are tokenised once more.
+Limits: journal and report are not counted; tables that tuning makes of scales count as those of 4 bits.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import nn
 
 from compressor import linear
 from compressor.kernels import layout
-from compressor.pipelines import checkpoint, compress, curvature, estimate, evaluate, load, pruning
+from compressor.pipelines import checkpoint, compress, curvature, estimate, evaluate, load, pruning, teacher
 from compressor.pipelines.blockwise import blocks
 from compressor.pipelines.blockwise import stage as blockwise
 from compressor.pipelines.choose.choice import ways
@@ -50,6 +50,9 @@ def needed(run: "Run") -> int:
         adapter = estimate.added(run.recipe.tune, targets)
         work += math.ceil(SAVED * (adapter.numbers or values) * (4 + moment_bytes(run.recipe.tune.optimizer)))
         folder += adapter.bytes or (0 if run.packs else 4 * values)
+        if run.recipe.tune.distill:
+            run.texts(load.load_tokenizer(run.source))  # counts the windows
+            work += teacher.held_bytes(run.recipe.tune, run.config["vocab_size"], run.taught * run.seqlen)
     states, logits = walking(run, stored) if blockwise.wanted(run) else (0, 0)
     return max(0, work + logits + max(states, folder) - lying(run.work))
 
@@ -76,7 +79,7 @@ def walking(run: "Run", stored: torch.dtype) -> tuple[int, int]:
     if run.packs and trains(run.recipe.quant):
         waits = curvature.waiting_bytes(calibration, run.seqlen, run.config["hidden_size"], run.config["num_hidden_layers"], width)
         calibration *= 2  # those of the dense model, too
-    longest = max(domain, outside, calibration)
+    longest = max(domain, outside, calibration, run.taught * run.seqlen)
     states, keeping = longest * run.config["hidden_size"] * width, run.recipe.data.activations
     if keeping in ("memory", "recompute") or (keeping == "auto" and states <= blocks.HELD):
         states = 0

@@ -79,6 +79,7 @@ class Run(Job):
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self.base = stages.resident_bytes()  # before any model
         self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
+        self.taught = 0  # windows whose predictions are kept, once the texts are read
         self.origin = checkpoint.digest(self.source)
         self._fingerprints(self.origin[:16])
 
@@ -190,11 +191,13 @@ class Run(Job):
         """Sizes, memory and time; model: a shell of what is packed and tuned; before: of what is pruned to that."""
         self.targets(model)
         folder = load.folder_dtype(checkpoint.stored_dtype(self.source), self.config)
-        if not self.recipe.choose.active:
-            return estimate.estimate(self.recipe, model, folder, counts, self.source, before)
-        windows = sensitivity.windows(self.recipe.choose, self.seqlen, self.config.get("vocab_size", 1))
-        forward = estimate.forward_seconds(model, self.device, windows * self.seqlen)
-        return choosing.cost(self.recipe, lambda recipe: estimate.estimate(recipe, model, folder, counts, self.source, before), forward)
+        if self.recipe.choose.active:
+            windows = sensitivity.windows(self.recipe.choose, self.seqlen, self.config.get("vocab_size", 1))
+            forward = estimate.forward_seconds(model, self.device, windows * self.seqlen)
+            found = choosing.cost(self.recipe, lambda recipe: estimate.estimate(recipe, model, folder, counts, self.source, before), forward)
+        else:
+            found = estimate.estimate(self.recipe, model, folder, counts, self.source, before)
+        return teacher.counted(self, found, model if before is None else before)
 
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
@@ -204,7 +207,8 @@ class Run(Job):
         if self.tunes or self.prunes:
             windows = data.windows(self.domain.train, tokenizer, self.seqlen, recipe.data.train_on_prompt)
             if self.tunes:
-                Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
+                batches = Batches(CausalLM(windows.ids, windows.labels), recipe.tune, recipe.seed)  # says what steps cannot be
+                self.taught = len(batches.used()) if recipe.tune.distill else 0
         for each in ([] if ids is None else [ids]) + ([] if windows is None else [windows.ids]):
             evaluate.check_ids(each, self.config.get("vocab_size", 1 << 31))
         return ids, windows

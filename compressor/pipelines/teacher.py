@@ -1,8 +1,9 @@
 """What the dense model predicts on the training windows, kept on the disk for a model that learns from it later (tune/distill.py).
 
-One pass over the windows, before anything is packed or pruned, in whatever way the model is in memory; the likeliest tokens of every prediction go
-into one file of the work folder, known by a digest of the model and the windows, so that a run that goes on does not make it again. Price: a forward
-of all windows; 6 bytes a token and kept token, on the disk and in memory.
+One pass over the windows that tuning will see, each once, before anything is packed or pruned, in whatever way the model is in memory; the likeliest
+tokens of every prediction go into one file of the work folder, known by a digest of the model and the windows, so that a run that goes on does not
+make it again. Price: a forward of those windows; 6 bytes a token and kept token on the disk, in memory while they are made, and mapped while they
+are learnt from. Limits: a run that is stopped in the middle of the pass makes it anew.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from compressor.pipelines import data, evaluate, load
+from compressor.pipelines import data, estimate, evaluate, load
+from compressor.pipelines.blockwise.blocks import Blocks
 from compressor.pipelines.job import digest
 from compressor.pipelines.journal import Journal, keep, kept
-from compressor.tune.batches import CausalLM
+from compressor.pipelines.measure import divergence
+from compressor.recipe import Tune
+from compressor.tune.batches import Batches, CausalLM
 from compressor.tune.distill import Distilled, Taught, top
 
 if TYPE_CHECKING:
@@ -24,14 +28,43 @@ if TYPE_CHECKING:
 
 def objective(run: "Run", loaded: load.Loaded, windows: data.Windows, journal: Journal) -> CausalLM:
     """What a run tunes for: the text alone, or also what the model predicts now, before it is packed."""
-    options = run.recipe.tune
+    options, text = run.recipe.tune, CausalLM(windows.ids, windows.labels)
     if not (run.tunes and options.distill):
-        return CausalLM(windows.ids, windows.labels)
-    key = digest(run.key_dense, run.domain.train.sha256, run.seqlen, run.recipe.data.train_on_prompt, options.distill_top)
+        return text
+    used = Batches(text, options, run.recipe.seed).used()
+    key = digest(run.key_dense, run.domain.train.sha256, run.seqlen, run.recipe.data.train_on_prompt, options.distill_top, used.tolist())
     path = journal.subfolder("taught", key) / "predictions.safetensors"
-    with run.stage("teach"), run.show.task("teach", len(windows.ids)) as advance:
-        found = taught(loaded.model, windows.ids, options.distill_top, path, advance)
-    return Distilled(windows.ids, windows.labels, found, options.distill)
+    with run.stage("teach"), run.show.task("teach", len(used)) as advance:
+        if blocks := Blocks.of(loaded.model):
+            blocks.tell = lambda done, total: advance(0, f"block {done} of {total}")
+        found = taught(loaded.model, windows.ids[used], options.distill_top, path, advance)
+        if blocks:
+            blocks.tell = None
+    return Distilled(windows.ids, windows.labels, found, options.distill, used)
+
+
+def held_bytes(options: Tune, vocab: int, tokens: int) -> int:
+    """Bytes of the predictions after so many tokens, in their file and in memory."""
+    return 6 * min(options.distill_top, vocab) * tokens
+
+
+def counted(run: "Run", found: dict[str, Any], dense: nn.Module) -> dict[str, Any]:
+    """What a run costs, by stage as `estimate` has it, with what predictions add: their pass, and they themselves while one learns from them."""
+    if run.taught:
+        size, vocab, peaks = 4 if run.device.type == "cpu" else 2, run.config["vocab_size"], found["peak_bytes"]
+        parameters = sum(p.numel() for p in {id(p): p for p in dense.parameters()}.values())
+        held = held_bytes(run.recipe.tune, vocab, run.taught * run.seqlen)
+        near = min(divergence.SAMPLE_LOGITS, divergence.COMPARED * vocab) * size  # logits that wait for the packed model
+        peaks["teach"] = held + max(peaks["evaluate"], estimate.BASE + parameters * size + near + working_bytes(run.seqlen, vocab, size))
+        peaks["tune"] += held
+        found["seconds"]["teach"] = round(estimate.forward_seconds(dense, run.device, run.taught * run.seqlen), 1)
+    return found
+
+
+def working_bytes(window: int, vocab: int, size: int) -> int:
+    """Bytes of two batches of logits, one of them about to go, and of the float32 probabilities of a window; size: bytes a logit."""
+    one = window * vocab
+    return 2 * max(one * size, min(evaluate.LOGIT_BYTES, evaluate.BATCH_TOKENS * vocab * size)) + 2 * 4 * one
 
 
 def taught(model: Any, ids: Tensor, count: int, path: Path, advance: Callable[[int, str], None]) -> Taught:
@@ -48,5 +81,5 @@ def taught(model: Any, ids: Tensor, count: int, path: Path, advance: Callable[[i
                     tokens[row], logs[row] = best[0].cpu(), best[1].cpu()
                 advance(len(logits), f"{min(part.stop, len(ids))} of {len(ids)} windows")
         keep(path, {"tokens": tokens, "logs": logs}, {})
-        return Taught(tokens, logs)
+        found = kept(path) or ({"tokens": tokens, "logs": logs}, {})  # mapped, so that pruning and packing have the memory
     return Taught(found[0]["tokens"], found[0]["logs"])

@@ -70,11 +70,15 @@ class Batches:
         """Row numbers of a step, int64 [size]."""
         count = len(self.usable)
         first, last = step * self.size, (step + 1) * self.size - 1
-        rows = []
-        for epoch in range(first // count, last // count + 1):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-            rows.append(order[max(first - epoch * count, 0) : last + 1 - epoch * count])
+        rows = [self._order(epoch)[max(first - epoch * count, 0) : last + 1 - epoch * count] for epoch in range(first // count, last // count + 1)]
         return self.usable[torch.cat(rows)]
+
+    def used(self) -> Tensor:
+        """Row numbers that any step sees, int64, each once, ascending."""
+        return self.usable[self._order(0)[: self.steps * self.size].sort().values]
+
+    def _order(self, epoch: int) -> Tensor:
+        return torch.randperm(len(self.usable), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
 
     def tokens(self, step: int) -> int:
         """How much a step learns from: tokens, or labels."""

@@ -23,7 +23,7 @@ TINY = 1e-7  # probability below which the rest of a vocabulary is not divided b
 
 @dataclass(frozen=True)
 class Taught:
-    """What the dense model predicts after each token: ids int32 and natural log-probabilities float16, [count, seqlen, top] each."""
+    """What the dense model predicts after each token of some windows: ids int32 and natural log-probabilities float16, [count, seqlen, top] each."""
 
     tokens: Tensor
     logs: Tensor
@@ -36,18 +36,26 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class Distilled(CausalLM):
-    """Next-token prediction on windows, and the predictions of the dense model on the same."""
+    """Next-token prediction on windows, and the predictions of the dense model on the same.
 
-    def __init__(self, ids: Tensor, labels: Tensor, taught: Taught, share: float):
+    used: row numbers, int64, of the windows that `taught` belongs to, in its order; None: all of them. DataError for rows that nothing is known of.
+    """
+
+    def __init__(self, ids: Tensor, labels: Tensor, taught: Taught, share: float, used: Tensor | None = None):
         super().__init__(ids, labels)
-        if taught.tokens.shape[:2] != ids.shape:
-            raise DataError(f"predictions for windows {tuple(taught.tokens.shape[:2])} do not belong to windows {tuple(ids.shape)}")
+        used = torch.arange(len(ids)) if used is None else used
+        if taught.tokens.shape[:2] != (len(used), ids.shape[1]):
+            raise DataError(f"predictions for windows {tuple(taught.tokens.shape[:2])} do not belong to windows {len(used), ids.shape[1]}")
         self.taught, self.share = taught, share
+        self.places = torch.full((len(ids),), -1)
+        self.places[used] = torch.arange(len(used))
 
     def rows(self, which: Tensor) -> tuple[Tensor, ...]:
         ids, labels = super().rows(which)
-        used = ids.shape[1]
-        return ids, labels, self.taught.tokens[which, :used], self.taught.logs[which, :used]
+        length, places = ids.shape[1], self.places[which]
+        if (places < 0).any():
+            raise DataError(f"the dense model's predictions of window {int(which[places < 0][0])} were not kept")
+        return ids, labels, self.taught.tokens[places, :length], self.taught.logs[places, :length]
 
     def loss(self, model: nn.Module) -> Callable[..., Tensor]:
         return loss_function(model, self.ids[:1, :8].to(next(model.parameters()).device), self._part)

@@ -52,6 +52,7 @@ def watched(asked: Recipe, place: Path, monkeypatch: pytest.MonkeyPatch) -> int:
         ({"quant__bits": 3, "quant__symmetric": False}, 0.9),
         ({"quant__bits": 3, "quant__packer": "sketch", "quant__group": 128}, 0.9),
         ({"quant__bits": 4, "tune__method": "peqa", "tune__steps": 2, "tune__batch": 2}, 0.7),  # the old checkpoint is gone by then
+        ({"quant__bits": 4, "tune__method": "peqa", "tune__steps": 20, "tune__batch": 4, "tune__distill": 0.5}, 0.8),
         ({"memory": "blocks", "data__activations": "disk", "data__nsamples": 100}, 0.9),
     ],
 )  # fmt: skip

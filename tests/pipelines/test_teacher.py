@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import RecipeError
+from compressor.pipelines import load, teacher
 from compressor.pipelines import run as pipeline
-from compressor.pipelines import teacher
+from compressor.pipelines.show import Show
 from compressor.recipe import Recipe
 from tests.pipelines import toys
 
@@ -33,6 +34,35 @@ def test_a_run_learns_from_the_dense_model_and_goes_on_without_asking_it_again(l
     report = json.loads((tmp_path / "whole" / "report.json").read_text())
     kl = {key: report[key]["divergence"]["mean"] for key in ("packed", "tuned")}
     assert kl["tuned"] < kl["packed"] and "teach" in report["seconds"]
+
+
+def test_what_predictions_take_is_said_before(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.stages, "resident_bytes", lambda: 0)  # it grows from run to run
+    asked = toys.recipe(llama, **TAUGHT, tune__distill=0.5, tune__distill_top=32)
+    held = 6 * 32 * 8 * 32  # bytes, top, windows of four steps of two, tokens
+    for memory in ("whole", "blocks"):
+        plain, with_, double = (
+            pipeline.dry_run(each.with_(memory=memory), tmp_path / "out", Show())
+            for each in (asked.with_(tune__distill=0.0), asked, asked.with_(tune__distill_top=64))
+        )
+        assert "teach" not in plain["peak_bytes"] | plain["seconds"] and "teach" in with_["seconds"]
+        assert with_["peak_bytes"]["tune"] - plain["peak_bytes"]["tune"] == double["peak_bytes"]["teach"] - with_["peak_bytes"]["teach"] == held
+    for steps, windows in ((4, 8), (1000, None)):
+        job = pipeline.Run(asked.with_(tune__steps=steps), tmp_path / "out", Show())
+        found = job.texts(load.load_tokenizer(llama))[1]
+        assert found is not None and job.taught == (windows or len(found.ids))
+
+
+def test_only_windows_that_are_seen_are_taught_and_a_broken_pass_leaves_no_file(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real, rows = toys.recipe(llama, **TAUGHT, tune__distill=1.0), teacher.top, list[int]()
+    monkeypatch.setattr(teacher, "top", lambda *given: (rows.append(1), real(*given) if len(rows) < 5 else 1 / 0)[1])
+    with pytest.raises(ZeroDivisionError):
+        pipeline.run(asked, tmp_path / "out")
+    assert not list((tmp_path / "out.partial").glob("taught-*/*"))
+    monkeypatch.setattr(teacher, "top", lambda *given: (rows.append(1), real(*given))[1])
+    rows.clear()
+    pipeline.run(asked, tmp_path / "out")
+    assert len(rows) == 8
 
 
 def test_other_shares_are_other_runs(llama: Path, tmp_path: Path) -> None:

@@ -77,3 +77,14 @@ def test_predictions_of_other_windows_are_refused(student, windows):
     ids, labels = windows
     with pytest.raises(DataError, match="do not belong to windows"):
         Distilled(ids, labels, predicted(student, ids[:3], 4), 1.0)
+
+
+def test_predictions_of_some_windows_serve_those_and_no_others(student, windows):
+    ids, labels = windows
+    used = torch.tensor([1, 3, 4])
+    some = Distilled(ids, labels, predicted(student, ids[used], 4), 0.5, used)
+    every = Distilled(ids, labels, predicted(student, ids, 4), 0.5)
+    for one, other in zip(some.rows(used[[2, 0]]), every.rows(used[[2, 0]]), strict=True):
+        assert one.equal(other)
+    with pytest.raises(DataError, match="predictions of window 2 were not kept"):
+        some.rows(torch.tensor([1, 2]))

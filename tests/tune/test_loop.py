@@ -49,6 +49,15 @@ def test_every_epoch_sees_every_window_once(options, count, batch, accumulate):
     assert again.windows(batches.steps - 1).tolist() == rows[-batches.size :]
 
 
+@pytest.mark.parametrize(("batch", "accumulate", "steps"), [(4, 1, 2), (2, 2, 1), (4, 2, 3), (8, 4, 2)])
+def test_the_windows_in_use_are_those_of_all_steps(options, batch, accumulate, steps):
+    ids, labels = torch.arange(40).view(20, 2), torch.arange(40).view(20, 2)
+    labels[[0, 7], 1] = -100
+    batches = Batches(CausalLM(ids, labels), options(steps=steps, batch=batch, accumulate=accumulate), seed=1)
+    seen = torch.cat([batches.windows(step) for step in range(steps)])
+    assert batches.used().equal(seen.unique())
+
+
 def test_windows_without_tokens_are_left_out_and_counted(packed_llama, options, windows):
     ids, labels = windows[0], windows[1].clone()
     labels[[2, 5], 1:] = -100

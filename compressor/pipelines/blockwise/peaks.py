@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressor import linear
 from compressor.export import shards
 from compressor.kernels import cpu
-from compressor.pipelines import compress, curvature, estimate, evaluate
+from compressor.pipelines import compress, curvature, estimate, evaluate, teacher
 from compressor.pipelines.blockwise import blocks as walking
 from compressor.pipelines.calibrate import BATCH_TOKENS
 from compressor.pipelines.packers import PACKERS, needs, trains
@@ -29,12 +29,15 @@ OPENING, WORKING = 190 << 20, 400 << 20  # bytes that the process grows by with 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What runs through the blocks: windows and their length, of calibration (none where nothing is calibrated) and of one text of the evaluation."""
+    """What runs through the blocks: windows and their length, of calibration (none where nothing is calibrated), of one text of the evaluation, and
+    of what predictions are kept of (none where nothing learns from them)."""
 
     calibration: int
     calibrated: int
     windows: int
     window: int
+    taught: int = 0
+    length: int = 0
 
     @classmethod
     def of(cls, ids: Tensor | None, characters: Sequence[int], most: int, window: int) -> "Tokens":
@@ -92,6 +95,10 @@ def peaks(
         "load": reading, "evaluate dense": kept + max(visit + forward, tail), "compress": pack + paths,
         "evaluate packed": compiled + paths + kept + max(packed + forward, tail), "export": paths + 2 * held + shards.HELD + packed,
     }  # fmt: skip
+    if tokens.taught:
+        forward, kept = _walk(config, tokens.taught, tokens.length, size, recipe.data.activations)
+        predictions = teacher.held_bytes(recipe.tune, config.vocab_size, tokens.taught * tokens.length)
+        out["teach"] = kept + max(visit + forward, predictions + teacher.working_bytes(tokens.length, config.vocab_size, size))
     return {stage: base + outside + value + (OPENING if stage == "load" else WORKING) for stage, value in out.items()}
 
 

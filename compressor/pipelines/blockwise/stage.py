@@ -1,5 +1,6 @@
 """What a run does otherwise where one block at a time is in memory: opens the model, and says what memory it will take."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def expected(run: "Run", model: nn.Module, calibration: Tensor | None) -> dict[s
     """Peak bytes by stage, of a model with or without weights."""
     stored, tests = checkpoint.stored_dtype(run.source), (run.domain.test, run.outside)
     lengths = [sum(len(document.text) for document in text.documents) for text in tests]
-    tokens = peaks.Tokens.of(calibration, lengths, run.recipe.eval.max_tokens, run.window)
+    tokens = replace(peaks.Tokens.of(calibration, lengths, run.recipe.eval.max_tokens, run.window), taught=run.taught, length=run.seqlen)
     found = peaks.peaks(run.recipe, model, run.device, stored, load.folder_dtype(stored, run.config), tokens, run.base)
     if run.tunes:  # in one piece, packed
         counts = estimate.Counts(calibration=0, tuning=0, step=run.recipe.tune.batch * run.seqlen, evaluation=0)
