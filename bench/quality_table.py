@@ -86,9 +86,11 @@ def presets(rows: list[dict[str, str]]) -> list[str]:
             own = [known.get((model, arm, bits)) for bits in ("4", "3", "2")] + [known.get((model, f"{arm} + PEQA", "2"))]
             cells = [f"{number(r['domain_ppl'])} / {number(r['outside_ppl'])}" if r else "–" for r in own]
             there = [r for r in own[:3] if r]
+            if not there:
+                continue
             took, usual = (sum(float(r["pack_seconds"]) for r in each) for each in (there, [known[model, "GPTQ", r["bits"]] for r in there]))
-            peak = max((float(r["peak_mb"]) for r in there), default=0.0)
-            out.append(f"| {preset} | {model} | {' | '.join(cells)} | {took / max(1, len(there)):.0f} ({took / usual:.1f}) | {peak:.0f} |")
+            peak = max(float(r["peak_mb"]) for r in there)
+            out.append(f"| {preset} | {model} | {' | '.join(cells)} | {took / len(there):.0f} ({took / usual:.1f}) | {peak:.0f} |")
     return out
 
 

@@ -6,7 +6,8 @@ exactly, so that its dense perplexity stays (`dense_ppl` is that of the changed 
     gains   four channels of every norm's gain are 30 times larger, and the columns of who reads them 30 times smaller: outliers of activations
     basis   the residual stream turned to the principal axes of its readers' weights, so that few columns hold most of their size
 
-`layer_error` is the geometric mean of the layers' relative output errors (of packers that train blocks, of the blocks' errors), `more_bytes` what the folder holds more (a head that was tied).
+`layer_error` is the geometric mean of the layers' relative output errors (of packers that train blocks, of the blocks'), `more_bytes` what the folder
+holds more (a head that was tied).
 
     python bench/rotate.py --model tiny --packer gptq --bits 3 2 --seeds 42 1 2
     python bench/rotate.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32 --planted gains basis

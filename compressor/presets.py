@@ -14,7 +14,7 @@ from compressor.errors import RecipeError
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"quant__packer": "gptq"},
     "standard": {"quant__packer": "block"},
-    "best": {"quant__packer": "block", "choose__equal": True, "tune__distill": 0.5},
+    "best": {"quant__packer": "block", "choose__equal": True, "tune__distill": 0.25},
 }
 TARGETS = ("choose__target_bits", "choose__target_size", "choose__max_loss", "quant__layers")
 UNMIXED = ("none", "kept", "squeezellm")  # packers whose linears are not chosen among

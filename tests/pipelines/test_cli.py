@@ -174,12 +174,12 @@ def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.M
     assert made() == made(preset="standard") == Recipe().with_(quant__packer="block")
     assert made(preset="fast") == made("3bit:gptq") == Recipe()
     best = made(preset="best", tune="peqa")
-    assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.5
+    assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.25
     assert made(preset="best").tune.distill == 0 and made(preset="best", tune="peqa", distill=0.1).tune.distill == 0.1
     assert not made(preset="best", target_bits=3.5).choose.equal and not made(preset="best", mix=False).choose.equal
     assert made("3bit:rtn", preset="standard") == made("3bit:rtn"), "whoever names a packer knows how to pack"
     rounded = made("3bit:rtn", preset="best", tune="peqa")
-    assert (rounded.quant.packer, rounded.choose.equal, rounded.tune.distill) == ("rtn", True, 0.5)
+    assert (rounded.quant.packer, rounded.choose.equal, rounded.tune.distill) == ("rtn", True, 0.25)
     assert not made("3bit:squeezellm", preset="best").choose.equal and not made(prune="obert:2:4", preset="best").choose.equal
     assert made(None, prune="obert:50%").quant.packer == "none"
     assert made(tune="lora", adapter_start="loftq").quant.packer == "gptq", "no path starts beside blocks that are trained"

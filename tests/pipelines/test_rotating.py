@@ -77,14 +77,13 @@ def test_tuning_and_a_vocabulary_that_waits_in_16_bits_go_on_from_it(tied: Path,
 
 def test_the_choice_of_widths_counts_the_head(tied: Path, tmp_path: Path) -> None:
     """A size that holds the smallest candidates but not the head beside them is refused before any work."""
-    asked = toys.recipe(tied, choose__candidates=("w2g16", "w4g16"), choose__windows=1)
-    sizes = [
-        pipeline.dry_run(asked.with_(choose=Choose(), quant__rotate=how, quant__bits=2), None, Show())["folder_bytes"] for how in ("none", "hadamard")
-    ]
+    plain = toys.recipe(tied, quant__bits=2)
+    found = [pipeline.dry_run(plain.with_(quant__rotate=how), tmp_path / how, Show()) for how in ("none", "hadamard")]
+    sizes = [each["folder_bytes"] for each in found]
     assert sizes[1] - sizes[0] > 10_000
-    between = asked.with_(choose__target_size=sum(sizes) // 2)
+    choice = Choose(target_size=sum(sizes) // 2, candidates=("w2g16", "w4g16"), windows=1)
     with pytest.raises(RecipeError, match="is below the"):
-        pipeline.run(between.with_(quant__rotate="hadamard"), tmp_path / "out")
+        pipeline.run(plain.with_(choose=choice, quant__rotate="hadamard"), tmp_path / "out")
 
 
 def test_seeds_and_methods_are_other_runs_and_the_same_recipe_the_same_bytes(tied: Path, tmp_path: Path) -> None:
