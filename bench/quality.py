@@ -7,7 +7,7 @@ process loads and measures all folders. Peers get the token ids of our calibrati
 number of steps at its method's default rate. A row is kept as soon as it is there: the same command goes on where it stopped, an arm that failed is
 a row with the reason, and a row without accuracy is measured again from its folder.
 
-    python bench/quality.py --model tiny --work DIR
+    python bench/quality.py --model tiny --steps 100 --max-tokens 28672 --work DIR          (as the rows of results/quality.csv)
     python bench/quality.py --model ../shared/models/babyllama --data ../shared/data/tinystories/stories.txt --group 32 --work DIR
     python bench/quality.py --model tiny --work DIR --only "GPTQ" --bits 3 --again
 

@@ -6,6 +6,7 @@ same width. Pruned rows are smaller, and trained while they are pruned: they com
 """
 
 EQUAL = 1.1  # bits per weight over those of our GPTQ, up to which rows are taken for equally large
+PROTOCOL = ("domain_sha256", "domain_tokens", "outside_sha256", "outside_tokens", "window")  # what rows of one model must have in common
 SHOWN = ("", "bits per weight", "perplexity in domain", "out of domain", "accuracy, %", "packing, s", "tuning, s", "peak MB")
 
 
@@ -112,6 +113,11 @@ def section(rows: list[dict[str, str]]) -> list[str]:
     """What README says of the models."""
     tiny, baby, stories = ([r for r in rows if r["model"] == name] for name in ("tiny", "babyllama", "stories260K"))
     steps = max(int(r["steps"] or 0) for r in tiny)
+    for model in (tiny, baby, stories):
+        if len({tuple(r[key] for key in PROTOCOL) for r in model if not r["failed"]}) > 1:
+            raise SystemExit(
+                f"rows of {model[0]['model']} in quality.csv were measured on different texts or lengths: measure them alike (--max-tokens)"
+            )
     return [
         *TEXT.format(**tiny[0] | {"steps": steps}).splitlines(), "", *folded("tiny, all arms at 4, 3 and 2 bits", table(tiny)),
         "Tuning also fits the domain, so the dense model tuned on the same tokens is the control. Ours beside the best of others at equal bytes",
