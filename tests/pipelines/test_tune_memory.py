@@ -57,6 +57,6 @@ def test_what_cannot_be_is_said_before_any_work(tmp_path: Path, monkeypatch: pyt
 
 
 def test_flags_set_the_keys() -> None:
-    given = dict.fromkeys((*FLAGS, "prune"))
+    given = dict.fromkeys((*FLAGS, "prune", "preset"))
     recipe = recipe_of("tiny", "3bit:rtn", given | {"tune": "peqa", "optimizer": "adamw8bit", "offload": "cpu", "gradient_checkpointing": True})
     assert (recipe.tune.optimizer, recipe.tune.offload) == ("adamw8bit", "cpu")
