@@ -29,13 +29,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "standard": {"quant__packer": "block"},
     "standard, errors of all directions alike": {"quant__packer": "block"},
     "standard, rounding only": {"quant__packer": "round"},
+    "standard and end to end": {"quant__packer": "block", "quant__end_to_end": BEST["quant__end_to_end"]},
     "standard and distillation": {"quant__packer": "block", "tune__distill": BEST["tune__distill"]},
     "standard and learned rotation": {"quant__packer": "block", "quant__rotate": "learned"},
     "best": BEST,
     "best, blocks not trained": BEST | {"quant__packer": "gptq"},
+    "best, not end to end": BEST | {"quant__end_to_end": 0},
     "best, no distillation": BEST | {"tune__distill": 0.0},
 }
-STAGES = ("rotate", "choose", "compress", "teach", "tune")
+STAGES = ("rotate", "choose", "compress", "teach", "end-to-end", "tune")
 FIELDS = [
     "model", "arm", "bits", "group", "bits_per_weight", "packed_domain", "packed_outside", "tuned_domain", "tuned_outside", "dense_domain",
     "dense_outside", *(f"{stage}_seconds" for stage in STAGES), "folder_bytes", "steps", "nsamples", "seed", "threads", "torch", "compressor",

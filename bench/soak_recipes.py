@@ -41,7 +41,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "quant.start": ("kmeans", "uniform"), "quant.exponent": (0.0, 1.0, 2.0, 4.0),
     "quant.feedback": (True, False), "quant.refit": (True, False), "quant.ignore": ((), ("v_proj",), (r"layers\.0\.", "query")),
     "quant.layers": LAYERS, "quant.passes": (1, 2), "quant.windows": (1, 2, 3), "quant.rate": (1e-3, 0.02, 0.5), "quant.value_rate": (1e-3, 0.1),
-    "quant.rotate": ("none", "none", "heads", "hadamard", "learned"),
+    "quant.rotate": ("none", "none", "heads", "hadamard", "learned"), "quant.end_to_end": (0, 0, 1, 2),
     "prune.method": pruning.METHODS, "prune.ratio": (0.2, 0.34, 0.5, 0.7),
     "prune.pattern": (None, "structured", "unstructured", "4block", "2:4"), "prune.unit": ("auto", "group", "query"),
     "prune.estimate": ("projected", "paper"), "prune.parts": (None, "all", "gate"), "prune.multiple": (8, 16, 32), "prune.uniform": (True, False),

@@ -28,7 +28,7 @@ class Packer:
 
     `needs` are the sums its stats must hold; `resolve(k, options, name)` says which group size a layer of k in features gets, with a note for
     the report, and raises RecipeError where none fits; `reads` names the keys of Quant that it heeds, beside those of all packers (bits, packer,
-    scale_dtype, ignore, rotate); `table` says that it makes sketches, `fisher` that it wants `stats.fisher`, `trains` that what it
+    scale_dtype, ignore, rotate, end_to_end); `table` says that it makes sketches, `fisher` that it wants `stats.fisher`, `trains` that what it
     makes is the start of block-wise reconstruction (pipelines/reconstruct.py), with codes within `reach` steps of the dense weight if that is given.
     """
 
@@ -44,7 +44,7 @@ class Packer:
     @property
     def heeds(self) -> set[str]:
         """All keys of Quant that say something to this packer."""
-        return {"bits", "packer", "scale_dtype", "ignore", "layers", "rotate", *self.reads}
+        return {"bits", "packer", "scale_dtype", "ignore", "layers", "rotate", "end_to_end", *self.reads}
 
     def __call__(self, w: Tensor, stats: LayerStats | None, options: Quant, group: int, dtype: torch.dtype) -> tuple[PackedWeight, dict[str, Any]]:
         return self.pack(w, stats, options, group, dtype)

@@ -2,7 +2,8 @@
 
     fast       GPTQ
     standard   block-wise training on top of it, within three times its time: what `run` does if nothing else is said
-    best       the same, with bits and group sizes chosen by layer at the bytes of one width for all; what is tuned learns from the dense model, too
+    best       the same, with bits and group sizes chosen by layer at the bytes of one width for all, and scales trained end to end; what is tuned
+               learns from the dense model, too
 
 What a flag says, or a recipe file other than the defaults, comes before what a preset does. What each takes and brings: docs/methods.md.
 """
@@ -14,7 +15,7 @@ from compressor.errors import RecipeError
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"quant__packer": "gptq"},
     "standard": {"quant__packer": "block"},
-    "best": {"quant__packer": "block", "choose__equal": True, "tune__distill": 0.25},
+    "best": {"quant__packer": "block", "choose__equal": True, "quant__end_to_end": 4, "tune__distill": 0.25},
 }
 TARGETS = ("choose__target_bits", "choose__target_size", "choose__max_loss", "quant__layers")
 UNMIXED = ("none", "kept", "squeezellm")  # packers whose linears are not chosen among
@@ -35,6 +36,8 @@ def keys(name: str | None, said: dict[str, Any], tuned: bool, alone: bool) -> di
     single = said.get("prune__method") == "obert" or said.get("prune__pattern") not in (None, "structured")  # weights that no choice keeps at zero
     if packer in UNMIXED or single or any(key in said for key in TARGETS):
         asked.pop("choose__equal", None)
+    if packer in ("none", "kept"):
+        asked.pop("quant__end_to_end", None)
     if not tuned:
         asked.pop("tune__distill", None)
     return {key: value for key, value in asked.items() if key not in said}

@@ -44,6 +44,7 @@ class Quant:
     rate: float = 0.02  # block, round: of an update of codes, in steps of the grid
     value_rate: float = 0.02  # block, round: of an update of scales, as a share of them, and of zeros, in steps
     rotate: str = "none"  # a change of basis merged into the weights before they are packed: heads, of values | hadamard, of all | learned
+    end_to_end: int = 0  # passes over the calibration windows in which all scales, or tables, learn what the dense model predicts; 0: none
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
     layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
 
@@ -320,6 +321,7 @@ def _choosing_rules(c: Choose) -> list[tuple[bool, str]]:
 def _training_rules(q: Quant, t: Tune) -> list[tuple[bool, str]]:
     return [
         (q.sweeps > 0, f"quant.sweeps={q.sweeps} must be positive"),
+        (q.end_to_end >= 0, f"quant.end_to_end={q.end_to_end} must not be negative"),
         (q.passes > 0 and q.windows > 0, f"quant.passes={q.passes} and quant.windows={q.windows} must be positive"),
         (0 < q.rate < math.inf and 0 < q.value_rate < math.inf, f"quant.rate={q.rate} and quant.value_rate={q.value_rate} must be positive"),
         (q.rotate in ROTATIONS, f"quant.rotate={q.rotate!r}: choose {', '.join(ROTATIONS)}"),

@@ -10,7 +10,7 @@ adapters of packed linears only.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from compressor.integrations import peft
 from compressor.pipelines.absorb import absorb, restore, snapshot
 from compressor.pipelines.load import Loaded
 from compressor.recipe import Quant
+
+if TYPE_CHECKING:
+    from compressor.pipelines.run import Run
 
 PROBE, TOKENS = 4, 128  # windows, and tokens of each, on which logits are compared
 
@@ -120,3 +123,15 @@ def sentence(facts: dict[str, Any]) -> str:
     if facts["absorbed"]:
         return f"the adapter was absorbed: {cost}"
     return f"the adapter stays beside the base: absorbing it would cost more than {facts['limit']:.1%}: {cost}"
+
+
+def absorbed(run: "Run", loaded: Loaded, ids: Tensor | None, windows: Tensor, perplexity: Callable[[], float]) -> None:
+    """The stage of a run that absorbs, as `take_up`, with what the user should know of it."""
+    with run.stage("absorb"), run.show.task("absorb", len(linear.packed_linears(loaded.model))) as advance:
+        facts = take_up(
+            loaded, run.absorber(), ids, windows, perplexity, run.recipe.tune.absorb_limit, run.sparse,
+            lambda row: advance(1, f"{row['name']} {row['way']}"),
+        )  # fmt: skip
+    run.report.training["absorb"] = facts
+    run.report.notes.append(sentence(facts))
+    run.show.say(sentence(facts))

@@ -47,6 +47,10 @@ ScaleDtype = Annotated[Text, typer.Option("--scale-dtype", help="auto, float16, 
 Ignore = Annotated[list[str] | None, typer.Option(help="regular expression of layers to leave dense (may be repeated)")]
 Damp = Annotated[Number, typer.Option("--damp", "--damp-percent", "--damp_percent", help="damping of H, share of its mean diagonal")]
 Rotate = Annotated[Text, typer.Option(help="change the basis before packing, at no cost later: heads (of values), hadamard (of all), learned, none")]
+EndToEnd = Annotated[
+    Count,
+    typer.Option(help="after packing, so many passes over the calibration windows train all scales on what the dense model predicts; default 0"),
+]
 Nsamples = Annotated[Count, typer.Option(help="calibration windows")]
 Seqlen = Annotated[Count, typer.Option(help="tokens of a calibration or tuning window")]
 Steps = Annotated[Count, typer.Option(help="tuning steps; overrides --epochs")]

@@ -64,6 +64,10 @@ class EncoderRun(Job):
             raise RecipeError(f"tune.distill={recipe.tune.distill} is for causal language models; encoders learn from the dense one by prune.distill")
         if recipe.quant.rotate != "none":
             raise RecipeError(f"quant.rotate={recipe.quant.rotate} is for causal language models, and {recipe.model} is an encoder: leave it out")
+        if recipe.quant.end_to_end:
+            raise RecipeError(
+                f"quant.end_to_end={recipe.quant.end_to_end} is for causal language models, and {recipe.model} is an encoder: leave it out"
+            )
         compress.check_trains(recipe.quant, recipe.tune.start)
         self.task = encoder_data.load(recipe.data.data)
         self.length = encoder_load.max_length(self.config, self.task.kind, recipe.data.seqlen)

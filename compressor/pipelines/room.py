@@ -1,9 +1,9 @@
 """What a run on a causal language model writes: all that lies on the disk at one time, at most, known from shapes before any work.
 
-The work folder holds the blocks as they are packed, what pruning and tuning write down, and, where one block at a time is in memory, logits of the
-dense model, and for `--distill` its predictions; beside them lie the hidden states that wait between two blocks, or else the output folder. So
-packing to 8 bits takes about what the 16-bit model does, half of it in either folder. Price: the architecture is built once more; block by block,
-and for `--distill`, the texts are tokenised once more.
+The work folder holds the blocks as they are packed, what pruning and training write down, the dense model's predictions where something learns from
+them, and, where one block at a time is in memory, its logits; beside them lie the hidden states that wait between two blocks, or else the output
+folder. So packing to 8 bits takes about what the 16-bit model does, half of it in either folder. Price: the architecture is built once more; block
+by block, and for `--distill`, the texts are tokenised once more.
 Limits: journal and report are not counted; tables that tuning makes of scales count as those of 4 bits.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from compressor import linear
 from compressor.kernels import layout
-from compressor.pipelines import checkpoint, compress, curvature, estimate, evaluate, load, pruning, teacher
+from compressor.pipelines import checkpoint, compress, curvature, end_to_end, estimate, evaluate, load, pruning, teacher
 from compressor.pipelines.blockwise import blocks
 from compressor.pipelines.blockwise import stage as blockwise
 from compressor.pipelines.choose.choice import ways
@@ -52,7 +52,9 @@ def needed(run: "Run") -> int:
         folder += adapter.bytes or (0 if run.packs else 4 * values)
         if run.recipe.tune.distill:
             run.texts(load.load_tokenizer(run.source))  # counts the windows
-            work += teacher.held_bytes(run.recipe.tune, run.config["vocab_size"], run.taught * run.seqlen)
+    if end_to_end.wanted(run.recipe):
+        work += math.ceil(SAVED * values * (4 + moment_bytes(run.recipe.tune.optimizer)))
+    work += sum(teacher.held_bytes(options, run.config["vocab_size"], windows * run.seqlen) for _, options, windows in run.lessons())
     states, logits = walking(run, stored) if blockwise.wanted(run) else (0, 0)
     return max(0, work + logits + max(states, folder) - lying(run.work))
 

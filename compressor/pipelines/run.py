@@ -20,6 +20,7 @@ from compressor.pipelines import (
     data,
     encoder_load,
     encoder_run,
+    end_to_end,
     estimate,
     evaluate,
     load,
@@ -47,8 +48,9 @@ from compressor.pipelines.packers import PACKERS, needs
 from compressor.pipelines.parallel import check_alone, open_work
 from compressor.pipelines.show import Show
 from compressor.pipelines.tuners import Tuning, check_layers, resolved
-from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe
+from compressor.recipe import AFTER, KEPT, Finetune, Quant, Recipe, Tune
 from compressor.tune.batches import Batches, CausalLM
+from compressor.tune.distill import Distilled
 from compressor.tune.loop import train
 
 
@@ -59,6 +61,7 @@ class Run(Job):
         check_methods(recipe)
         tasks.check(recipe)
         choosing.check(recipe)
+        end_to_end.check(recipe)
         if recipe.eval.tasks:
             questions.check(recipe.eval.tasks)
         if recipe.finetune != Finetune():
@@ -79,6 +82,7 @@ class Run(Job):
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self.base = stages.resident_bytes()  # before any model
         self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
+        self.lesson: Distilled | None = None  # what packed values learn, once it was asked of the dense model
         self.taught = 0  # windows whose predictions are kept, once the texts are read
         self.origin = checkpoint.digest(self.source)
         self._fingerprints(self.origin[:16])
@@ -104,7 +108,7 @@ class Run(Job):
         self.key_prune = digest(base, pruning)
         self.key_pruned = digest(self.key_prune, measured)
         loss = () if recipe.choose.max_loss is None else (self.key_dense,)  # what is packed depends on what was measured
-        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started(), *loss)
+        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started(), *end_to_end.key(recipe), *loss)
         self.key_damage = digest(self.key_prune, candidates, calibration)
         self.key_packed = digest(self.key_compress, measured)
         self.key_tune = digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
@@ -120,6 +124,7 @@ class Run(Job):
             blockwise.announce(self, loaded, calibration)
             self.dense(loaded, journal)
             objective = None if windows is None else teacher.objective(self, loaded, windows, journal)
+            self.lesson = end_to_end.lesson(self, loaded, calibration, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
             rotating.rotate(self, loaded, journal)
@@ -179,13 +184,17 @@ class Run(Job):
             check_layers(self.recipe.tune, {t.name: t.shape for t in found}, needs(quant) if self.packs else ())
         return found
 
+    def pack(self, loaded: load.Loaded, ids: torch.Tensor | None, key: str, journal: Journal, chosen: Quant | None = None) -> None:
+        super().pack(loaded, ids, key, journal, chosen)
+        end_to_end.learn(self, loaded, self.lesson, key, journal)
+
     def stored(self, model: torch.nn.Module, folder: torch.dtype) -> tuple[list[compress.Target], int, int]:
         """(packed linears, their values, the bytes that these take at most); model: a shell of what is packed, folder: the dtype of its folder."""
         return room.packed(self.recipe, model, folder) if self.packs else ([], 0, 0)
 
     def calibrates(self) -> bool:
         """Whether packing, or choosing how, looks at calibration windows."""
-        return self.packs and (self.recipe.choose.active or bool(needs(self.recipe.quant)))
+        return self.packs and (self.recipe.choose.active or bool(needs(self.recipe.quant)) or end_to_end.wanted(self.recipe))
 
     def cost(self, model: torch.nn.Module, counts: estimate.Counts, before: torch.nn.Module | None) -> dict[str, Any]:
         """Sizes, memory and time; model: a shell of what is packed and tuned; before: of what is pruned to that."""
@@ -197,7 +206,12 @@ class Run(Job):
             found = choosing.cost(self.recipe, lambda recipe: estimate.estimate(recipe, model, folder, counts, self.source, before), forward)
         else:
             found = estimate.estimate(self.recipe, model, folder, counts, self.source, before)
-        return teacher.counted(self, found, model if before is None else before)
+        found = end_to_end.counted(self, found, model, folder, counts.calibration)
+        return teacher.counted(self, found, model if before is None else before, self.lessons())
+
+    def lessons(self) -> list[tuple[str, Tune, int]]:
+        """(stage, options, windows) of every stage that learns from the dense model; those of tuning are known once the texts are read."""
+        return end_to_end.lessons(self.recipe) + ([("tune", self.recipe.tune, self.taught)] if self.taught else [])
 
     def texts(self, tokenizer: Any) -> tuple[torch.Tensor | None, data.Windows | None]:
         """Calibration windows and tuning windows, before anything expensive, so that a text that is too short is known at once."""
@@ -221,8 +235,7 @@ class Run(Job):
         bits = torch.finfo(getattr(torch, self.report.model["dense_dtype"])).bits
         packed = load.packed_weights(loaded.model)  # a base that is packed, to be pruned
         self.measured_as("dense", found)
-        bits_per_weight = write.bits_per_weight(packed) if packed else float(bits)
-        self.record("dense", bits_per_weight=bits_per_weight, folder_bytes=self.report.model["dense_bytes"])
+        self.record("dense", bits_per_weight=write.bits_per_weight(packed) if packed else float(bits), folder_bytes=self.report.model["dense_bytes"])
         self.report.protocol = found["protocol"]
         self.report.protocol["domain"]["split"] = self.domain.rule
         ids, labels = evaluate.cut(*self._domain_text(loaded), self.window, self.recipe.eval.max_tokens)
@@ -260,18 +273,8 @@ class Run(Job):
             "processes": world.size(),
         }  # fmt: skip
         if options.adapter == "absorb":
-            self._absorb(loaded, ids, windows, evaluate)
+            adapters.absorbed(self, loaded, ids, windows.ids, evaluate)
         self.measured("tuned", self.key_tuned, loaded, journal)
-
-    def _absorb(self, loaded: load.Loaded, ids: torch.Tensor | None, windows: data.Windows, perplexity: Callable[[], float]) -> None:
-        layers, limit = len(load.packed_weights(loaded.model)), self.recipe.tune.absorb_limit
-        with self.stage("absorb"), self.show.task("absorb", layers) as advance:
-            facts = adapters.take_up(
-                loaded, self.absorber(), ids, windows.ids, perplexity, limit, self.sparse, lambda row: advance(1, f"{row['name']} {row['way']}")
-            )
-        self.report.training["absorb"] = facts
-        self.report.notes.append(adapters.sentence(facts))
-        self.show.say(adapters.sentence(facts))
 
     def absorber(self) -> Quant:
         """How linears that take up an adapter are packed anew."""
@@ -293,11 +296,8 @@ class Run(Job):
             def report(key: str, done: int, total: int) -> None:
                 advance(int(done == total), f"{key} text, {done} of {total} windows")
 
-            if blocks := Blocks.of(loaded.model):
-                blocks.tell = lambda done, total: advance(0, f"block {done} of {total}")
-            found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
-            if blocks:
-                blocks.tell = None
+            with Blocks.telling(loaded.model, advance):
+                found: dict[str, Any] = evaluate.measure(loaded.model, loaded.tokenizer, corpora, self.window, self.recipe.eval.max_tokens, report)
             if self.recipe.eval.tasks:
                 found["tasks"] = questions.measure(loaded, self.recipe.eval.tasks, self.recipe.eval.task_limit, seed=self.recipe.seed)
             if self.near is not None:
@@ -306,14 +306,14 @@ class Run(Job):
             return found | {"samples": evaluate.generate_samples(loaded.model, loaded.tokenizer, prompts, evaluate.SAMPLE_TOKENS), "prompts": prompts}
 
     def _samples(self) -> bool:
+        why = ""
         if self.report.expected:  # of one state alone they would compare with nothing
-            self.report.notes = sorted({*self.report.notes, "no samples: one block at a time was in memory, and each token needs all of them"})
-            return False
-        if evaluate.samples_pay(self.device, self.report.model["packed_parameters"]):
-            return True
-        note = "no samples: without numba, decoding token by token on a CPU takes too long for a model of this size; pip install numba"
-        self.report.notes = sorted({*self.report.notes, note})
-        return False
+            why = "one block at a time was in memory, and each token needs all of them"
+        elif not evaluate.samples_pay(self.device, self.report.model["packed_parameters"]):
+            why = "without numba, decoding token by token on a CPU takes too long for a model of this size; pip install numba"
+        if why:
+            self.report.notes = sorted({*self.report.notes, f"no samples: {why}"})
+        return not why
 
     def _domain_perplexity(self, loaded: load.Loaded) -> Callable[[], float]:
         """What the training loop calls now and then; the text is tokenised once."""

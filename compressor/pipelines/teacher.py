@@ -33,14 +33,14 @@ def objective(run: "Run", loaded: load.Loaded, windows: data.Windows, journal: J
         return text
     used = Batches(text, options, run.recipe.seed).used()
     key = digest(run.key_dense, run.domain.train.sha256, run.seqlen, run.recipe.data.train_on_prompt, options.distill_top, used.tolist())
-    path = journal.subfolder("taught", key) / "predictions.safetensors"
-    with run.stage("teach"), run.show.task("teach", len(used)) as advance:
-        if blocks := Blocks.of(loaded.model):
-            blocks.tell = lambda done, total: advance(0, f"block {done} of {total}")
-        found = taught(loaded.model, windows.ids[used], options.distill_top, path, advance)
-        if blocks:
-            blocks.tell = None
+    found = ask(run, loaded, windows.ids[used], journal.subfolder("taught", key))
     return Distilled(windows.ids, windows.labels, found, options.distill, used)
+
+
+def ask(run: "Run", loaded: load.Loaded, ids: Tensor, folder: Path) -> Taught:
+    """The predictions of the model as it is now on windows ids int64 [rows, seqlen], kept in `folder`, which is of this model and these windows."""
+    with run.stage("teach"), run.show.task("teach", len(ids)) as advance, Blocks.telling(loaded.model, advance):
+        return taught(loaded.model, ids, run.recipe.tune.distill_top, folder / "predictions.safetensors", advance)
 
 
 def held_bytes(options: Tune, vocab: int, tokens: int) -> int:
@@ -48,16 +48,21 @@ def held_bytes(options: Tune, vocab: int, tokens: int) -> int:
     return 6 * min(options.distill_top, vocab) * tokens
 
 
-def counted(run: "Run", found: dict[str, Any], dense: nn.Module) -> dict[str, Any]:
-    """What a run costs, by stage as `estimate` has it, with what predictions add: their pass, and they themselves while one learns from them."""
-    if run.taught:
+def counted(run: "Run", found: dict[str, Any], dense: nn.Module, lessons: list[tuple[str, Tune, int]]) -> dict[str, Any]:
+    """What a run costs, by stage as `estimate` has it, with what predictions add: their pass, and they themselves while one learns from them.
+
+    lessons: (stage, options, windows) of the stages that learn from them.
+    """
+    for stage, options, windows in lessons:
         size, vocab, peaks = 4 if run.device.type == "cpu" else 2, run.config["vocab_size"], found["peak_bytes"]
         parameters = sum(p.numel() for p in {id(p): p for p in dense.parameters()}.values())
-        held = held_bytes(run.recipe.tune, vocab, run.taught * run.seqlen)
+        held = held_bytes(options, vocab, windows * run.seqlen)
         near = min(divergence.SAMPLE_LOGITS, divergence.COMPARED * vocab) * size  # logits that wait for the packed model
-        peaks["teach"] = held + max(peaks["evaluate"], estimate.BASE + parameters * size + near + working_bytes(run.seqlen, vocab, size))
-        peaks["tune"] += held
-        found["seconds"]["teach"] = round(estimate.forward_seconds(dense, run.device, run.taught * run.seqlen), 1)
+        asking = held + max(peaks["evaluate"], estimate.BASE + parameters * size + near + working_bytes(run.seqlen, vocab, size))
+        peaks["teach"] = max(peaks.get("teach", 0), asking)
+        peaks[stage] += held
+        seconds = estimate.forward_seconds(dense, run.device, windows * run.seqlen)
+        found["seconds"]["teach"] = round(found["seconds"].get("teach", 0.0) + seconds, 1)
     return found
 
 

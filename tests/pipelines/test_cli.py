@@ -174,7 +174,8 @@ def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.M
     assert made() == made(preset="standard") == Recipe().with_(quant__packer="block")
     assert made(preset="fast") == made("3bit:gptq") == Recipe()
     best = made(preset="best", tune="peqa")
-    assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.25
+    assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.25 and best.quant.end_to_end == 4
+    assert made(preset="best", end_to_end=0).quant.end_to_end == 0 and made(None, prune="obert:50%", preset="best").quant.end_to_end == 0
     assert made(preset="best").tune.distill == 0 and made(preset="best", tune="peqa", distill=0.1).tune.distill == 0.1
     assert not made(preset="best", target_bits=3.5).choose.equal and not made(preset="best", mix=False).choose.equal
     assert made("3bit:rtn", preset="standard") == made("3bit:rtn"), "whoever names a packer knows how to pack"
@@ -193,7 +194,7 @@ def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.M
     assert cli.recipe_of("alone.yaml", None, given | {"preset": "best"}) == alone, "what a file says comes first"
     wanted = Recipe().with_(quant__packer="rtn", choose__target_bits=3.5, tune__method="peqa", tune__distill=0.1)
     (at / "wanted.yaml").write_text(yaml.safe_dump(wanted.to_dict()))
-    assert cli.recipe_of("wanted.yaml", None, given | {"preset": "best"}) == wanted
+    assert cli.recipe_of("wanted.yaml", None, given | {"preset": "best"}) == wanted.with_(quant__end_to_end=4)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert made().quant.packer == "block", "a variable that somebody left behind"
     monkeypatch.setenv("RANK", "0")

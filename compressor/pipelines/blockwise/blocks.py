@@ -64,6 +64,17 @@ class Blocks:
         """What manages this model or block, if anything does."""
         return model.__dict__.get("blockwise")
 
+    @staticmethod
+    @contextlib.contextmanager
+    def telling(model: nn.Module, advance: Callable[[int, str], None]) -> Iterator[None]:
+        """Where one block of `model` at a time is in memory, a progress bar hears of each block of the walks that give logits."""
+        blocks = Blocks.of(model)
+        if blocks is not None:
+            blocks.tell = lambda done, total: advance(0, f"block {done} of {total}")
+        yield
+        if blocks is not None:
+            blocks.tell = None
+
     @contextlib.contextmanager
     def visit(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, for as long as it lasts."""

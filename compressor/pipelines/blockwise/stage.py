@@ -53,11 +53,12 @@ def expected(run: "Run", model: nn.Module, calibration: Tensor | None) -> dict[s
     """Peak bytes by stage, of a model with or without weights."""
     stored, tests = checkpoint.stored_dtype(run.source), (run.domain.test, run.outside)
     lengths = [sum(len(document.text) for document in text.documents) for text in tests]
-    tokens = replace(peaks.Tokens.of(calibration, lengths, run.recipe.eval.max_tokens, run.window), taught=run.taught, length=run.seqlen)
+    taught = max((windows for _, _, windows in run.lessons()), default=0)
+    tokens = replace(peaks.Tokens.of(calibration, lengths, run.recipe.eval.max_tokens, run.window), taught=taught, length=run.seqlen)
     found = peaks.peaks(run.recipe, model, run.device, stored, load.folder_dtype(stored, run.config), tokens, run.base)
-    if run.tunes:  # in one piece, packed
-        counts = estimate.Counts(calibration=0, tuning=0, step=run.recipe.tune.batch * run.seqlen, evaluation=0)
-        found["tune"] = run.cost(model, counts, None)["peak_bytes"]["tune"]
+    counts = estimate.Counts(calibration=0, tuning=0, step=run.recipe.tune.batch * run.seqlen, evaluation=0)
+    whole = run.cost(model, counts, None)["peak_bytes"] if run.tunes or run.recipe.quant.end_to_end else {}
+    found |= {stage: whole[stage] for stage in ("end-to-end", "tune") if stage in whole}  # in one piece, packed
     return found
 
 
