@@ -90,7 +90,7 @@ def packed(job: Job) -> None:
     loaded, quant = job.dense(), job.recipe.with_(quant__packer=job.asked["packer"]).quant
     write.round_to_folder(loaded, {t.name for t in compress.plan(loaded.model, quant).packed()})
     ids = job.calibration() if PACKERS[quant.packer].needs else None
-    compress.compress(loaded.model, quant, load.scale_dtype("auto", loaded.dtype), ids)
+    compress.compress(loaded.model, quant, load.scale_dtype("auto", loaded.dtype), ids, seed=job.recipe.seed)
     job.facts |= {"settings": "no calibration" if ids is None else ""}
     job.keep(loaded)
 

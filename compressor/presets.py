@@ -36,7 +36,7 @@ def keys(name: str | None, said: dict[str, Any], tuned: bool, alone: bool) -> di
     single = said.get("prune__method") == "obert" or said.get("prune__pattern") not in (None, "structured")  # weights that no choice keeps at zero
     if packer in UNMIXED or single or any(key in said for key in TARGETS):
         asked.pop("choose__equal", None)
-    if packer in ("none", "kept"):
+    if packer in ("none", "kept") or beside:
         asked.pop("quant__end_to_end", None)
     if not tuned:
         asked.pop("tune__distill", None)

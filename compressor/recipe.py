@@ -44,7 +44,7 @@ class Quant:
     rate: float = 0.02  # block, round: of an update of codes, in steps of the grid
     value_rate: float = 0.02  # block, round: of an update of scales, as a share of them, and of zeros, in steps
     rotate: str = "none"  # a change of basis merged into the weights before they are packed: heads, of values | hadamard, of all | learned
-    end_to_end: int = 0  # passes over the calibration windows in which all scales, or tables, learn what the dense model predicts; 0: none
+    end_to_end: int = 0  # passes over the calibration windows in which all scales, or tables, learn what the model before predicts; 0: none
     ignore: tuple[str, ...] = ()  # regular expressions of module names to leave dense
     layers: dict[str, str] = field(default_factory=dict)  # linears packed otherwise: name, or re:PATTERN -> w4g64, 2bit:rtn, 3bit:asym …; first wins
 
@@ -231,6 +231,8 @@ class Recipe:
             keys |= {"prune": values["prune"], "train_on_prompt": data["train_on_prompt"]}
         if STAGES.index(upto) >= STAGES.index("compress"):
             keys |= {"quant": values["quant"], "nsamples": data["nsamples"]}
+            if upto == "compress":  # what is trained end to end is packed before
+                keys["quant"].pop("end_to_end")
             keys |= {"choose": values["choose"]} if self.choose.active else {}
         if STAGES.index(upto) >= STAGES.index("tune"):
             idle = ("checkpoint_every", "eval_every", "offload", "shard", *AFTER)

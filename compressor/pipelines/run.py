@@ -82,7 +82,7 @@ class Run(Job):
         self.calib = self.domain.train if recipe.data.calib is None else data.load(recipe.data.calib).train
         self.base = stages.resident_bytes()  # before any model
         self.near: divergence.Sample | None = None  # logits of the dense model, once it is measured
-        self.lesson: Distilled | None = None  # what packed values learn, once it was asked of the dense model
+        self.lesson: Distilled | None = None  # what packed values learn, once the model before packing was asked
         self.taught = 0  # windows whose predictions are kept, once the texts are read
         self.origin = checkpoint.digest(self.source)
         self._fingerprints(self.origin[:16])
@@ -104,16 +104,16 @@ class Run(Job):
         calibration = (self.calib.sha256, self.seqlen) if self.calibrates() else ()
         pruning = (recipe.digest("prune"), self.domain.train.sha256, self.seqlen) if self.prunes else ()
         self.key_dense = digest(base, measured)
-        candidates = (asdict(recipe.quant), recipe.choose.measure, recipe.choose.windows, recipe.data.nsamples, recipe.seed, self.calib.sha256)
+        choose, quant = recipe.choose, asdict(recipe.quant) | {"end_to_end": 0}
+        candidates = (quant, choose.measure, choose.windows, recipe.data.nsamples, recipe.seed, self.calib.sha256)
         self.key_prune = digest(base, pruning)
         self.key_pruned = digest(self.key_prune, measured)
         loss = () if recipe.choose.max_loss is None else (self.key_dense,)  # what is packed depends on what was measured
-        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started(), *end_to_end.key(recipe), *loss)
+        self.key_compress = digest(self.key_prune, recipe.digest("compress"), calibration, *self.started(), *loss)
         self.key_damage = digest(self.key_prune, candidates, calibration)
-        self.key_packed = digest(self.key_compress, measured)
+        self.key_packed = digest(self.key_compress, recipe.quant.end_to_end, measured)
         self.key_tune = digest(self.key_compress, recipe.digest("tune"), self.domain.train.sha256, self.seqlen)
-        after = [getattr(recipe.tune, key) for key in AFTER]
-        self.key_tuned = digest(self.key_tune, measured, after)
+        self.key_tuned = digest(self.key_tune, measured, [getattr(recipe.tune, key) for key in AFTER])
         self.key_written = self.key_tuned if recipe.save == "folder" else digest(self.key_tuned, recipe.save)
 
     def go(self) -> dict[str, Any]:
@@ -124,9 +124,9 @@ class Run(Job):
             blockwise.announce(self, loaded, calibration)
             self.dense(loaded, journal)
             objective = None if windows is None else teacher.objective(self, loaded, windows, journal)
-            self.lesson = end_to_end.lesson(self, loaded, calibration, journal)
             if self.prunes and windows is not None:
                 self._prune(loaded, windows, journal)
+            self.lesson = end_to_end.lesson(self, loaded, calibration, journal)
             rotating.rotate(self, loaded, journal)
             if self.packs and self.recipe.choose.active and calibration is not None:
                 loaded = choosing.pack(self, loaded, calibration, journal)

@@ -33,14 +33,14 @@ def objective(run: "Run", loaded: load.Loaded, windows: data.Windows, journal: J
         return text
     used = Batches(text, options, run.recipe.seed).used()
     key = digest(run.key_dense, run.domain.train.sha256, run.seqlen, run.recipe.data.train_on_prompt, options.distill_top, used.tolist())
-    found = ask(run, loaded, windows.ids[used], journal.subfolder("taught", key))
+    found = ask(run, loaded, windows.ids[used], options.distill_top, journal.subfolder("taught", key))
     return Distilled(windows.ids, windows.labels, found, options.distill, used)
 
 
-def ask(run: "Run", loaded: load.Loaded, ids: Tensor, folder: Path) -> Taught:
-    """The predictions of the model as it is now on windows ids int64 [rows, seqlen], kept in `folder`, which is of this model and these windows."""
+def ask(run: "Run", loaded: load.Loaded, ids: Tensor, count: int, folder: Path) -> Taught:
+    """The `count` likeliest predictions of the model as it is now on windows ids int64 [rows, seqlen], kept in `folder`, which is of these alone."""
     with run.stage("teach"), run.show.task("teach", len(ids)) as advance, Blocks.telling(loaded.model, advance):
-        return taught(loaded.model, ids, run.recipe.tune.distill_top, folder / "predictions.safetensors", advance)
+        return taught(loaded.model, ids, count, folder / "predictions.safetensors", advance)
 
 
 def held_bytes(options: Tune, vocab: int, tokens: int) -> int:

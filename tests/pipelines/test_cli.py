@@ -175,6 +175,7 @@ def test_presets_say_what_flags_and_files_do_not(at: Path, monkeypatch: pytest.M
     assert made(preset="fast") == made("3bit:gptq") == Recipe()
     best = made(preset="best", tune="peqa")
     assert best.choose.equal and best.quant.packer == "block" and best.tune.distill == 0.25 and best.quant.end_to_end == 4
+    assert made("3bit:gptq", preset="best", tune="lora", adapter_start="residual").quant.end_to_end == 0
     assert made(preset="best", end_to_end=0).quant.end_to_end == 0 and made(None, prune="obert:50%", preset="best").quant.end_to_end == 0
     assert made(preset="best").tune.distill == 0 and made(preset="best", tune="peqa", distill=0.1).tune.distill == 0.1
     assert not made(preset="best", target_bits=3.5).choose.equal and not made(preset="best", mix=False).choose.equal

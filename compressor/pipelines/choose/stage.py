@@ -99,7 +99,7 @@ def _between(low: dict[str, Any], high: dict[str, Any], bits: float | None, size
 def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> load.Loaded:
     """Choose, pack and measure; the packed model, which is another than the one given where it had to be loaded again."""
     probe, choice = _probed(run, loaded, ids, journal)
-    settled = journal.get("chosen", run.key_compress)
+    settled = journal.get("chosen", run.key_packed)
     while True:
         quant = choice.quant() if settled is None else choice.settle(settled)
         run.show.say(f"chosen: {_counts(quant)}; predicted {_told(choice.predicted(), choice)}")
@@ -113,7 +113,7 @@ def pack(run: Run, loaded: load.Loaded, ids: torch.Tensor, journal: Journal) -> 
         run.show.say(f"perplexity grew by {math.expm1(rise):.2%}; packing again")
         loaded = run.read()
         rotating.rotate(run, loaded, journal)
-    journal.put("chosen", run.key_compress, choice.state())
+    journal.put("chosen", run.key_packed, choice.state())
     run.key_tune, run.key_tuned = digest(run.key_tune, key), digest(run.key_tuned, key)  # checkpoints belong to this mix
     run.report.choice = choice.facts() | {"reached": {"perplexity_rise": math.expm1(rise)}}
     if probe is not None:
