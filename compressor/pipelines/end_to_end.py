@@ -15,6 +15,7 @@ memory there (gradient_checkpointing, offload) saves it here.
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from compressor import world
@@ -105,7 +106,7 @@ def lessons(recipe: Recipe) -> list[tuple[str, Tune, int]]:
     return [(STAGE, options(recipe), recipe.data.nsamples)] if wanted(recipe) else []
 
 
-def counted(run: "Run", found: dict[str, Any], model: nn.Module, folder: Any, tokens: int) -> dict[str, Any]:
+def counted(run: "Run", found: dict[str, Any], model: nn.Module, folder: torch.dtype, tokens: int) -> dict[str, Any]:
     """What a run costs, by stage as `estimate` has it, with what this stage takes beside predictions; tokens: of the calibration windows."""
     if not wanted(run.recipe):
         return found

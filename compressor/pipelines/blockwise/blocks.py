@@ -71,9 +71,11 @@ class Blocks:
         blocks = Blocks.of(model)
         if blocks is not None:
             blocks.tell = lambda done, total: advance(0, f"block {done} of {total}")
-        yield
-        if blocks is not None:
-            blocks.tell = None
+        try:
+            yield
+        finally:
+            if blocks is not None:
+                blocks.tell = None
 
     @contextlib.contextmanager
     def visit(self, index: int) -> Iterator[nn.Module]:
